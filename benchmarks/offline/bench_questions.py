@@ -107,7 +107,7 @@ def left_out(
             own = recording.of(np.flatnonzero(names == name))
             scored = [
                 judge(
-                    one.probe, one.layer, recording, own, calibration.loss, calibration.target
+                    one.probe, one.layer, recording, own, calibration.target, calibration.right
                 ).scored(one.classifier)
                 for one in policy.exits
             ]

@@ -23,12 +23,12 @@ from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.cost import STEP_ROWS, Costs, probe_seconds
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Judged, Scored, fit_exits, judge
-from vllm_adainfer.offline.calibration.fit.loss import RightTokens, is_right
 from vllm_adainfer.offline.calibration.fit.probes import Target, logit_lens
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.reports.shares import Interval
+from vllm_adainfer.promise.accuracy import RightTokens, is_right
 
 GAP_ALONE = torch.tensor([0.0, 1.0, 0.0])  # a classifier whose score is the gap
 EVEN_ODDS = 0.0
@@ -83,7 +83,7 @@ class TestPart:
         answers = np.stack([*(exit.tokens for exit in scored), self.recording.tokens[self.prompts]])
         chosen = answers[point.exits, np.arange(len(self.prompts))]
         return Outcome(
-            accuracy=float(is_right(chosen, self.right, self.prompts).mean()),
+            accuracy=float(is_right(chosen, [self.right[row] for row in self.prompts]).mean()),
             disagreement=point.disagreement,
             layers_run=costs.depth * (1 - point.layers_saved),
             layers_saved=point.layers_saved,

@@ -35,7 +35,6 @@ from vllm_adainfer.offline.calibration.data.split import random_order
 from vllm_adainfer.offline.calibration.enough_rows import check_rows
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.choose import candidate_layers
-from vllm_adainfer.offline.calibration.fit.loss import is_right
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
@@ -49,6 +48,7 @@ from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.evaluation.sequences import compare
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import progress
+from vllm_adainfer.promise.accuracy import is_right
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -213,7 +213,7 @@ class _Judging:
             "auto",
         )
         test = methods.TestPart(recording, tests, right)
-        full = is_right(recording.tokens[tests], right, tests)
+        full = is_right(recording.tokens[tests], [right[row] for row in tests])
         chance = data.chance
         row: dict[str, Any] = {
             "task": data.task.name,

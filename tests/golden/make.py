@@ -35,10 +35,10 @@ from tests.golden.reading import (
     Inputs,
     certified,
     decisions,
-    full_depth,
     loaded,
     report,
     scored,
+    target_of,
 )
 from vllm_adainfer.artifact.artifact import LAST_TOKEN, Artifact
 from vllm_adainfer.artifact.branch_shapes import BRANCH_WIDTH, branch_shapes
@@ -277,7 +277,7 @@ def runs_of(artifact: Artifact, rows: Any, seen: Inputs) -> dict[str, Tensor]:
     """Runs of an evaluation in which each of the first rows leaves where it is settled."""
     config, exits = artifact.config, rows["policy"]
     draw = np.random.default_rng(62)
-    full, _ = full_depth(config, seen)
+    full = target_of(config, seen)[1].tokens
     thresholds = artifact.tensors["thresholds"][:, 0]
     logits = seen.logits(config)[:DECIDED]
     ids = list(config.label_ids)

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,7 @@ from vllm_adainfer.offline.calibration.certify.parts import certify_pairs, pairs
 from vllm_adainfer.offline.calibration.certify.queries import Queries
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Judged, Scored
-from vllm_adainfer.offline.calibration.fit.loss import (
-    FullDepthLabels,
-    Loss,
-    accuracy_lost,
-    disagreement,
-)
-from vllm_adainfer.offline.calibration.fit.probes import answers_of_probe
+from vllm_adainfer.offline.calibration.fit.probes import Target, answers_of_probe
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.evaluation.report import build_report, summary_line
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
@@ -47,10 +42,9 @@ from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.probe import LabelHead, Probe, lens_of
 from vllm_adainfer.promise.first_documents import relevance
-from vllm_adainfer.promise.gates import Gates
-from vllm_adainfer.promise.links import link_of
+from vllm_adainfer.promise.kinds import promise_of
 from vllm_adainfer.promise.probabilities import LabelProbabilities
-from vllm_adainfer.promise.promise import Unit
+from vllm_adainfer.promise.promise import Outcome, Unit
 
 HERE = Path(__file__).parent
 INPUTS = "inputs.safetensors"
@@ -192,21 +186,18 @@ def scored(artifact: Artifact, inputs: Inputs) -> dict[str, list[Scored]]:
         config = part.config
         if set(config.probe_inputs) & {ProbeInput.OWN_STATES, ProbeInput.TEXT}:
             continue
-        full, loss = full_depth(config, inputs)
-        gates = Gates(config.gates, config.labels, link_of(config.score_head))
+        target, rows = target_of(config, inputs)
+        right = None
+        if config.risk == "accuracy":
+            right = [{config.label_ids[place]} for place in inputs.right.tolist()]
         exits = []
         for layer in config.exit_points:
             read = inputs.states[str(layer)]
             if config.is_pooled:
                 read = torch.cat([read, inputs.states[f"mean{layer}"]], dim=1)
-            early = answers_of_probe(
-                probe_of(part, layer, inputs),
-                read,
-                inputs.subsets(config),
-                gates if config.gates else None,
-                link_of(config.score_head),
-            )
-            judged = Judged.of(early, full, loss(early, full, np.arange(len(full))))
+            probe = probe_of(part, layer, inputs)
+            early = answers_of_probe(probe, read, target.subsets, target.promise)
+            judged = Judged.of(early, target, rows, np.arange(2 * HALF), right)
             one = judged.scored(part.tensors[f"exit.{layer}.classifier"].float())
             never = {config.label_ids[place] for place in config.never_settled}
             exits.append(one.never_at(never))
@@ -229,31 +220,24 @@ def probe_of(part: Artifact, layer: int, inputs: Inputs) -> Probe | LabelHead:
     return Probe(Head(weight, bias), token_ids=ids)
 
 
-def full_depth(config: ArtifactConfig, inputs: Inputs) -> tuple[Any, Loss]:
-    """Full depth's answers, and the loss of an early one."""
-    logits, subsets = inputs.logits(config), inputs.subsets(config)
+def target_of(config: ArtifactConfig, inputs: Inputs) -> tuple[Target, Any]:
+    """The target of calibration, and the rows with full depth's answers."""
+    logits, subsets, full = inputs.logits(config), inputs.subsets(config), None
+    ids, promise = torch.tensor(config.label_ids), promise_of(config)
+    best = logits.argmax(dim=1)
     if config.choices:
         first = FirstTokens.of(config.choices, config.undecided)
-        best = first.decided_by(logits[:, first.token_ids])
-        return np.array(config.label_ids)[best.numpy()], disagreement
-    if not config.labels:
-        return logits.argmax(dim=1).numpy(), disagreement
-    ids, link = torch.tensor(config.label_ids), link_of(config.score_head)
-    own = restrict(logits[:, ids], subsets)
-    full = ids[own.argmax(dim=1)].numpy()
-    if config.risk == "accuracy":
-        return full, accuracy_lost([{config.label_ids[r]} for r in inputs.right.tolist()])
-    if config.risk == "disagreement":
-        return full, disagreement
-    mass = (own.logsumexp(dim=1) - logits.logsumexp(dim=1)).exp().clamp(max=1)
-    is_best = own.amax(dim=1) >= logits.amax(dim=1)
-    labels = FullDepthLabels(own, LabelProbabilities(link.probabilities(own), mass), is_best, link)
-    if config.gates:
-        return full, labels.loss_of_gates(Gates(config.gates, config.labels, link))
-    if config.top_k is not None:
-        return full, labels.loss_of_order(config.top_k.margin)
-    assert config.tolerance is not None
-    return full, labels.loss(config.tolerance, config.label_mass)
+        best = ids[first.decided_by(logits[:, first.token_ids])]
+    elif config.labels:
+        own = restrict(logits[:, ids], subsets)
+        best = ids[own.argmax(dim=1)]
+    if promise.reads_probabilities:
+        mass = (own.logsumexp(dim=1) - logits.logsumexp(dim=1)).exp().clamp(max=1)
+        is_label = own.amax(dim=1) >= logits.amax(dim=1)
+        labels = LabelProbabilities(promise.link.probabilities(own), mass)
+        full = Outcome(best, labels=labels, is_label=is_label)
+    target = Target(config.probe, ids, full, subsets, promise=promise)
+    return target, SimpleNamespace(tokens=best.numpy())
 
 
 def certified(

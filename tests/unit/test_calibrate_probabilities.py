@@ -31,7 +31,7 @@ from vllm_adainfer.offline.calibration.certify.certify import (
     threshold_path,
 )
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
-from vllm_adainfer.offline.calibration.fit.loss import FullDepthLabels, full_depth_labels
+from vllm_adainfer.offline.calibration.fit.outcomes import full_depth_labels
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
@@ -40,7 +40,7 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import policy_confi
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.probe import Probe
-from vllm_adainfer.promise.gates import Gates
+from vllm_adainfer.promise.kinds import asked_for
 
 TOLERANCE, EPSILON, DELTA = 0.1, 0.05, 0.1
 FIRST, BEST = Gate(label=LABELS[0].name, probability=0.3), Gate(probability=0.6)
@@ -61,9 +61,9 @@ def made(recording: Rows, with_mass: bool = True, **options: object) -> FittedPo
     asked = PolicyOptions(
         **{"epsilon": EPSILON, "risk": "probability", "tolerance": tolerance, **options}
     )
-    gates = Gates(asked.gates, LABELS) if asked.gates else None
-    target = Target("label-head", LABEL_IDS, reads, gates=gates)
-    return make_policy(Calibration(recording, target, SPLIT, asked, LABELS, with_mass=with_mass))
+    promise = asked_for(asked, LABELS, label_mass=with_mass)
+    target = Target("label-head", LABEL_IDS, reads, promise=promise)
+    return make_policy(Calibration(recording, target, SPLIT, asked, LABELS))
 
 
 def logits_of(recording: Rows) -> torch.Tensor:
@@ -112,11 +112,11 @@ def test_full_depth_is_read_as_vllm_returns_it():
     reads, logits = full_depth_labels(recording, LABEL_IDS), logits_of(recording).double()
     probabilities = logits.softmax(dim=1)[:, LABEL_IDS]
     close = {"atol": 1e-5, "rtol": 1e-4}
-    torch.testing.assert_close(reads.probabilities.mass.double(), probabilities.sum(1), **close)
+    torch.testing.assert_close(reads.labels.mass.double(), probabilities.sum(1), **close)
     among = probabilities / probabilities.sum(1, keepdim=True)
-    torch.testing.assert_close(reads.probabilities.among.double(), among, **close)
+    torch.testing.assert_close(reads.labels.among.double(), among, **close)
     is_label = torch.isin(logits.argmax(dim=1), LABEL_IDS)
-    assert torch.equal(reads.label_is_best, is_label)
+    assert torch.equal(reads.is_label, is_label)
     assert 0 < is_label.float().mean() < 1
 
 
@@ -127,9 +127,7 @@ def test_a_cap_and_a_scale_of_the_logits_change_their_probabilities(soft_cap, sc
     logits = logits_of(recording)
     capped = logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
     expected = (capped * scale)[:, LABEL_IDS].softmax(dim=1)
-    torch.testing.assert_close(
-        full_depth_labels(recording, LABEL_IDS).probabilities.among, expected
-    )
+    torch.testing.assert_close(full_depth_labels(recording, LABEL_IDS).labels.among, expected)
 
 
 @pytest.mark.parametrize("with_mass", [True, False])
@@ -198,6 +196,5 @@ def test_the_bound_holds_on_all_but_delta_of_the_calibrations(gates):
 def test_reads_of_other_labels_are_other_reads():
     recording = recorded(SOME_MASS)
     one, other = (full_depth_labels(recording, torch.tensor(ids)) for ids in ([7, 3], [3, 7]))
-    assert isinstance(one, FullDepthLabels)
-    assert torch.equal(one.probabilities.among, other.probabilities.among.flip(1))
-    assert torch.equal(one.probabilities.mass, other.probabilities.mass)
+    assert torch.equal(one.labels.among, other.labels.among.flip(1))
+    assert torch.equal(one.labels.mass, other.labels.mass)

@@ -17,11 +17,11 @@ from vllm_adainfer.offline.calibration.fit import exits as fit
 from vllm_adainfer.offline.calibration.fit import probes
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_exits, judge
-from vllm_adainfer.offline.calibration.fit.loss import is_right
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows, ServedModel
 from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.promise.accuracy import Accuracy, is_right
 
 HIDDEN, VOCAB, LAYER = 32, 50, 4
 PROMPTS, ROWS_PER_PROMPT = 100, 10
@@ -173,7 +173,7 @@ def test_the_loss_of_accuracy_is_signed_by_who_is_right():
     right = [{choices[n]} for n in generator.integers(0, 3, PROMPTS)]
     plain = fitted_on(recording, "logit-lens", LABELS).probe
     recording.tokens[:] = plain.score(plain.readout(recording.final)).top1_id.numpy()
-    target = Target("label-head", LABELS)
+    target = Target("label-head", LABELS, promise=Accuracy())
     [exit] = fit_exits(Calibration(recording, target, SPLIT, PolicyOptions(), right=right), [LAYER])
     for half, prompts in zip((exit.fitted, exit.held_out), (SPLIT.fit, SPLIT.certify), strict=True):
         full = recording.tokens[prompts]
@@ -184,6 +184,4 @@ def test_the_loss_of_accuracy_is_signed_by_who_is_right():
             found.add(lost)
         assert np.array_equal(half.agrees, half.tokens == full)
         assert found == {-1, 0, 1}
-    assert np.array_equal(
-        is_right(np.array([7, 3, 9]), [{1}, {7}, set(), {9, 8}], np.array([1, 0, 3])), [1, 0, 1]
-    )
+    assert np.array_equal(is_right(np.array([7, 3, 9]), [{7}, {1}, {9, 8}]), [1, 0, 1])

@@ -25,7 +25,7 @@ from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.label_pool import common_labels, pool_of, subsets_of
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
-from vllm_adainfer.offline.calibration.fit.loss import full_depth_labels
+from vllm_adainfer.offline.calibration.fit.outcomes import full_depth_labels
 from vllm_adainfer.offline.calibration.fit.probes import Target, fit_probes
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
@@ -39,7 +39,7 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import (
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.probe import Probe
-from vllm_adainfer.promise.gates import Gates
+from vllm_adainfer.promise.kinds import asked_for
 from vllm_adainfer.settings.engine import Settings
 
 EPSILON, TOLERANCE = 0.05, 0.1
@@ -67,13 +67,11 @@ def calibrated(risk: str, with_mass: bool, **options: Any) -> tuple[FittedPolicy
     recording = replace(recording, tokens=POOL[own.argmax(1)].numpy())
     reads = full_depth_labels(recording, POOL, subsets) if risk == "probability" else None
     asked = {"epsilon": EPSILON, "risk": risk, **options}
-    gates = None
-    if risk == "probability" and "gates" in options:
-        gates = Gates(asked["gates"], LABELS)
-    elif risk == "probability":
+    if risk == "probability" and "gates" not in options:
         asked["tolerance"] = TOLERANCE
+    promise = asked_for(PolicyOptions(**asked), LABELS, label_mass=with_mass)
     never = frozenset(one.token_id for one in LABELS if one.name in options.get("never_early", ()))
-    target = Target("label-head", POOL, reads, subsets, gates=gates, never_early=never)
+    target = Target("label-head", POOL, reads, subsets, promise=promise, never_early=never)
     questions = [f"question {row % 3}" for row in range(len(recording.tokens))]
     calibration = Calibration(
         recording,
@@ -81,7 +79,6 @@ def calibrated(risk: str, with_mass: bool, **options: Any) -> tuple[FittedPolicy
         SPLIT,
         PolicyOptions(**asked),
         LABELS,
-        with_mass=with_mass,
         questions=questions,
     )
     return make_policy(calibration), logits

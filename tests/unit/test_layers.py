@@ -99,7 +99,7 @@ CALIBRATION = {
     "fitted_policy": {"certify", "fit"},
     "label_promises": {"certify", "options"},
     "enough_rows": {"certify", "data", "options"},
-    "prompts": {"label_promises", "enough_rows", "certify", "fit", "data", "options"},
+    "prompts": {"label_promises", "enough_rows", "certify", "data", "options"},
     "write": {"fitted_policy", "certify", "fit"},
     "best_policy": {"fitted_policy", "fit", "record", "data", "options"},
     "calibrate": {

@@ -90,6 +90,11 @@ class Promise(ABC):
     right_about: str = ""
 
     @property
+    def covers_mass(self) -> bool:
+        """Whether the label mass is promised, too."""
+        return False
+
+    @property
     def best_counts(self) -> bool:
         """Whether an answer with another best label is wrong."""
         return self.link.one_holds and not self.best_may_change

@@ -29,17 +29,21 @@ class Tolerance(Promise):
         """See the class; `vocabulary` is its size with the label mass, None without it."""
         self.tolerance, self.link, self.vocabulary = tolerance, link, vocabulary
 
+    @property
+    @override
+    def covers_mass(self) -> bool:
+        return self.vocabulary is not None
+
     @override
     def admits(self) -> dict[str, object]:
-        with_mass = self.vocabulary is not None
-        return super().admits() | {"whether it certifies the label mass": with_mass}
+        return super().admits() | {"whether it certifies the label mass": self.covers_mass}
 
     @override
     def wrong(self, early: Outcome, full: Outcome) -> Tensor:
         wrong = ~(self.moves(early, full) <= self.tolerance)
         if self.link.one_holds:
             wrong |= early.best != full.best
-        if self.vocabulary is not None:
+        if self.covers_mass:
             assert full.is_label is not None
             wrong |= ~full.is_label
         return wrong
@@ -48,7 +52,7 @@ class Tolerance(Promise):
     def moves(self, early: Outcome, full: Outcome) -> Tensor:
         assert early.labels is not None
         assert full.labels is not None
-        return early.labels.largest_move(full.labels, self.vocabulary is not None)
+        return early.labels.largest_move(full.labels, self.covers_mass)
 
     @override
     def words(self) -> str:

@@ -21,6 +21,7 @@ from vllm_adainfer.offline.calibration.fitted_policy import (
 from vllm_adainfer.offline.calibration.options import ProbeChoice
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates
 from vllm_adainfer.offline.progress import say
+from vllm_adainfer.promise.kinds import asked_for
 
 # A policy also promises probabilities in the whole vocabulary if it keeps at least this share of
 # the savings it would have without. It does where the labels have nearly all of the mass.
@@ -88,7 +89,11 @@ def with_mass_if_it_pays(policy: FittedPolicy) -> FittedPolicy:
     has_rest = calibration.rows.model.logit_lens.head.size > len(calibration.labels)
     if calibration.options.tolerance is None or not has_rest:  # a classifier has no other tokens
         return policy
-    with_mass = make_policy(replace(policy.calibration, with_mass=True))
+    promise = asked_for(
+        calibration.options, calibration.labels, calibration.score_head, label_mass=True
+    )
+    target = replace(calibration.target, promise=promise)
+    with_mass = make_policy(replace(calibration, target=target))
     times = (one.choice.expected for one in (with_mass, policy))
     saved, saved_without = (1 - one["chosen"] / one["full_depth"] for one in times)
     return with_mass if 0 < saved >= MASS_WORTH * saved_without else policy
@@ -120,6 +125,6 @@ def branches_could_pay(policy: FittedPolicy) -> bool:
     Branches learn which label holds, if one does.
     """
     target = policy.calibration.target
-    if not target.is_pooled or not target.link.one_holds:
+    if not target.is_pooled or not target.promise.link.one_holds:
         return False
     return untrained_branch_layers(policy.calibration) < BRANCH_WORTH

@@ -19,7 +19,7 @@ from vllm_adainfer.offline.calibration.data.questions import ends_of
 from vllm_adainfer.offline.calibration.data.score_labels import score_head_of
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.choose import candidate_layers
-from vllm_adainfer.offline.calibration.fit.loss import full_depth_labels
+from vllm_adainfer.offline.calibration.fit.outcomes import full_depth_labels
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.label_promises import check_rows
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
@@ -32,8 +32,7 @@ from vllm_adainfer.offline.calibration.record.collect import Plan, record, recor
 from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.pretrained import engine_settings
-from vllm_adainfer.promise.gates import Gates
-from vllm_adainfer.promise.links import link_of
+from vllm_adainfer.promise.kinds import asked_for
 
 # How many tokens an exit point can answer with when the vocabulary is open. They make up 87 % of
 # what SmolLM2 writes, and the tokens it is sure of early are common ones: simulated at epsilon
@@ -129,15 +128,12 @@ def calibration_of(request: CalibrationRequest, prompts: Prompts, rows: Rows) ->
         answers = shortlist(rows.tokens[rows.of(split.fit)])
     full_depth = subsets = None
     score_head = score_head_of(prompts.hf_config)
-    link = link_of(score_head)
+    promise = asked_for(request.options, prompts.labels, score_head)
     if request.label_pool:
         subsets = subsets_of(prompts.examples, [label.token_id for label in prompts.labels])
-    if request.options.risk == "probability" and answers is not None:
-        full_depth = full_depth_labels(rows, answers, subsets, link)
+    if promise.reads_probabilities and answers is not None:
+        full_depth = full_depth_labels(rows, answers, subsets, promise.link)
     first_tokens = None if choices is None else choices.first_tokens
-    gates = None
-    if request.options.gates:
-        gates = Gates(request.options.gates, prompts.labels, link)
     named = request.options.never_early
     never = frozenset(label.token_id for label in prompts.labels if label.name in named)
     questions = [one.question for one in prompts.examples if one.question is not None]
@@ -149,9 +145,8 @@ def calibration_of(request: CalibrationRequest, prompts: Prompts, rows: Rows) ->
             full_depth,
             subsets,
             first_tokens,
-            gates,
-            ranks=request.options.top_k is not None,
-            never_early=never,
+            promise,
+            never,
         ),
         split,
         request.options,

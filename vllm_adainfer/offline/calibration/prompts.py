@@ -57,7 +57,6 @@ from vllm_adainfer.offline.calibration.enough_rows import (
     check_questions,
     check_rows,
 )
-from vllm_adainfer.offline.calibration.fit.loss import RightTokens
 from vllm_adainfer.offline.calibration.label_promises import check_labels
 from vllm_adainfer.offline.calibration.options import (
     CalibrationRequest,
@@ -67,6 +66,7 @@ from vllm_adainfer.offline.calibration.options import (
 )
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import say
+from vllm_adainfer.promise.accuracy import RightTokens
 
 # The held-out rows are enough if the bound holds at this share of epsilon, measured on them.
 ALLOWANCE = 0.6

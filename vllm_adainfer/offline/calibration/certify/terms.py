@@ -25,6 +25,7 @@ from vllm_adainfer.offline.calibration.certify.queries import Queries, rows_allo
 from vllm_adainfer.offline.calibration.data.split import numbered
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit
+from vllm_adainfer.promise.first_documents import relevance
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,7 @@ class Terms:
         calibration = self.calibration
         if calibration.options.top_k is None:
             return None
-        assert calibration.target.full_depth is not None
-        full = calibration.target.full_depth.probabilities.among[rows, -1].double().numpy()
+        full = relevance(calibration.target.full_depth_of(calibration.rows, rows)).double().numpy()
         groups = calibration.split.groups[calibration.rows.prompts[rows]]
         return Queries.of_groups(calibration.options.top_k, groups, full)
 

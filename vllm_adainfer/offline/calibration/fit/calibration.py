@@ -14,18 +14,13 @@ from vllm_adainfer.artifact.fields import Label, SharedTokens
 from vllm_adainfer.artifact.kinds import ClassifierKind, ScoreHead
 from vllm_adainfer.offline.calibration.data.choices import Choices
 from vllm_adainfer.offline.calibration.data.split import Split
-from vllm_adainfer.offline.calibration.fit.loss import (
-    Loss,
-    RightTokens,
-    accuracy_lost,
-    disagreement,
-)
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows
 from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.questions import End
 from vllm_adainfer.policy.student import Student
+from vllm_adainfer.promise.accuracy import RightTokens
 
 
 class TrainedProbe(Protocol):
@@ -63,8 +58,6 @@ class Calibration:
         right: the right tokens by prompt, if the risk is of accuracy.
         choices: the texts and their first tokens, if requests choose from texts.
         pooled_from: see `ArtifactConfig.pooled_from`; None unless the probes are pooled.
-        with_mass: whether probabilities in the whole vocabulary are promised, if the risk is of
-            probabilities.
         questions: the question of each prompt, if prompts are requests; else empty.
         ends: question -> the tokens that its prompts end with, if it can be recognised by them.
         trained: a student, which decides before the first layer, and branches, which decide in
@@ -82,7 +75,6 @@ class Calibration:
     right: RightTokens | None = None
     choices: Choices | None = None
     pooled_from: int | None = None
-    with_mass: bool = False
     questions: Sequence[str] = ()
     ends: Mapping[str, tuple[End, ...]] = field(default_factory=dict)
     trained: tuple[TrainedProbe, ...] = ()
@@ -121,15 +113,6 @@ class Calibration:
         return "svm" if self.options.classifier == "crf" else self.options.classifier
 
     @property
-    def loss(self) -> Loss:
-        """The loss whose mean is bounded."""
-        if self.right is not None:
-            return accuracy_lost(self.right)
-        if self.target.full_depth is None:
-            return disagreement
-        if self.target.gates is not None:
-            return self.target.full_depth.loss_of_gates(self.target.gates)
-        if self.options.top_k is not None:
-            return self.target.full_depth.loss_of_order(self.options.top_k.margin)
-        assert self.options.tolerance is not None
-        return self.target.full_depth.loss(self.options.tolerance, self.with_mass)
+    def with_mass(self) -> bool:
+        """Whether probabilities in the whole vocabulary are promised."""
+        return self.target.promise.covers_mass

@@ -19,7 +19,7 @@ from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
 from vllm_adainfer.offline.calibration.fit.classifier import fit_classifier
 from vllm_adainfer.offline.calibration.fit.crf import fit_crf
-from vllm_adainfer.offline.calibration.fit.loss import Loss, ProbeAnswers, disagreement
+from vllm_adainfer.offline.calibration.fit.outcomes import ProbeAnswers
 from vllm_adainfer.offline.calibration.fit.probes import (
     AnyProbe,
     StateProbe,
@@ -31,7 +31,10 @@ from vllm_adainfer.offline.calibration.fit.probes import (
 from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows
 from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.score import score
-from vllm_adainfer.promise.links import SOFTMAX
+from vllm_adainfer.promise.accuracy import RightTokens
+from vllm_adainfer.promise.first_documents import relevance
+
+PLAIN = Target("logit-lens", None)  # any token may be the answer
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Judged:
         features: fp32 [rows, n], the classifier's input.
         tokens: int64 [rows], the probe's answers.
         full: int64 [rows], the full model's answers.
-        loss: [rows], the loss of exiting here, see `vllm_adainfer.offline.calibration.fit.loss`.
+        loss: [rows], the loss of exiting here, see `Promise.loss`.
         relevance: [rows], the probability of the last label, by which a reranker orders documents;
             None if the probe gives the answer alone.
 
@@ -55,12 +58,27 @@ class Judged:
     relevance: Floats | None = field(default=None, kw_only=True)
 
     @classmethod
-    def of(cls, early: ProbeAnswers, full: Ints, loss: Floats) -> Judged:
-        """A probe's answers `early`, with their loss."""
-        relevance = None
-        if early.probabilities is not None:
-            relevance = early.probabilities.among[:, -1].double().numpy()
-        return cls(early.features, early.tokens, full, loss, relevance=relevance)
+    def of(
+        cls,
+        early: ProbeAnswers,
+        target: Target,
+        rows: Rows,
+        where: Ints,
+        right: RightTokens | None = None,
+    ) -> Judged:
+        """A probe's answers for the decision rows `where`, with their loss.
+
+        `right` holds the right tokens of each row, if accuracy is promised.
+        """
+        full = target.full_depth_of(rows, where)
+        loss = target.promise.loss(
+            early.outcome, full, None if right is None else [right[row] for row in where.tolist()]
+        )
+        scores = None
+        if early.outcome.labels is not None:
+            scores = relevance(early.outcome).double().numpy()
+        tokens = early.outcome.best.numpy()
+        return cls(early.features, tokens, full.best.numpy(), loss, relevance=scores)
 
     @property
     def agrees(self) -> Bools:
@@ -130,7 +148,7 @@ class FittedExit:
 
 def fit_exits(calibration: Calibration, layers: Iterable[int]) -> list[FittedExit]:
     """Fit an exit point after each of `layers`; leave out those that cannot be learned."""
-    rows, target, loss = calibration.rows, calibration.target, calibration.loss
+    rows, target, right = calibration.rows, calibration.target, calibration.right
     folds = calibration.folds
     # Out of fold: a probe that has not seen a prompt judges its decision rows.
     places = [np.flatnonzero(folds == fold) for fold in range(FOLDS)]
@@ -140,11 +158,11 @@ def fit_exits(calibration: Calibration, layers: Iterable[int]) -> list[FittedExi
         unseen = _in_order(
             places,
             [
-                judge(unseeing, layer, rows, calibration.fitted[where], loss, target)
+                judge(unseeing, layer, rows, calibration.fitted[where], target, right)
                 for unseeing, where in zip(without_fold, places, strict=True)
             ],
         )
-        held_out = judge(probe, layer, rows, calibration.held_out, loss, target)
+        held_out = judge(probe, layer, rows, calibration.held_out, target, right)
         exits.append(fit_exit(calibration, layer, probe, unseen, held_out))
     return [exit for exit in exits if exit is not None]
 
@@ -172,8 +190,8 @@ def fit_exit(
     learned = asked(prompts[calibration.fitted])
     features = unseen.features[torch.from_numpy(learned)]
     settled = target.settled(unseen.agrees, unseen.loss)[learned]
-    seed = calibration.options.seed
-    classifier = fit_classifier(calibration.linear, features, settled, seed, target.features)
+    seed, names = calibration.options.seed, target.promise.feature_names
+    classifier = fit_classifier(calibration.linear, features, settled, seed, names)
     if classifier is None:
         return None
     fitted, certifying = (
@@ -201,9 +219,8 @@ def fit_trained(calibration: Calibration, trained: TrainedProbe) -> FittedExit |
     rows, target, held_out = calibration.rows, calibration.target, calibration.held_out
 
     def judged(scores: Tensor, where: Ints) -> Judged:
-        early = answers_of_scores(trained.probe.head, scores, target.gates)
-        full = rows.tokens[where]
-        return Judged.of(early, full, calibration.loss(early, full, where))
+        early = answers_of_scores(trained.probe.head, scores, target.promise)
+        return Judged.of(early, target, rows, where, calibration.right)
 
     unseen = restrict(trained.unseen, target.subsets_of(calibration.fitted))
     scores = trained.scores(rows.prompts[held_out], target.subsets_of(held_out))
@@ -222,16 +239,13 @@ def judge(
     layer: int,
     rows: Rows,
     where: Ints,
-    loss: Loss = disagreement,
-    target: Target | None = None,
+    target: Target = PLAIN,
+    right: RightTokens | None = None,
 ) -> Judged:
-    """The answers of `probe` after `layer` for the decision rows `where`."""
-    subsets = None if target is None else target.subsets_of(where)
-    read = rows.read_by_probe(layer, where, target is not None and target.is_pooled)
-    gates, link = (None, SOFTMAX) if target is None else (target.gates, target.link)
-    early = answers_of_probe(probe, read, subsets, gates, link)
-    full = rows.tokens[where]
-    return Judged.of(early, full, loss(early, full, where))
+    """The answers of `probe` after `layer` for the decision rows `where`, see `Judged.of`."""
+    read = rows.read_by_probe(layer, where, target.is_pooled)
+    early = answers_of_probe(probe, read, target.subsets_of(where), target.promise)
+    return Judged.of(early, target, rows, where, right)
 
 
 def _in_order(places: Sequence[Ints], parts: Sequence[Judged]) -> Judged:

@@ -9,17 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from adainfer_kernels import Head, Lens
 from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Floats, Ints
-from vllm_adainfer.artifact.kinds import (
-    FEATURES,
-    GATE_FEATURES,
-    LABEL_HEADS,
-    PROBABILITY_FEATURES,
-    ProbeKind,
-)
+from vllm_adainfer.artifact.kinds import LABEL_HEADS, ProbeKind
 from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration.fit import ridge
@@ -29,18 +24,19 @@ from vllm_adainfer.offline.calibration.fit.distil import (
     Taught,
     distil,
 )
-from vllm_adainfer.offline.calibration.fit.loss import FullDepthLabels, ProbeAnswers
+from vllm_adainfer.offline.calibration.fit.outcomes import ProbeAnswers
 from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows
 from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.probe import LabelHead, Probe
 from vllm_adainfer.policy.student import Student
-from vllm_adainfer.promise.gates import Gates
-from vllm_adainfer.promise.links import SOFTMAX, Link
-from vllm_adainfer.promise.probabilities import features_among, features_of, probabilities_of_scores
+from vllm_adainfer.promise.changed import Changed
+from vllm_adainfer.promise.probabilities import probabilities_of_scores
+from vllm_adainfer.promise.promise import Outcome, Promise
 
 RIDGE_PENALTIES = (1.0, 10.0, 100.0, 1_000.0, 10_000.0, 100_000.0)
 
+ANSWERS_ALONE = Changed()
 StateProbe = Probe | LabelHead  # reads states of the model
 AnyProbe = StateProbe | Student | Branch
 
@@ -53,30 +49,23 @@ class Target:
         kind: the kind of probe.
         label_ids: token ids of the possible answers, labels or a shortlist; None for the whole
             vocabulary.
-        full_depth: the labels' scores and probabilities at full depth, if probabilities are
-            predicted; None if the answer alone is.
+        full_depth: what each row is answered with at full depth, with the probabilities of labels,
+            if these are predicted; None if the answer alone is.
         subsets: bool [rows, labels], the labels that each row of the recording is about, if they
             are a pool; None if each row is about all of them.
         first_tokens: the first tokens of choices, if `label_ids` stand for such.
-        gates: what probabilities are compared with, if only their side of it is promised.
-        ranks: whether the order of documents is promised.
+        promise: what is promised of the answers.
         never_early: those of `label_ids` that the policy promises to be no early answer.
 
     """
 
     kind: ProbeKind
     label_ids: Tensor | None
-    full_depth: FullDepthLabels | None = None
+    full_depth: Outcome | None = None
     subsets: Tensor | None = None
     first_tokens: FirstTokens | None = None
-    gates: Gates | None = None
-    ranks: bool = False
+    promise: Promise = ANSWERS_ALONE
     never_early: frozenset[int] = frozenset()
-
-    @property
-    def link(self) -> Link:
-        """How the labels' scores become probabilities."""
-        return SOFTMAX if self.full_depth is None else self.full_depth.link
 
     @property
     def undecided(self) -> int | None:
@@ -96,22 +85,19 @@ class Target:
         """Whether the probes read whole prompts."""
         return self.kind == "pooled-label-head"
 
-    @property
-    def features(self) -> tuple[str, ...]:
-        """The names of the classifiers' features."""
-        if self.gates is not None:
-            return GATE_FEATURES
-        return FEATURES if self.full_depth is None else PROBABILITY_FEATURES
-
     def settled(self, agrees: Bools, loss: Floats) -> Bools:
         """[rows], whether an answer with this loss is as good as the full model's.
 
-        If only gates or an order are promised, another label may be as good; see `Judged` for the
-        arguments.
+        Some promises hold with another best label, too; see `Judged` for the arguments.
         """
-        another = self.gates is not None or self.ranks or not self.link.one_holds
-        settled: Bools = (loss == 0) & (agrees | another)
+        settled: Bools = (loss == 0) & (agrees | (not self.promise.best_counts))
         return settled
+
+    def full_depth_of(self, rows: Rows, where: Ints) -> Outcome:
+        """What the decision rows `where` are answered with at full depth."""
+        if self.full_depth is None:
+            return Outcome(torch.from_numpy(rows.tokens[where]))
+        return self.full_depth.of_rows(torch.from_numpy(where))
 
     def subsets_of(self, rows: Ints) -> Tensor | None:
         """The subsets of decision `rows`."""
@@ -159,7 +145,8 @@ def taught_by_full_depth(rows: Rows, target: Target, where: Ints, read: Tensor) 
     full_depth, subsets = target.full_depth, target.subsets_of(where)
     mass = None
     if full_depth is not None:
-        labels, mass = full_depth.probabilities.among[where], full_depth.probabilities.mass[where]
+        assert full_depth.labels is not None
+        labels, mass = full_depth.labels.among[where], full_depth.labels.mass[where]
     else:
         plain = rows.model.as_served(logit_lens(rows, target))
         scores = plain.score(plain.readout(rows.final[where]), return_scores=True).scores
@@ -167,36 +154,30 @@ def taught_by_full_depth(rows: Rows, target: Target, where: Ints, read: Tensor) 
         if target.first_tokens is not None:
             scores = target.first_tokens.best(scores)
         labels = restrict(scores, subsets).softmax(1)
-    return Taught(read, labels, mass, subsets, target.link)
+    return Taught(read, labels, mass, subsets, target.promise.link)
 
 
 def answers_of_probe(
     probe: StateProbe,
     states: Tensor,
     subsets: Tensor | None = None,
-    gates: Gates | None = None,
-    link: Link = SOFTMAX,
+    promise: Promise = ANSWERS_ALONE,
 ) -> ProbeAnswers:
     """The answers of `probe` for `states`, which are what `Rows.read_by_probe` returns.
 
-    `subsets`, bool [rows, labels], are the labels that each row is about; None for all. `gates` and
-    `link` are those of the target.
+    `subsets`, bool [rows, labels], are the labels that each row is about; None for all.
     """
     if isinstance(probe, Probe):
         result = probe.score(probe.readout(states))
-        return ProbeAnswers(result.features, result.top1_id.numpy())
-    return answers_of_scores(probe, probe.score(states, subsets), gates, link)
+        return ProbeAnswers(result.features, Outcome(result.top1_id))
+    return answers_of_scores(probe, probe.score(states, subsets), promise)
 
 
-def answers_of_scores(
-    head: LabelHead, scores: Tensor, gates: Gates | None, link: Link = SOFTMAX
-) -> ProbeAnswers:
+def answers_of_scores(head: LabelHead, scores: Tensor, promise: Promise) -> ProbeAnswers:
     """The answers of a label head that has given some rows `scores`; see `answers_of_probe`."""
-    tokens = head.token_ids[scores[:, : len(head.token_ids)].argmax(dim=1)].numpy()
-    if not head.reads_mass:
-        return ProbeAnswers(features_among(scores), tokens)
-    features = features_of(scores, link) if gates is None else gates.features(scores)
-    return ProbeAnswers(features, tokens, probabilities_of_scores(scores, link))
+    tokens = head.token_ids[scores[:, : len(head.token_ids)].argmax(dim=1)]
+    labels = probabilities_of_scores(scores, promise.link) if head.reads_mass else None
+    return ProbeAnswers(promise.features(scores), Outcome(tokens, labels=labels))
 
 
 def logit_lens(rows: Rows, target: Target) -> Probe:
