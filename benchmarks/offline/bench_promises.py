@@ -49,13 +49,13 @@ from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config
 from vllm_adainfer.offline.evaluation.by_label import label_rows
 from vllm_adainfer.offline.evaluation.promised import bounded_rows, promised_rows
-from vllm_adainfer.offline.evaluation.requests import promised_output
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import say
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled
 from vllm_adainfer.offline.tables import markdown_table
+from vllm_adainfer.promise.output import Output
 
 GATES = (0.8, 0.9, 0.95)
 TOLERANCES = (0.1, 0.05)
@@ -190,7 +190,7 @@ def measure_all(
             {
                 "promise": promise,
                 "exit_points": [exit.layer for exit in policy.exits],
-                **measured(rounds, name, promised_output(config), rights),
+                **measured(rounds, name, Output.of_config(config).form, rights),
                 **wrong(rounds, name, config, examples),
             }
         )
@@ -201,7 +201,7 @@ def wrong(
     rounds: Sequence[Round], name: str, config: ArtifactConfig, examples: Sequence[Example]
 ) -> dict[str, Any]:
     """How often a policy's answers break its promise; of the first round."""
-    kind, groups = promised_output(config), np.arange(len(examples))
+    kind, groups = Output.of_config(config).form, np.arange(len(examples))
     ours, never = rounds[0].ours[name], rounds[0].never[kind]
     if config.risk != "probability":
         changed = sum(a != b for a, b in zip(ours.texts, never.texts, strict=True))

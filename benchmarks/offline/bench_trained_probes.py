@@ -35,7 +35,6 @@ from benchmarks.offline.resamples import resampled
 from benchmarks.offline.slow_model import with_idle_layers
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
-from vllm_adainfer.engine.admission.requested_output import OutputKind
 from vllm_adainfer.offline.calibration.best_policy import best_heads, layers_to_branch
 from vllm_adainfer.offline.calibration.calibrate import calibration_of, record_prompts
 from vllm_adainfer.offline.calibration.fit import cost
@@ -57,6 +56,7 @@ from vllm_adainfer.offline.reports.shares import spelled
 from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.student import Student
+from vllm_adainfer.promise.output import Form
 
 CACHE = Path(__file__).parents[2] / ".cache"
 ROWS_IN_A_STEP = 64
@@ -213,7 +213,7 @@ def measure_all(
                 if isinstance(exit.probe, (Branch, Student))
             },
             "expected_ms": {part: 1e3 * s for part, s in policy.choice.expected.items()},
-            **measured(rounds, name, OutputKind.TOKEN, rights),
+            **measured(rounds, name, Form.TOKEN, rights),
             **resampled(policy, made.tests),
         }
         for name, policy in certified.items()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm_adainfer.arrays import Ints
-from vllm_adainfer.engine.admission.requested_output import OutputKind
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
@@ -18,19 +17,20 @@ from vllm_adainfer.offline.calibration.prompts import Prompts, split_of
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, write_artifact
 from vllm_adainfer.offline.evaluation.measure import WARM_UP, run
-from vllm_adainfer.offline.evaluation.requests import promised_output, request_params
+from vllm_adainfer.offline.evaluation.requests import request_params
 from vllm_adainfer.offline.evaluation.run import Run
 from vllm_adainfer.offline.evaluation.sequences import compare
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.offline.reports.shares import clopper_pearson
+from vllm_adainfer.promise.output import Form, Output
 from vllm_adainfer.settings.request import EXIT_ARG
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 STOCK, NEVER = "stock", "never"
-Baselines = Mapping[OutputKind, Run]
+Baselines = Mapping[Form, Run]
 
 
 @dataclass(frozen=True)
@@ -73,27 +73,27 @@ def run_in_turn(
     for name, policy in policies.items():
         write_artifact(policy, request.model, hf_config, request.template, folder / name)
     configs = {name: policy_config(one, "", hf_config) for name, one in policies.items()}
-    by_kind = {promised_output(config): config for config in configs.values()}
+    by_kind = {Output.of_config(config).form: config for config in configs.values()}
     stock = start_engine(request.model, examples)
     ours = start_engine(
         request.model, examples, {"artifact": {name: str(folder / name) for name in policies}}
     )
 
-    def once(engine: LLM, name: str, kind: OutputKind, prompts: Sequence[Example]) -> Run:
+    def once(engine: LLM, name: str, kind: Form, prompts: Sequence[Example]) -> Run:
         config = configs.get(name, by_kind[kind])
         asked = {STOCK: None, NEVER: {EXIT_ARG: 0}}.get(name, {"adainfer_policy": name})
         params = [request_params(config, one.labels, asked) for one in prompts]
         return run(engine, prompts, params, config, engine is ours, None)
 
     turns = [(stock, STOCK, kind) for kind in by_kind] + [(ours, NEVER, kind) for kind in by_kind]
-    turns += [(ours, name, promised_output(config)) for name, config in configs.items()]
+    turns += [(ours, name, Output.of_config(config).form) for name, config in configs.items()]
     rounds = []
     try:
         for turn in turns:
             once(*turn, examples[:WARM_UP])
         with progress(total=repeat * len(turns), desc="measure", unit="run") as done:
             for _ in range(repeat):
-                found: dict[tuple[str, OutputKind], Run] = {}
+                found: dict[tuple[str, Form], Run] = {}
                 for engine, name, kind in turns:
                     found[name, kind] = once(engine, name, kind, examples)
                     done.update()
@@ -104,7 +104,7 @@ def run_in_turn(
     return rounds
 
 
-def _round_of(found: Mapping[tuple[str, OutputKind], Run]) -> Round:
+def _round_of(found: Mapping[tuple[str, Form], Run]) -> Round:
     stock, never = (
         {kind: run for (name, kind), run in found.items() if name == wanted}
         for wanted in (STOCK, NEVER)
@@ -114,7 +114,7 @@ def _round_of(found: Mapping[tuple[str, OutputKind], Run]) -> Round:
 
 
 def measured(
-    rounds: Sequence[Round], name: str, kind: OutputKind, rights: Sequence[set[int]]
+    rounds: Sequence[Round], name: str, kind: Form, rights: Sequence[set[int]]
 ) -> dict[str, Any]:
     """A policy's medians over the rounds; its answers are those of the first.
 

@@ -14,7 +14,6 @@ from tests.tiny import tiny_config
 from tests.unit.readings import outcomes
 from vllm_adainfer.artifact.fields import Gate, Label
 from vllm_adainfer.cli.promises import gates_of
-from vllm_adainfer.engine.admission.requested_output import OutputKind, RequestedOutput
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.evaluation.promised import promised_rows
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
@@ -22,6 +21,7 @@ from vllm_adainfer.offline.reports import figures
 from vllm_adainfer.offline.reports.evaluation_facts import facts_of_gates
 from vllm_adainfer.promise.gates import FURTHEST, Gates
 from vllm_adainfer.promise.kinds import promise_of
+from vllm_adainfer.promise.output import Form, Output
 
 LABELS = tuple(Label(name=name, token_id=token) for token, name in enumerate("abc"))
 GATES = (
@@ -141,15 +141,14 @@ def test_probabilities_are_served_and_the_label_alone_only_where_a_gate_decides_
 ):
     config = config_with(tiny_model, *gates)
     served = {
-        kind: RequestedOutput(kind, frozenset(config.label_ids)).is_promised_by(config)
-        for kind in OutputKind
+        kind: Output(kind, frozenset(config.label_ids)).is_promised_by(config) for kind in Form
     }
     assert served == {
-        OutputKind.TOKEN: tokens,
-        OutputKind.CHOICE: False,
-        OutputKind.AMONG_LABELS: True,
-        OutputKind.IN_VOCABULARY: True,
-        OutputKind.SCORES: False,
+        Form.TOKEN: tokens,
+        Form.CHOICE: False,
+        Form.AMONG_LABELS: True,
+        Form.IN_VOCABULARY: True,
+        Form.SCORES: False,
     }
 
 

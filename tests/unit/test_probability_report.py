@@ -13,7 +13,7 @@ import pytest
 
 from tests.tiny import LAYERS, tiny_config
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.engine.admission.requested_output import OutputKind, requested_output
+from vllm_adainfer.engine.admission.requested_output import requested_output
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.evaluation.measure import measure
 from vllm_adainfer.offline.evaluation.report import build_report, summary_line
@@ -25,6 +25,7 @@ from vllm_adainfer.offline.evaluation.requests import (
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.facts.document import as_text
 from vllm_adainfer.offline.reports.evaluation_facts import evaluation_facts
+from vllm_adainfer.promise.output import Form
 
 EXAMPLES = [
     Example(f"line {number}", "a review", [0] * 10, label)
@@ -77,9 +78,9 @@ def report(tiny_model) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({}, OutputKind.TOKEN),
-        ({"risk": "probability", "tolerance": 0.05}, OutputKind.AMONG_LABELS),
-        ({"risk": "probability", "tolerance": 0.05, "label_mass": True}, OutputKind.IN_VOCABULARY),
+        ({}, Form.TOKEN),
+        ({"risk": "probability", "tolerance": 0.05}, Form.AMONG_LABELS),
+        ({"risk": "probability", "tolerance": 0.05, "label_mass": True}, Form.IN_VOCABULARY),
     ],
 )
 def test_requests_read_the_most_that_the_policy_promises(tiny_model, changes, what):
@@ -88,7 +89,7 @@ def test_requests_read_the_most_that_the_policy_promises(tiny_model, changes, wh
     params = request_params(config, None, {"adainfer_epsilon": 0.02})
     read = requested_output(params, settings.get("logprobs_mode", "raw_logprobs"))
     assert read is not None
-    assert read.kind is what
+    assert read.form is what
     assert read.is_promised_by(config)
     assert (params.max_tokens, params.extra_args) == (1, {"adainfer_epsilon": 0.02})
 

@@ -41,6 +41,7 @@ WITH_MASS = {**PROBABILITY, "label_mass": True}
         (PROBABILITY, WITH_MASS, "whether it certifies the label mass"),
         (GATED, {**GATED, "gates": (Gate(probability=0.5),)}, "its gates"),
         (PROBABILITY, GATED, "its gates"),
+        (GATED, PROBABILITY, "whether it certifies the label mass"),
         ({"never_early": ("bad",)}, {}, "the labels that are never early answers"),
     ],
 )

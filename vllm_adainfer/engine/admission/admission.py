@@ -16,7 +16,6 @@ from vllm_adainfer.artifact.label_subsets import ALL, bits_of
 from vllm_adainfer.engine.admission.arrival import Arrival
 from vllm_adainfer.engine.admission.choice_ends import why_choices_run_on
 from vllm_adainfer.engine.admission.policies import Policies
-from vllm_adainfer.engine.admission.requested_output import RequestedOutput
 from vllm_adainfer.engine.admission.running import (
     NOT_POOLED,
     NOT_RECORDED,
@@ -26,6 +25,7 @@ from vllm_adainfer.engine.admission.running import (
 from vllm_adainfer.engine.admission.threshold_rows import RowsOfRequest, ThresholdRows
 from vllm_adainfer.engine.compat.config import serves_prompt_logprobs
 from vllm_adainfer.engine.pinned_artifacts import served_configs
+from vllm_adainfer.promise.output import Output
 from vllm_adainfer.settings.engine import NO_POLICY, Settings
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class Admission:
         return self._rows.of(policy, self.settings.epsilon if epsilon is None else epsilon, prompt)
 
 
-def _subset(output: RequestedOutput | None, config: ArtifactConfig) -> int:
+def _subset(output: Output | None, config: ArtifactConfig) -> int:
     """See `Running.subset`."""
     if not config.label_pool or output is None or output.labels is None:
         return ALL

@@ -12,8 +12,6 @@ from vllm_adainfer.auto.kinds import Kind, kind_names
 from vllm_adainfer.engine.admission.kind_of import kind_of_output
 from vllm_adainfer.engine.admission.policies import Policies
 from vllm_adainfer.engine.admission.requested_output import (
-    OutputKind,
-    RequestedOutput,
     requested_output,
     requested_scores,
     wants_prompt_logprobs,
@@ -30,6 +28,7 @@ from vllm_adainfer.engine.compat.requests import request_group
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.policy.script import SCRIPT_LABELS
+from vllm_adainfer.promise.output import Form, Output
 from vllm_adainfer.settings.engine import Settings
 from vllm_adainfer.settings.request import EXIT_ARG, RequestSettings, read_request
 
@@ -42,7 +41,7 @@ logger = get_logger(__name__)
 
 TYPICAL_SAVING = 0.4  # of the layers, by a policy that is still to come; see docs/results.md
 OPTED_OUT = RequestSettings.model_validate({EXIT_ARG: 0})
-SCRIPTED_OUTPUT = RequestedOutput(OutputKind.TOKEN, frozenset(SCRIPT_LABELS))
+SCRIPTED_OUTPUT = Output(Form.TOKEN, frozenset(SCRIPT_LABELS))
 
 
 class Arrival:
@@ -86,7 +85,7 @@ class Arrival:
         kind = self._kind(request, adapter)
         # A kind may get a policy at any time.
         may_decide = kind is not None or self._policies.may_decide(request, adapter)
-        is_choice = request.output is not None and request.output.kind is OutputKind.CHOICE
+        is_choice = request.output is not None and request.output.form is Form.CHOICE
         is_shadow = self.is_shadow(request_id)
         scripted = self._scripted_row(request)
         return replace(

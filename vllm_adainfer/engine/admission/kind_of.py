@@ -5,12 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.auto.kinds import Kind
-from vllm_adainfer.engine.admission.requested_output import (
-    OutputKind,
-    RequestedOutput,
-    requested_output,
-)
+from vllm_adainfer.engine.admission.requested_output import requested_output
 from vllm_adainfer.engine.admission.running import is_for_pooling
+from vllm_adainfer.promise.output import Form, Output
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -41,15 +38,15 @@ def kind_of(
 
 
 def kind_of_output(
-    output: RequestedOutput, max_tokens: int | None, adapter: LoRARequest | None
+    output: Output, max_tokens: int | None, adapter: LoRARequest | None
 ) -> Kind | None:
     """The kind of a request with such an output; None unless it is one answer of a fixed set."""
-    if not output.is_greedy and output.kind is not OutputKind.IN_VOCABULARY:
+    if not output.is_greedy and output.form is not Form.IN_VOCABULARY:
         return None
     name = None if adapter is None else adapter.lora_name
-    if output.kind is OutputKind.CHOICE:
+    if output.form is Form.CHOICE:
         return Kind("choice", choices=tuple(sorted(output.choices or ())), adapter=name)
     if not output.labels or max_tokens != 1:
         return None
     labels = tuple(sorted(output.labels))
-    return Kind("label" if output.kind is OutputKind.TOKEN else "probabilities", labels, (), name)
+    return Kind("label" if output.form is Form.TOKEN else "probabilities", labels, (), name)

@@ -7,13 +7,9 @@ from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Adapter
-from vllm_adainfer.engine.admission.requested_output import (
-    OutputKind,
-    RequestedOutput,
-    policy_choices,
-)
 from vllm_adainfer.engine.admission.running import Running
 from vllm_adainfer.engine.compat.logs import get_logger
+from vllm_adainfer.promise.output import Form, Output
 from vllm_adainfer.settings.engine import Settings
 
 if TYPE_CHECKING:
@@ -52,13 +48,12 @@ class Policies:
     def _ambiguous_for(self, adapter: Adapter | None) -> set[tuple[str, ...]]:
         """The policies that fit requests with `adapter`, for each output they may want."""
         own = {name: config for name, config in self.configs.items() if config.adapter == adapter}
-        sets = {frozenset(one.label_ids) or None for one in own.values() if not one.choices}
+        promised = {Output.of_config(config) for config in own.values()}
+        sets = {one.labels for one in promised if one.form is not Form.CHOICE}
         # Pools may share labels that none of them has exactly.
         shared = {one & other for one in sets for other in sets if one and other}
         sets |= shared | {both - {label} for both in shared for label in both}
-        outputs = [RequestedOutput(kind, labels) for labels in sets for kind in OutputKind]
-        texts = {policy_choices(config) for config in own.values()} - {None}
-        outputs += [RequestedOutput(OutputKind.CHOICE, None, choices) for choices in texts]
+        outputs = promised | {Output(form, labels) for labels in sets for form in Form}
         return {tuple(self._fitting(output, own)) for output in outputs}
 
     def select(self, request: Running, candidates: Mapping[str, ArtifactConfig]) -> str | None:
@@ -76,7 +71,7 @@ class Policies:
             return None
         return name if self._covers(candidates[name], output, request.max_tokens) else None
 
-    def _covers(self, config: ArtifactConfig, output: RequestedOutput, max_tokens: int) -> bool:
+    def _covers(self, config: ArtifactConfig, output: Output, max_tokens: int) -> bool:
         """Whether a policy's bound covers an output of up to `max_tokens` tokens.
 
         A bound calibrated on one token covers requests for one token only. One calibrated on more
@@ -84,7 +79,7 @@ class Policies:
         """
         if not output.is_promised_by(config):
             return False
-        if output.kind is OutputKind.CHOICE:  # its first token decides it
+        if output.form is Form.CHOICE:  # its first token decides it
             longest = max(len(choice.token_ids) for choice in config.choices)
             return self.ends_choices and max_tokens > longest  # with the token that ends it
         return max_tokens == 1 or config.max_tokens > 1
@@ -145,9 +140,7 @@ class Policies:
             if config.adapter is not None and config.adapter.name == adapter.lora_name
         }
 
-    def _fitting(
-        self, output: RequestedOutput, candidates: Mapping[str, ArtifactConfig]
-    ) -> list[str]:
+    def _fitting(self, output: Output, candidates: Mapping[str, ArtifactConfig]) -> list[str]:
         """The policies for a requested output, for a request that names none.
 
         Exactly the requested labels beat a pool with more. Among those left, policies that promise

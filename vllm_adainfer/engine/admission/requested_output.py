@@ -2,83 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import MOST_ANSWERS
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
-from vllm_adainfer.promise.kinds import promise_of
+from vllm_adainfer.promise.output import Form, Output
 
 if TYPE_CHECKING:
     from vllm import PoolingParams, SamplingParams
 
 
-class OutputKind(Enum):
-    """The kinds of output that policies promise."""
-
-    TOKEN = "the token alone"
-    CHOICE = "one of several texts"
-    AMONG_LABELS = "probabilities among the labels"
-    IN_VOCABULARY = "probabilities of the labels in the whole vocabulary"
-    SCORES = "the scores of a classifier"
-
-
-@dataclass(frozen=True)
-class RequestedOutput:
-    """What a request wants returned.
-
-    Attributes:
-        kind: the kind of output.
-        labels: ids of the tokens that may be the answer; None if any token may be.
-        choices: the texts to choose from; None if the request has no such restriction.
-        is_greedy: whether the answer is the best one. A sampled one may be any label.
-
-    """
-
-    kind: OutputKind
-    labels: frozenset[int] | None
-    choices: frozenset[str] | None = None
-    is_greedy: bool = field(default=True, compare=False)
-
-    def is_promised_by(self, config: ArtifactConfig) -> bool:
-        """Whether a policy's bound covers this output."""
-        reads_answer = self.kind in (OutputKind.TOKEN, OutputKind.CHOICE)
-        if config.never_early and reads_answer and not self.is_greedy:
-            return False
-        if config.score_head is not None or self.kind is OutputKind.SCORES:
-            return config.score_head is not None and self.kind is OutputKind.SCORES
-        if config.choices or self.kind is OutputKind.CHOICE:
-            return self.choices is not None and self.choices == policy_choices(config)
-        if not self.has_labels_of(config) and not self._is_in_pool(config):
-            return False
-        promise = promise_of(config)
-        if self.kind is OutputKind.TOKEN:
-            return promise.serves_best
-        return promise.serves_probabilities(self.kind is OutputKind.IN_VOCABULARY)
-
-    def has_labels_of(self, config: ArtifactConfig) -> bool:
-        """Whether a policy is for exactly these labels, or these choices."""
-        if config.choices:
-            return self.choices == policy_choices(config)
-        return self.labels == (frozenset(config.label_ids) or None)
-
-    def _is_in_pool(self, config: ArtifactConfig) -> bool:
-        """Whether a policy's label pool has these labels; a single one has no runner-up."""
-        if not config.label_pool or self.labels is None:
-            return False
-        return len(self.labels) > 1 and self.labels <= set(config.label_ids)
-
-
-def policy_choices(config: ArtifactConfig) -> frozenset[str] | None:
-    """The texts of a policy for choices; None for any other policy."""
-    return frozenset(choice.text for choice in config.choices) or None
-
-
 def requested_output(
     params: SamplingParams, logprobs_mode: str, any_temperature: bool = False
-) -> RequestedOutput | None:
+) -> Output | None:
     """What a request wants returned; None if no policy can promise it.
 
     Called once per request, on arrival.
@@ -96,22 +33,22 @@ def requested_output(
     output = _restricted_output(params, logprobs_mode)
     if output is None or params.temperature == 0:
         return output
-    if any_temperature or output.kind is OutputKind.IN_VOCABULARY:
+    if any_temperature or output.form is Form.IN_VOCABULARY:
         return replace(output, is_greedy=False)
     return None
 
 
-def requested_scores(params: PoolingParams) -> RequestedOutput | None:
+def requested_scores(params: PoolingParams) -> Output | None:
     """What a request to a classifier wants returned; None if no policy can promise it.
 
     Raw scores are not promised, only the probabilities made of them.
     """
     if params.task != "classify" or params.use_activation is False:
         return None
-    return RequestedOutput(OutputKind.SCORES, None)
+    return Output(Form.SCORES, None)
 
 
-def _restricted_output(params: SamplingParams, logprobs_mode: str) -> RequestedOutput | None:
+def _restricted_output(params: SamplingParams, logprobs_mode: str) -> Output | None:
     """What is returned, by a request's restrictions and log-probabilities alone.
 
     No policy has more than `MOST_ANSWERS` labels, so longer lists are not examined.
@@ -125,21 +62,21 @@ def _restricted_output(params: SamplingParams, logprobs_mode: str) -> RequestedO
         choices = requested_choices(params)
         if not choices or not can_end_with_choice(params):
             return None
-        return RequestedOutput(OutputKind.CHOICE, None, choices)
+        return Output(Form.CHOICE, None, choices)
     allowed, ids = params.allowed_token_ids, params.logprob_token_ids
     if max(len(allowed or ()), len(ids or ())) > MOST_ANSWERS:
         return None
     labels = None if allowed is None else frozenset(allowed)
     if params.logprobs is None and ids is None:
-        return RequestedOutput(OutputKind.TOKEN, labels)
+        return Output(Form.TOKEN, labels)
     processed = logprobs_mode == "processed_logprobs"
     if processed and params.temperature != 0:
         return None  # the temperature changes these probabilities
     if processed and labels is not None and (ids is None or labels == frozenset(ids)):
-        return RequestedOutput(OutputKind.AMONG_LABELS, labels)
+        return Output(Form.AMONG_LABELS, labels)
     is_normalised = processed or logprobs_mode == "raw_logprobs"
     if is_normalised and ids is not None and labels in (None, frozenset(ids)):
-        return RequestedOutput(OutputKind.IN_VOCABULARY, frozenset(ids))
+        return Output(Form.IN_VOCABULARY, frozenset(ids))
     return None
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.artifact.kinds import NotCovered
 from vllm_adainfer.artifact.label_subsets import ALL
-from vllm_adainfer.engine.admission.requested_output import RequestedOutput
 from vllm_adainfer.exits.loop.step import FULL_DEPTH
+from vllm_adainfer.promise.output import Output
 from vllm_adainfer.settings.engine import NO_POLICY
 from vllm_adainfer.settings.request import RequestSettings, read_request
 
@@ -78,7 +78,7 @@ class Running:
     """
 
     settings: RequestSettings = NO_SETTINGS
-    output: RequestedOutput | None = None
+    output: Output | None = None
     max_tokens: int = UNLIMITED
     wants_prompt_logprobs: bool = False
     may_exit: bool = False

@@ -24,6 +24,7 @@ from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.promise.kinds import promise_of
 from vllm_adainfer.watch.watch import Watch
 
+STUDENT_READS = "how its student reads requests"
 # By name, the artifact and the policy of each of its parts.
 Built: TypeAlias = Mapping[str, tuple[Artifact, Mapping[str, Policy]]]
 
@@ -192,9 +193,11 @@ def check_replaces(name: str, new: ArtifactConfig, old: ArtifactConfig) -> None:
         AdaInferError: it does not; the sentence says what differs.
 
     """
-    before = _admitted_by(old)
-    for what, value in _admitted_by(new).items():
-        if value != before.get(what):
+    before, after = _admitted_by(old), _admitted_by(new)
+    if new.student is None:  # the scheduler may go on reading texts for one that has gone
+        before.pop(STUDENT_READS, None)
+    for what in before | after:
+        if before.get(what) != after.get(what):
             raise AdaInferError(
                 f"policy {name} differs from the one before in {what}: restart the engine"
             )
@@ -213,5 +216,5 @@ def _admitted_by(config: ArtifactConfig) -> dict[str, object]:
         **promise_of(config).admits(),
     }
     if config.student is not None:
-        facts["how its student reads requests"] = config.student.reads, config.shared
+        facts[STUDENT_READS] = config.student.reads, config.shared
     return facts

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.engine.admission.requested_output import OutputKind, RequestedOutput
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.batch_files import are_requests, read_requests
 from vllm_adainfer.offline.calibration.data.choices import common_choices, find_choices, with_labels
@@ -23,6 +22,7 @@ from vllm_adainfer.offline.calibration.data.examples import (
 from vllm_adainfer.offline.calibration.data.scored import read_scored
 from vllm_adainfer.offline.evaluation.sequences import Tokens, has_number, is_number
 from vllm_adainfer.offline.pretrained import Model
+from vllm_adainfer.promise.output import Form, Output
 
 
 def load_examples(
@@ -123,7 +123,7 @@ def _check_requests_served(
 ) -> None:
     for example in examples:
         labels = example.labels or ()
-        if not RequestedOutput(OutputKind.TOKEN, frozenset(labels)).is_promised_by(config):
+        if not Output(Form.TOKEN, frozenset(labels)).is_promised_by(config):
             raise AdaInferError(
                 f"{example.place} is about the labels "
                 f"{', '.join(map(repr, map(tokenizer.decode, labels)))}, which this policy does "

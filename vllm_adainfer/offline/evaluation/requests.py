@@ -9,31 +9,17 @@ import numpy as np
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Choice, Label
-from vllm_adainfer.engine.admission.requested_output import OutputKind
 from vllm_adainfer.offline.calibration.record.asking import greedy, scores_of
 from vllm_adainfer.offline.evaluation.run import Logprobs
-from vllm_adainfer.promise.kinds import promise_of
+from vllm_adainfer.promise.output import Form, Output
 
 if TYPE_CHECKING:
     from vllm import PoolingParams, PoolingRequestOutput, RequestOutput, SamplingParams
 
 
-def promised_output(config: ArtifactConfig) -> OutputKind:
-    """The strongest output that the policy's bound covers."""
-    if config.score_head is not None:
-        return OutputKind.SCORES
-    if config.choices:
-        return OutputKind.CHOICE
-    promise = promise_of(config)
-    if not promise.reads_probabilities:
-        return OutputKind.TOKEN
-    whole = promise.serves_probabilities(in_vocabulary=True)
-    return OutputKind.IN_VOCABULARY if whole else OutputKind.AMONG_LABELS
-
-
 def engine_settings(config: ArtifactConfig) -> dict[str, Any]:
     """The `vllm.LLM` arguments that the requests need."""
-    if promised_output(config) is not OutputKind.AMONG_LABELS:
+    if Output.of_config(config).form is not Form.AMONG_LABELS:
         return {}
     return {"logprobs_mode": "processed_logprobs", "max_logprobs": len(config.labels)}
 
@@ -53,16 +39,16 @@ def request_params(
         max_tokens: how many tokens to generate, if the request is for tokens.
 
     """
-    what, ids = promised_output(config), list(labels or config.label_ids)
-    if what is OutputKind.SCORES:
+    form, ids = Output.of_config(config).form, list(labels or config.label_ids)
+    if form is Form.SCORES:
         return scores_of(extra_args)
-    if what is OutputKind.CHOICE:
+    if form is Form.CHOICE:
         return choice_params(config.choices, extra_args)
-    if what is OutputKind.TOKEN:
+    if form is Form.TOKEN:
         return greedy(ids, extra_args, max_tokens)
     from vllm import SamplingParams
 
-    if what is OutputKind.IN_VOCABULARY:
+    if form is Form.IN_VOCABULARY:
         probabilities: dict[str, Any] = {"logprob_token_ids": ids}
     else:
         probabilities = {"allowed_token_ids": ids, "logprobs": len(ids)}

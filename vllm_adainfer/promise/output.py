@@ -1,0 +1,79 @@
+"""What is asked: the same of a request, and of the requests that an artifact is for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from vllm_adainfer.artifact.config_fields import ConfigFields
+from vllm_adainfer.promise.kinds import promise_of
+
+
+class Form(Enum):
+    """The forms of output that policies promise."""
+
+    TOKEN = "the token alone"
+    CHOICE = "one of several texts"
+    AMONG_LABELS = "probabilities among the labels"
+    IN_VOCABULARY = "probabilities of the labels in the whole vocabulary"
+    SCORES = "the scores of a classifier"
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a request wants returned.
+
+    Attributes:
+        form: the form of output.
+        labels: ids of the tokens that may be the answer; None if any token may be.
+        choices: the texts to choose from; None if there is no such restriction.
+        is_greedy: whether the answer is the best one. A sampled one may be any label.
+
+    """
+
+    form: Form
+    labels: frozenset[int] | None = None
+    choices: frozenset[str] | None = None
+    is_greedy: bool = field(default=True, compare=False)
+
+    @classmethod
+    def of_config(cls, config: ConfigFields) -> Output:
+        """The strongest output that the bound of an artifact covers."""
+        if config.score_head is not None:
+            return cls(Form.SCORES)
+        if config.choices:
+            return cls(Form.CHOICE, choices=frozenset(one.text for one in config.choices))
+        labels = frozenset(config.label_ids) or None
+        promise = promise_of(config)
+        if not promise.reads_probabilities:
+            return cls(Form.TOKEN, labels)
+        in_vocabulary = promise.serves_probabilities(in_vocabulary=True)
+        return cls(Form.IN_VOCABULARY if in_vocabulary else Form.AMONG_LABELS, labels)
+
+    def is_promised_by(self, config: ConfigFields) -> bool:
+        """Whether the bound of an artifact covers this output."""
+        promised = Output.of_config(config)
+        reads_answer = self.form in (Form.TOKEN, Form.CHOICE)
+        if config.never_early and reads_answer and not self.is_greedy:
+            return False
+        if Form.SCORES in (self.form, promised.form):
+            return self.form is promised.form
+        if Form.CHOICE in (self.form, promised.form):
+            return self.choices is not None and self.choices == promised.choices
+        if self.labels != promised.labels and not self._is_in_pool(config):
+            return False
+        promise = promise_of(config)
+        if self.form is Form.TOKEN:
+            return promise.serves_best
+        return promise.serves_probabilities(self.form is Form.IN_VOCABULARY)
+
+    def has_labels_of(self, config: ConfigFields) -> bool:
+        """Whether an artifact is for exactly these labels, or these choices."""
+        promised = Output.of_config(config)
+        return (self.labels, self.choices) == (promised.labels, promised.choices)
+
+    def _is_in_pool(self, config: ConfigFields) -> bool:
+        """Whether a policy's label pool has these labels; a single one has no runner-up."""
+        if not config.label_pool or self.labels is None:
+            return False
+        return len(self.labels) > 1 and self.labels <= set(config.label_ids)
