@@ -11,6 +11,7 @@ import lzma
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,9 +28,9 @@ from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.artifact.label_subsets import mask_of, restrict
 from vllm_adainfer.offline.calibration.certify.bound import Bound
-from vllm_adainfer.offline.calibration.certify.certify import certify
+from vllm_adainfer.offline.calibration.certify.certify import certified_on, certify
 from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
-from vllm_adainfer.offline.calibration.certify.parts import certify_pairs, pairs_of_thresholds
+from vllm_adainfer.offline.calibration.certify.parts import pair_path, pairs_of_thresholds
 from vllm_adainfer.offline.calibration.certify.queries import Queries
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Judged, Scored
@@ -275,8 +276,11 @@ def certified(
     if len(exits) == 2:
         both = [*exits.values()]
         pairs = pairs_of_thresholds(*both, config.layers, queries.get("fit"))
-        points = certify_pairs(
-            *both, config.layers, pairs, EPSILONS, bound, tests=tests, queries=queries_held
+        path = partial(pair_path, *both, config.layers, pairs, queries=queries_held)
+        found = certified_on(path, EPSILONS, bound, tests)
+        points = (
+            {epsilon: pair.whole for epsilon, pair in found.items()},
+            {epsilon: pair.last for epsilon, pair in found.items()},
         )
     else:
         [one] = exits.values()

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from tests.unit.readings import outcomes
 from vllm_adainfer.artifact.fields import Gate, Label
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.score_labels import score_head_of
@@ -16,7 +15,6 @@ from vllm_adainfer.offline.calibration.options import (
     PolicyOptions,
     check_classifier,
 )
-from vllm_adainfer.promise.gates import Gates
 from vllm_adainfer.promise.links import SIGMOIDS, SOFTMAX
 from vllm_adainfer.promise.probabilities import (
     answers_of,
@@ -83,15 +81,6 @@ def test_answers_and_features_of_labels_by_themselves():
     features = features_of(scores, SIGMOIDS)
     torch.testing.assert_close(features[:, 0], least.logit(), atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(features[:, 1], 2 * least - 1, atol=1e-5, rtol=1e-4)
-
-
-def test_a_gate_is_about_its_label_alone():
-    gates = [Gate(label="a", probability=0.5), Gate(label="c", probability=0.9)]
-    early, full = scores_of(200), scores_of(200, seed=1)
-    found = Gates(gates, LABELS, SIGMOIDS).wrong(*outcomes(early, full))
-    above = [(one.sigmoid()[:, [0, 2]] >= torch.tensor([0.5, 0.9])) for one in (early, full)]
-    assert torch.equal(found, (above[0] != above[1]).any(dim=1))
-    assert 0 < found.float().mean() < 1
 
 
 @pytest.mark.parametrize(

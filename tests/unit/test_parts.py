@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -14,12 +14,11 @@ import torch
 
 from vllm_adainfer.artifact.fields import LabelBound, TopK
 from vllm_adainfer.offline.calibration.certify.bound import Bound
-from vllm_adainfer.offline.calibration.certify.certify import certify
+from vllm_adainfer.offline.calibration.certify.certify import certified_on, certify
 from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
 from vllm_adainfer.offline.calibration.certify.parts import (
     LAST_TOKEN_SHARE,
     Pair,
-    certify_pairs,
     pair_path,
     pairs_of_thresholds,
 )
@@ -93,8 +92,9 @@ def certified_pairs() -> dict[str, list[Pair]]:
     for _ in range(RESAMPLES):
         parts = drawn(generator.integers(0, EVERYONE, ROWS))
         for name, tests in (("together", []), ("with recall", [test])):
-            points = certify_pairs(*parts, DEPTH, pairs, [EPSILON], bound, tests=tests)
-            found[name].append(served(*(point[EPSILON].threshold for point in points)))
+            path = partial(pair_path, *parts, DEPTH, pairs)
+            pair = certified_on(path, [EPSILON], bound, tests)[EPSILON]
+            found[name].append(served(pair.whole.threshold, pair.last.threshold))
         alone = [certify(part, DEPTH, [EPSILON], bound)[EPSILON].threshold for part in parts]
         found["each by itself"].append(served(*alone))
     return found

@@ -15,7 +15,6 @@ from vllm_adainfer.promise.probabilities import (
     LabelProbabilities,
     answers_of,
     features_of,
-    probabilities_of_answers,
     probabilities_of_logits,
     probabilities_of_scores,
 )
@@ -89,18 +88,6 @@ def test_the_best_labels_of_a_tie_have_even_odds():
     [tied, three] = features_of(torch.tensor([[1.0, 1.0, -9.0, 3.0], [2.0, 2.0, 2.0, 0.0]]))
     assert tied.tolist() == pytest.approx([0.0, 0.0, 3.0], abs=1e-4)
     assert three.tolist() == pytest.approx([-np.log(2), 0.0, 0.0], abs=1e-6)
-
-
-@pytest.mark.parametrize("vocabulary", [None, VOCABULARY])
-def test_answers_say_again_what_was_read(vocabulary):
-    scores = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * 5
-    read, said = (
-        probabilities_of_scores(scores),
-        probabilities_of_answers(answers_of(scores, vocabulary), vocabulary),
-    )
-    torch.testing.assert_close(said.among, read.among)
-    expected = torch.ones(50) if vocabulary is None else read.mass
-    torch.testing.assert_close(said.mass, expected)
 
 
 def test_logits_are_read_as_vllm_returns_them():

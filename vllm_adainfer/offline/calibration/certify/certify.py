@@ -6,7 +6,7 @@ point whose score passes), not for each exit point alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
@@ -102,15 +102,19 @@ def certify(
     With `rows`, bool [held-out rows], on those alone. `tests` must hold, too, on all rows. With
     `queries`, the bound is on their losses.
     """
-    if rows is not None:
-        bound = bound.of_rows(rows)
-    points = {
-        epsilon: loosest_certified(
-            held_out_path(exits, depth, rows, queries), epsilon, bound, tests
-        )
-        for epsilon in epsilons
-    }
-    return {epsilon: point for epsilon, point in points.items() if point is not None}
+    bound = bound if rows is None else bound.of_rows(rows)
+    return certified_on(lambda: held_out_path(exits, depth, rows, queries), epsilons, bound, tests)
+
+
+def certified_on(
+    path: Callable[[], Iterable[AnyPoint]],
+    epsilons: Iterable[float],
+    bound: Bound,
+    tests: Sequence[LabelTest] = (),
+) -> dict[float, AnyPoint]:
+    """The loosest point certified for each of `epsilons` that can be, each on a walk of its own."""
+    found = {epsilon: loosest_certified(path(), epsilon, bound, tests) for epsilon in epsilons}
+    return {epsilon: point for epsilon, point in found.items() if point is not None}
 
 
 def combine_questions(

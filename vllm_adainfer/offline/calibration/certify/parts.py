@@ -27,9 +27,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_adainfer.arrays import Bools, Floats, Ints
-from vllm_adainfer.offline.calibration.certify.bound import Bound
-from vllm_adainfer.offline.calibration.certify.certify import Points, loosest_certified
-from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
 from vllm_adainfer.offline.calibration.certify.path import (
     PathPoint,
     threshold_grid,
@@ -140,33 +137,3 @@ def pairs_of_thresholds(
             place += 1
         pairs.append((point.threshold, looser[place].threshold))
     return pairs
-
-
-def certify_pairs(
-    whole: Sequence[FittedExit],
-    last: Sequence[FittedExit],
-    depth: int,
-    thresholds: Thresholds,
-    epsilons: Iterable[float],
-    bound: Bound,
-    rows: Bools | None = None,
-    tests: Sequence[LabelTest] = (),
-    queries: Queries | None = None,
-) -> tuple[Points, Points]:
-    """The loosest pair certified for each of `epsilons` that can be: of each part, its points.
-
-    Both have the same epsilons. The other arguments are as for `certify`.
-    """
-    if rows is not None:
-        bound = bound.of_rows(rows)
-    found = {
-        epsilon: loosest_certified(
-            pair_path(whole, last, depth, thresholds, rows, queries), epsilon, bound, tests
-        )
-        for epsilon in epsilons
-    }
-    pairs = {epsilon: pair for epsilon, pair in found.items() if pair is not None}
-    return (
-        {epsilon: pair.whole for epsilon, pair in pairs.items()},
-        {epsilon: pair.last for epsilon, pair in pairs.items()},
-    )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -15,12 +15,13 @@ from vllm_adainfer.offline.calibration.certify.certify import (
     Points,
     QuestionRows,
     allowance_of_questions,
+    certified_on,
     certify,
     combine_questions,
 )
 from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
-from vllm_adainfer.offline.calibration.certify.parts import certify_pairs, pairs_of_thresholds
-from vllm_adainfer.offline.calibration.certify.path import threshold_grid, threshold_path
+from vllm_adainfer.offline.calibration.certify.parts import Pair, pair_path, pairs_of_thresholds
+from vllm_adainfer.offline.calibration.certify.path import PathPoint, threshold_grid, threshold_path
 from vllm_adainfer.offline.calibration.certify.queries import Queries, rows_allowed
 from vllm_adainfer.offline.calibration.data.split import numbered
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
@@ -155,19 +156,28 @@ def certified_together(
         last = whole
         thresholds = [(threshold, float("inf")) for threshold in threshold_grid(whole)]
     if not terms.calibration.options.by_question:
-        tests, queries = terms.tests, terms.queries
-        points, own_points = certify_pairs(
-            whole, last, depth, thresholds, epsilons, bound, tests=tests, queries=queries
+        path = partial(pair_path, whole, last, depth, thresholds, queries=terms.queries)
+        pairs = certified_on(path, epsilons, bound, terms.tests)
+        return (
+            ({epsilon: pair.whole for epsilon, pair in pairs.items()}, {}),
+            ({epsilon: pair.last for epsilon, pair in pairs.items()}, {}),
         )
-        return (points, {}), (own_points, {})
     by_question = terms.certifiable_questions()
     parts = {
-        name: certify_pairs(whole, last, depth, thresholds, epsilons, bound, rows)
+        name: certified_on(
+            partial(pair_path, whole, last, depth, thresholds, rows), epsilons, bound.of_rows(rows)
+        )
         for name, rows in by_question.items()
     }
 
-    def combined(exits: Sequence[FittedExit], place: int) -> tuple[Points, dict[str, Points]]:
-        questions = {name: both[place] for name, both in parts.items() if both[place]}
+    def combined(
+        exits: Sequence[FittedExit], part: Callable[[Pair], PathPoint]
+    ) -> tuple[Points, dict[str, Points]]:
+        questions = {
+            name: {epsilon: part(pair) for epsilon, pair in pairs.items()}
+            for name, pairs in parts.items()
+            if pairs
+        }
         return combine_questions(by_question, questions, exits, depth), questions
 
-    return combined(whole, 0), combined(last, 1)
+    return combined(whole, lambda pair: pair.whole), combined(last, lambda pair: pair.last)
