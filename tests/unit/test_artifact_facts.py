@@ -13,7 +13,7 @@ from vllm_adainfer.artifact.fields import Gate, LabelBound, LabelRisk, Level, Sh
 from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.facts.artifact import artifact_facts
-from vllm_adainfer.offline.facts.document import Table, as_text
+from vllm_adainfer.offline.facts.document import Table, as_markdown, as_text
 from vllm_adainfer.promise.kinds import promise_of
 from vllm_adainfer.promise.words import promise_in_words
 from vllm_adainfer.settings.engine import Settings
@@ -96,7 +96,7 @@ def test_start_up_line_text_and_card_use_the_same_words(tiny_model, changes, mod
     assert line.endswith("kv exact, shadow rate 0")
     assert found["promise"] == promise
     assert (found["probabilities"] in line) == (mode != "raw_logits")
-    assert f"| {promise} " in model_card(config, DETAILS)
+    assert f"- **promise**: {promise}\n" in model_card(config, DETAILS)
     certified = bool(config.gates) or config.label_mass
     assert ("the label mass is not certified, so" in found["probabilities"]) != certified
     if mode == "raw_logits":
@@ -194,16 +194,25 @@ def test_the_learning_curve_says_whether_more_prompts_would_pay(tiny_model, gain
 
 
 def test_the_card_has_front_matter_the_facts_and_how_often_the_probe_agrees(tiny_model):
-    shared = {"exit_points": (0, 3), **student.asked_with(SHARED)}
-    card = model_card(tiny_config(tiny_model, **shared), DETAILS)
-    front, facts, *_, agreement, _, made = (
-        card.split("\n\n|")[0].split("---")[1],
-        *card.split("\n\n")[4:],
+    asked = {"exit_points": (0, 3), **student.asked_with(SHARED)}
+    card = model_card(tiny_config(tiny_model, **asked), DETAILS)
+    assert card.startswith("---\nbase_model: ")
+    assert "\n- **student**: tiny-bert" in card
+    assert "| 2     |     90.0% |\n| 4     |     95.0% |\n\n" in card
+    assert card.endswith("\nMade with torch 2 on a CPU.\n")
+
+
+DOCUMENT = ["A sentence.", {"model": "tiny"}, "", Table([{"label": "a|b", "share": "5 %"}], 1)]
+
+
+def test_a_document_is_text():
+    assert as_text(DOCUMENT) == (
+        "A sentence.\n\nmodel  tiny\n\nlabel   share\n─────────────\na|b       5 %"
     )
-    assert "base_model: " in front
-    assert "| student           | tiny-bert" in facts
-    assert agreement.splitlines()[2:] == [
-        "| 2     |     90.0% |",
-        "| 4     |     95.0% |",
-    ]
-    assert made == "Made with torch 2 on a CPU.\n"
+
+
+def test_a_document_is_markdown():
+    assert as_markdown(DOCUMENT) == (
+        "A sentence.\n\n- **model**: tiny\n\n"
+        "| label | share |\n|-------|-------|\n| a\\|b  |   5 % |"
+    )

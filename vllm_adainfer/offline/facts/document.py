@@ -49,7 +49,10 @@ def as_markdown(blocks: Sequence[Block]) -> str:
         escaped = [[cell.replace("|", r"\|") for cell in row] for row in rows]
         return markdown_table(columns, escaped, text_columns)
 
-    return _joined(blocks, lambda facts: table(["", ""], list(facts.items()), 2), table)
+    def listed(facts: Facts) -> str:
+        return "\n".join(f"- **{name}**: {value}" for name, value in facts.items())
+
+    return _joined(blocks, listed, table)
 
 
 def _joined(
