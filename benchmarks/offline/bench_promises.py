@@ -39,10 +39,10 @@ from vllm_adainfer.offline.calibration.best_policy import best_heads
 from vllm_adainfer.offline.calibration.calibrate import calibration_of, record_prompts
 from vllm_adainfer.offline.calibration.certify.terms import Terms
 from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.enough_rows import check_label_rows
 from vllm_adainfer.offline.calibration.fit import exits
 from vllm_adainfer.offline.calibration.fit.probes import StateProbe, Target, fit_probes
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
-from vllm_adainfer.offline.calibration.label_promises import check_rows
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts, right_tokens, split_of
 from vllm_adainfer.offline.calibration.record.rows import Rows
@@ -155,7 +155,7 @@ def made_policies(
         own = replace(prompts, split=split)
         calibration = calibration_of(replace(request, options=options), own, recording)
         try:
-            check_rows(Terms(calibration).tests, recording.tokens[calibration.held_out])
+            check_label_rows(Terms(calibration).tests, recording.tokens[calibration.held_out])
         except AdaInferError as error:
             say(f"{promise}: {error}")
             continue

@@ -121,6 +121,28 @@ def test_what_is_served_is_what_was_certified(tmp_path, classifier, probe, with_
     assert len(set(exits.tolist())) > 1
 
 
+@pytest.mark.parametrize(
+    ("probe", "classifier", "thresholds", "saved"),
+    [
+        ("label-head", "svm", [3.781, 2.783, 1.425, 0.353], [0.39, 0.494, 0.639, 0.72]),
+        ("label-head", "crf", [3.815, 2.789, 1.446, 0.370], [0.389, 0.497, 0.632, 0.715]),
+        ("lens", "logreg", [2.862, 2.779, 2.254, 1.705], [0.17, 0.177, 0.261, 0.353]),
+    ],
+)
+def test_the_same_rows_and_seed_give_the_policy_of_november_2026(
+    probe, classifier, thresholds, saved
+):
+    """To the last bit on one machine, and to within rounding on another."""
+    target = Target(probe, LABEL_IDS if probe == "label-head" else None)
+    options = {"classifier": classifier, "exit_points": LAYERS}
+    first, again = (made(recording_of(probe == "label-head"), target, **options) for _ in range(2))
+    assert [one.threshold for one in first.points.values()] == pytest.approx(thresholds, rel=0.01)
+    assert [one.layers_saved for one in first.points.values()] == pytest.approx(saved, abs=0.01)
+    tensors = policy_tensors(again)
+    for name, tensor in policy_tensors(first).items():
+        assert torch.equal(tensor, tensors[name]), name
+
+
 @pytest.mark.parametrize("risk", ["disagreement", "accuracy"])
 def test_every_level_is_within_its_epsilon_and_a_looser_one_saves_no_less(risk):
     recording = recording_of(labels=True)

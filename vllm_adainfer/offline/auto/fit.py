@@ -36,14 +36,14 @@ class Served:
 
     Attributes:
         facts: what its worker wrote to ``model.json``.
-        head: [vocabulary, head size], the weights of its LM head; maps the file.
+        model: the model that these describe; its head maps the file.
         hf_config: the Hugging Face config.
         tokenizer: the Hugging Face tokenizer.
 
     """
 
     facts: Mapping[str, Any]
-    head: Tensor
+    model: ServedModel
     hf_config: Any
     tokenizer: Any
 
@@ -57,14 +57,16 @@ class Served:
         """
         facts = read_json(directory.model)
         try:
-            head = load_file(directory.head)["head_weight"]
-            model, overrides = facts["model"], facts["hf_overrides"]
+            lens = Probe(Head(load_file(directory.head)["head_weight"]))
+            # Beside a busy server one thread; probes of a few labels do not gain by more.
+            model = ServedModel.of_facts({**facts, "threads": 1}, lens)
+            name, overrides = facts["model"], facts["hf_overrides"]
         except (*UNREADABLE, KeyError, TypeError) as error:
             raise AdaInferError(
                 f"{directory.model} and {directory.head.name} do not describe a model ({error}): "
                 "start the server again, which writes them"
             ) from None
-        return cls(facts, head, *load_config_and_tokenizer(model, overrides))
+        return cls(facts, model, *load_config_and_tokenizer(name, overrides))
 
     def answers(self, kind: Kind) -> tuple[tuple[Label, ...], Choices | None]:
         """The labels of a kind, and its choices if it has any.
@@ -82,12 +84,11 @@ class Served:
         self, recorded: Mapping[str, Tensor], labels: tuple[Label, ...], choices: Choices | None
     ) -> Rows:
         """The rows as `record` would give them, answered by the tokens that a request allows."""
-        # Beside a busy server one thread; probes of a few labels do not gain by more.
-        model = ServedModel.of_facts({**self.facts, "threads": 1}, Probe(Head(self.head)))
         allowed = torch.tensor([label.token_id for label in labels])
         if choices is not None:
             allowed = choices.first_tokens.token_ids
-        plain, final = model.as_served(model.logit_lens.of_tokens(allowed)), recorded["final"]
+        model, final = self.model, recorded["final"]
+        plain = model.as_served(model.logit_lens.of_tokens(allowed))
         tokens = plain.score(plain.readout(final)).top1_id.numpy()
         return Rows(
             model=model,

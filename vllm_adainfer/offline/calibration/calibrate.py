@@ -17,11 +17,11 @@ from vllm_adainfer.offline.calibration.certify.terms import Terms
 from vllm_adainfer.offline.calibration.data.label_pool import subsets_of
 from vllm_adainfer.offline.calibration.data.questions import ends_of
 from vllm_adainfer.offline.calibration.data.score_labels import score_head_of
+from vllm_adainfer.offline.calibration.enough_rows import check_label_rows
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.choose import candidate_layers
 from vllm_adainfer.offline.calibration.fit.outcomes import full_depth_labels
 from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.label_promises import check_rows
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.calibration.prompts import (
     Prompts,
@@ -89,7 +89,7 @@ def fit_and_certify(request: CalibrationRequest, prompts: Prompts, rows: Rows) -
 
     """
     calibration = calibration_of(request, prompts, rows)
-    check_rows(Terms(calibration).tests, rows.tokens[calibration.held_out])
+    check_label_rows(Terms(calibration).tests, rows.tokens[calibration.held_out])
     policy = best_policy(
         calibration,
         request.probe,

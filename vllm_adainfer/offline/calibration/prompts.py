@@ -53,11 +53,11 @@ from vllm_adainfer.offline.calibration.data.student_base import (
     load_student_base,
 )
 from vllm_adainfer.offline.calibration.enough_rows import (
+    check_labels,
     check_queries,
     check_questions,
     check_rows,
 )
-from vllm_adainfer.offline.calibration.label_promises import check_labels
 from vllm_adainfer.offline.calibration.options import (
     CalibrationRequest,
     PolicyOptions,
