@@ -22,7 +22,7 @@ BELOW = {
     "auto": {"watch", "files", "errors"},
     "promise": {"artifact", "arrays"},
     "policy": {"promise", "artifact", "settings", "kernels", "arrays", "errors"},
-    "watch": {"artifact", "arrays", "errors"},
+    "watch": {"promise", "artifact", "arrays", "errors"},
     "exits": {
         "watch",
         "policy",

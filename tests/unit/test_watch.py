@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from functools import partial
 from itertools import count
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 
 from vllm_adainfer.artifact.fields import TopK
-from vllm_adainfer.artifact.kinds import Risk
 from vllm_adainfer.engine.compat.requests import request_group
+from vllm_adainfer.promise.accuracy import Accuracy
+from vllm_adainfer.promise.changed import Changed
 from vllm_adainfer.promise.first_documents import loses_document
+from vllm_adainfer.promise.promise import Promise
+from vllm_adainfer.promise.tolerance import Tolerance
 from vllm_adainfer.watch.intervals import confidence_interval
 from vllm_adainfer.watch.units import (
     EACH_ANSWER,
@@ -24,7 +27,7 @@ from vllm_adainfer.watch.units import (
     NO_LEVEL,
     Grouping,
 )
-from vllm_adainfer.watch.watch import Reading, Watch
+from vllm_adainfer.watch.watch import ANSWERS_ALONE, Reading, Watch
 
 EPSILONS, ALPHA, MOST = (0.02, 0.05), 0.1, 20
 ANSWERS, TEXTS, QUESTIONS = EACH_ANSWER, Grouping(MOST), Grouping(MOST, request_group)
@@ -36,8 +39,10 @@ EVERY = pytest.mark.parametrize(
 PARTS = pytest.mark.parametrize("units", [QUESTIONS, QUERIES], ids=["questions", "queries"])
 
 
-def watching(units: Grouping = ANSWERS, risk: Risk = "disagreement", closes: bool = True) -> Watch:
-    return Watch(EPSILONS, ALPHA, units, risk, closes)
+def watching(
+    units: Grouping = ANSWERS, promise: Promise = ANSWERS_ALONE, closes: bool = True
+) -> Watch:
+    return Watch(EPSILONS, ALPHA, units, promise, closes)
 
 
 def ids(name: str, parts: int, drawn: str = "") -> list[str]:
@@ -169,12 +174,12 @@ def test_a_closed_level_goes_on_counting_and_is_not_opened_again(units):
     assert counts(watch) == (320 * answers, 20 * answers)
 
 
-@pytest.mark.parametrize("risk", get_args(Risk))
-def test_accuracy_lost_may_be_less_than_the_disagreement_so_its_bound_alone_never_closes(risk):
+@pytest.mark.parametrize("promise", [Changed(), Accuracy(), Tolerance(0.1)])
+def test_accuracy_lost_may_be_less_than_the_disagreement_so_its_bound_alone_never_closes(promise):
     """6 % of disagreement at epsilon 0.02: right and wrong answers may have changed alike."""
-    watch = watching(risk=risk)
+    watch = watching(promise=promise)
     assert len(show_all(watch, outcomes(0.06, 3000))) == 1
-    assert watch.tightened.tolist() == [risk != "accuracy", False]
+    assert watch.tightened.tolist() == [not isinstance(promise, Accuracy), False]
     reading = watch.readings()[0]
     assert reading.low > reading.epsilon, "what there is to see is shown"
     assert show_all(watch, outcomes(0.06, 3000, seed=1)) == [], "said once"

@@ -18,6 +18,7 @@ class Changed(Promise):
     risk: ClassVar[Risk] = "disagreement"
     lost: ClassVar[str] = "disagreement"
     bounded: ClassVar[str] = "of the {answers} changed"
+    broken: ClassVar[str] = "early answers of shadow requests differ from full depth"
     feature_names = FEATURES
     reads_probabilities = False
 

@@ -24,6 +24,7 @@ class FirstDocuments(Promise):
 
     risk = "probability"
     bounded = "of the queries wrong"
+    broken = "shadow queries lose one of their first documents"
     unit = Unit.QUERY
     reads_values = True
     best_may_change = True
@@ -45,6 +46,10 @@ class FirstDocuments(Promise):
         fit may go by, which sees single rows.
         """
         return self.moves(early, full) > self.top_k.margin / 2
+
+    @override
+    def breaks(self, early: Floats, full: Floats) -> bool:
+        return loses_document(early, full, self.top_k)
 
     @override
     def moves(self, early: Outcome, full: Outcome) -> Tensor:

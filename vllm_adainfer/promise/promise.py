@@ -61,6 +61,7 @@ class Promise(ABC):
         lost: what epsilon bounds, in two words.
         bounded: the same after a number of this `measure`; "{answers}" stands for these.
         measure: "%", or the points of a difference.
+        broken: what shadow requests do where it is broken.
         unit: what counts once in the bound.
         feature_names: what the classifiers read.
         reads_probabilities: whether it is about probabilities, so that heads have one more row, for
@@ -79,6 +80,10 @@ class Promise(ABC):
     lost: ClassVar[str] = "wrong answers"
     bounded: ClassVar[str] = "of the answers wrong"
     measure: ClassVar[str] = "%"
+    broken: ClassVar[str] = (
+        "early answers of shadow requests differ from full depth or have a probability that moves "
+        "too far"
+    )
     unit: ClassVar[Unit] = Unit.ANSWER
     feature_names: ClassVar[tuple[str, ...]] = PROBABILITY_FEATURES
     reads_probabilities: ClassVar[bool] = True
@@ -123,6 +128,13 @@ class Promise(ABC):
     @abstractmethod
     def wrong(self, early: Outcome, full: Outcome) -> Tensor:
         """bool [rows], whether early answers break the promise, given those of full depth."""
+
+    def breaks(self, early: Floats, full: Floats) -> bool:
+        """Whether the answers of one query break a promise about queries.
+
+        Both are [documents], the scores that they have early and at full depth.
+        """
+        raise NotImplementedError
 
     def moves(self, early: Outcome, full: Outcome) -> Tensor | None:
         """fp32 [rows], the largest move of a probability; None where their values are not read."""

@@ -17,7 +17,8 @@ import numpy as np
 
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.fields import LabelBound
-from vllm_adainfer.artifact.kinds import Risk
+from vllm_adainfer.promise.changed import Changed
+from vllm_adainfer.promise.promise import Promise
 from vllm_adainfer.watch.evidence import Evidence, log_factors
 from vllm_adainfer.watch.intervals import RATES, Capital, confidence_interval
 from vllm_adainfer.watch.units import EACH_ANSWER, Grouping, Queries, Units
@@ -25,6 +26,7 @@ from vllm_adainfer.watch.units import EACH_ANSWER, Grouping, Queries, Units
 LATEST = 100  # units whose counts are shown beside those since start
 BLOCK = 100  # units, after which other gamblers bet against a bound
 STAKES, LARGEST_STAKE = 24, 0.9
+ANSWERS_ALONE = Changed()
 
 
 @dataclass(frozen=True)
@@ -108,16 +110,16 @@ class Watch:
     counting but is never loosened again, because the operator must investigate and recalibrate.
     Levels are independent of each other.
 
-    If epsilon bounds label probabilities, an answer with a probability that moved too far counts as
-    a disagreement. If epsilon bounds the accuracy lost, no level is ever tightened: the accuracy
-    lost is at most the disagreement but may be less, and the right answers are unknown in service.
+    A disagreement is an answer that is wrong by the promise. If it is about the accuracy lost, no
+    level is ever tightened: the accuracy lost is at most the disagreement but may be less, and the
+    right answers are unknown in service.
 
     Attributes:
         alpha: the probability with which a level may ever be found broken though it holds, and
             that with which its interval may ever miss a rate that stays as it is.
         epsilons: fp64 [levels], the bounds, in the order of the epsilon table.
         tightened: bool [levels], True where requests must run to full depth.
-        risk: what the bounds are on.
+        promise: what the bounds are on.
         queries: what documents are noted in, where queries count once; None elsewhere.
         about: the one label that answers are counted of, and its column; None for all answers.
         labels: watches of promises about single labels. Each may close a level, too.
@@ -132,11 +134,11 @@ class Watch:
         epsilons: Sequence[float],
         alpha: float,
         grouping: Grouping = EACH_ANSWER,
-        risk: Risk = "disagreement",
+        promise: Promise = ANSWERS_ALONE,
         closes: bool = True,
     ) -> None:
-        """`epsilons` bound `risk` at each level; without `closes`, a ledger judges the counts."""
-        self.alpha, self.risk = alpha, risk
+        """`epsilons` bound a promise, by level; without `closes`, a ledger judges the counts."""
+        self.alpha, self.promise = alpha, promise
         self.epsilons = np.array(epsilons, dtype=np.float64)
         self.tightened: Bools = np.zeros(len(epsilons), dtype=np.bool_)
         self._grouping = grouping
@@ -150,7 +152,7 @@ class Watch:
         self.labels = []
         for promise, column in promises.items():
             bounds = [promise.epsilon] * len(self.epsilons)
-            watch = Watch(bounds, self.alpha, self._grouping, self.risk)
+            watch = Watch(bounds, self.alpha, self._grouping, self.promise)
             watch.about, watch.tightened = (promise, column), self.tightened
             self.labels.append(watch)
 
@@ -231,6 +233,6 @@ class Watch:
             checked, disagreed = self._new.get(counts.epsilon, (0, 0))
             self._new[counts.epsilon] = checked + unit.checked, disagreed + unit.disagreed
             if counts.count(unit.checked, unit.disagreed):
-                self.tightened[unit.level] = self.risk != "accuracy"
+                self.tightened[unit.level] = self.promise.closes
                 found.append(self._reading(unit.level))
         return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -29,7 +28,8 @@ from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.script import ScriptedPolicy
-from vllm_adainfer.promise.first_documents import loses_document
+from vllm_adainfer.promise.kinds import promise_of
+from vllm_adainfer.promise.promise import Unit
 from vllm_adainfer.settings.engine import DEFAULT_POLICY, Settings
 from vllm_adainfer.watch.units import Grouping
 from vllm_adainfer.watch.watch import Watch
@@ -162,7 +162,7 @@ def monitor_of(config: ArtifactConfig, settings: Settings) -> Watch:
     epsilons = [level.epsilon for level in config.levels]
     if settings.calibrates_itself:  # each miss counts in its own step
         return Watch(epsilons, config.delta, closes=False)
-    watch = Watch(epsilons, config.delta, grouping_of(config), config.risk)
+    watch = Watch(epsilons, config.delta, grouping_of(config), promise_of(config))
     columns = {label.name: column for column, label in enumerate(config.labels)}
     watch.watch_labels({one: columns[one.label] for one in config.label_bounds})
     return watch
@@ -170,9 +170,9 @@ def monitor_of(config: ArtifactConfig, settings: Settings) -> Watch:
 
 def grouping_of(config: ArtifactConfig) -> Grouping:
     """What counts once in the bounds of an artifact: an answer, a group of them, or a query."""
-    if config.top_k is not None:
-        loses = partial(loses_document, top_k=config.top_k)
-        return Grouping(group_of=request_group, loses=loses)
+    promise = promise_of(config)
+    if promise.unit is Unit.QUERY:
+        return Grouping(group_of=request_group, loses=promise.breaks)
     most = config.max_tokens * config.most_together
     if config.most_together == 1:
         return Grouping(most)

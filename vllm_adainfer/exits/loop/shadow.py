@@ -149,17 +149,12 @@ def warn(policy: str, watch: Watch, broken: Sequence[Reading]) -> None:
                 consequence.format("level"),
             )
             continue
-        what = "early answers of shadow requests differ from full depth"
-        if watch.queries is not None:
-            what = "shadow queries lose one of their first documents"
-        elif watch.risk == "probability":
-            what += " or have a probability that moves too far"
         logger.warning(
             "policy %s: disagreement is above epsilon = %g (confidence %g%%): %s %s, %s",
             policy,
             reading.epsilon,
             100 * (1 - watch.alpha),
-            what,
+            watch.promise.broken,
             _counts(reading),
             consequence.format("epsilon")
             if reading.tightened

@@ -28,7 +28,7 @@ from vllm_adainfer.offline.evaluation.probabilities import (
 )
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run
 from vllm_adainfer.offline.reports.shares import Share, of_rounds
-from vllm_adainfer.promise.first_documents import FirstDocuments, loses_document, ranked
+from vllm_adainfer.promise.first_documents import FirstDocuments, ranked
 from vllm_adainfer.promise.gates import Gates
 from vllm_adainfer.promise.kinds import promise_of
 from vllm_adainfer.promise.probabilities import LabelProbabilities
@@ -226,16 +226,13 @@ class _Compared:
         if all(example.label is not None for example in examples):
             right = np.array([float(example.label == YES) for example in examples])
 
-        def loses(early: Floats, deep: Floats) -> bool:
-            return loses_document(early, deep, top_k)
-
         def other_first(early: Floats, deep: Floats) -> bool:
             first = slice(top_k.k)
             return set(ranked(early)[first]) != set(ranked(deep)[first])
 
         def row(runs: Sequence[Run]) -> dict[str, Any]:
             scores, found = [*map(_relevance, runs)], dict[str, Any]()
-            for name, differs in (("wrong", loses), ("changed", other_first)):
+            for name, differs in (("wrong", promise.breaks), ("changed", other_first)):
                 hits = [
                     [differs(early[own], deep[own]) for own in queries]
                     for early, deep in zip(scores, full, strict=True)
