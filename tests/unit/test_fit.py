@@ -160,12 +160,6 @@ def test_features_to_learn_from_are_of_probes_that_have_not_seen_the_prompt(
     assert abs(fitted.fitted.agrees.mean() - fitted.held_out.agrees.mean()) < 0.2
 
 
-def test_a_label_head_stores_one_row_a_label():
-    probe = fitted_on(recording_of(rank=4), "label-head", LABELS).probe
-    assert probe.head.weight.shape == (len(LABELS), HIDDEN)
-    assert probe.bytes == 4 * len(LABELS) * (HIDDEN + 1)
-
-
 def test_the_loss_of_accuracy_is_signed_by_who_is_right():
     recording = recording_of(rank=4, noise=3.0)
     generator = np.random.default_rng(0)

@@ -223,20 +223,6 @@ def test_prompts_are_pooled_from_where_they_begin_to_differ(prompts, shared):
     assert pooled_from(examples, min(map(len, prompts))) == shared
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_prompts_are_pooled_from_the_same_token_however_they_are_found(seed):
-    generator = np.random.default_rng(seed)
-    head = generator.integers(0, 3, 6).tolist()
-    prompts = [
-        [*head[: generator.integers(1, 7)], *generator.integers(0, 3, 3).tolist()] for _ in range(4)
-    ]
-    shortest, same = min(map(len, prompts)), 0
-    while same < shortest and len({prompt[same] for prompt in prompts}) == 1:
-        same += 1
-    examples = [example(*prompt) for prompt in prompts]
-    assert pooled_from(examples, shortest) == max(1, min(same, shortest - 1))
-
-
 @pytest.mark.parametrize("rows", [300, 1000, 1500, 20_000])
 @pytest.mark.parametrize("epsilon", [0.02, 0.05])
 def test_prompts_that_the_bound_can_do_without_are_fitted_on(rows, epsilon):

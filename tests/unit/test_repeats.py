@@ -9,13 +9,14 @@ import pytest
 
 from vllm_adainfer.artifact.fields import LabelBound, TopK
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.calibrate import say_what_they_share
 from vllm_adainfer.offline.calibration.certify.bound import Bound, certified
 from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.split import Split, alike_of, groups_of
 from vllm_adainfer.offline.calibration.enough_rows import check_label_rows, check_rows
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
-from vllm_adainfer.offline.calibration.prompts import load_prompts, say_what_they_share, split_of
+from vllm_adainfer.offline.calibration.prompts import load_prompts, split_of
 
 EPSILON, DELTA, DRAWS = 0.05, 0.1, 400
 

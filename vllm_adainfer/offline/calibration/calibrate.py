@@ -23,15 +23,12 @@ from vllm_adainfer.offline.calibration.fit.choose import candidate_layers
 from vllm_adainfer.offline.calibration.fit.outcomes import full_depth_labels
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
-from vllm_adainfer.offline.calibration.prompts import (
-    Prompts,
-    load_prompts,
-    say_what_they_share,
-)
+from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
 from vllm_adainfer.offline.calibration.record.collect import Plan, record, recording_engine
 from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.pretrained import engine_settings
+from vllm_adainfer.offline.progress import say
 from vllm_adainfer.promise.kinds import asked_for
 
 # How many tokens an exit point can answer with when the vocabulary is open. They make up 87 % of
@@ -79,6 +76,23 @@ def record_prompts(
     with recording_engine(request.model, hf_config, prompts.examples, plan, **settings) as engine:
         rows = record(engine, prompts.examples, plan, request.adapter and request.adapter.request)
     return rows if choices is None else replace(rows, tokens=choices.decided_by(rows.tokens))
+
+
+def say_what_they_share(prompts: Prompts) -> None:
+    """Say how many prompts repeat others, and which requests the policy will serve."""
+    repeats, shared = prompts.split.repeats, prompts.shared
+    if repeats is not None:
+        say(
+            f"{np.count_nonzero(repeats)} of {len(repeats)} prompts repeat another one: "
+            "equal prompts are in one part, and the bound must hold both with each of them counted "
+            "and with each prompt counted once"
+        )
+    if shared:
+        say(
+            f"prompts begin with {len(shared.start)} and end with {len(shared.end)} tokens that "
+            "all of them have (template, chat template, question): requests without these will run "
+            "all layers"
+        )
 
 
 def fit_and_certify(request: CalibrationRequest, prompts: Prompts, rows: Rows) -> ArtifactConfig:

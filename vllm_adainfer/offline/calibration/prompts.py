@@ -222,23 +222,6 @@ def begin_alike(examples: Sequence[Example], groups: Ints) -> bool:
     return True
 
 
-def say_what_they_share(prompts: Prompts) -> None:
-    """Say how many prompts repeat others, and which requests the policy will serve."""
-    repeats, shared = prompts.split.repeats, prompts.shared
-    if repeats is not None:
-        say(
-            f"{np.count_nonzero(repeats)} of {len(repeats)} prompts repeat another one: "
-            "equal prompts are in one part, and the bound must hold both with each of them counted "
-            "and with each prompt counted once"
-        )
-    if shared:
-        say(
-            f"prompts begin with {len(shared.start)} and end with {len(shared.end)} tokens that "
-            "all of them have (template, chat template, question): requests without these will run "
-            "all layers"
-        )
-
-
 def _from_rows(
     request: CalibrationRequest, rows: Sequence[Row], tokenizer: Any, vocabulary: int, most: int
 ) -> tuple[list[Example], tuple[Label, ...], Choices | None]:
