@@ -37,6 +37,7 @@ def audited(tiny_model, tiny_policy, directory) -> Any:
         "min_rows_saved": 1,
         "shadow_rate": 0.3,
         "audit": {"directory": str(directory)},
+        "capture": {"directory": str(directory.with_name("captured")), "rate": 0.4},
     }
     return tiny_engine(tiny_model, switch, max_model_len=512, kv_cache_memory_bytes=64 << 20)
 
@@ -112,6 +113,14 @@ def test_each_request_has_a_line_and_all_lines_add_up_to_the_counters(
     checked = sum(one["checked"] for one in counted["mood"]["shadow"].values())
     assert by_outcome["shadow"] == checked > 0
     assert by_outcome["early"] > 0
+
+    captured = {
+        line["custom_id"]: line["body"] for line in lines_of(directory.with_name("captured"), 1)
+    }
+    assert 0.2 * len(lines) < len(captured) < 0.6 * len(lines)
+    for output in outputs:
+        body = captured.get(output.request_id.split("-")[0])
+        assert body is None or body["prompt"] == output.prompt_token_ids
 
 
 def test_a_token_in_the_making_when_its_client_hangs_up_is_counted_but_is_no_answer(

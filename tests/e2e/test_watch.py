@@ -1,4 +1,4 @@
-"""A server that only watches answers as stock vLLM, and tells which kinds of requests came."""
+"""A server that only watches and captures answers as stock vLLM, and tells what came."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from tests.byte_model import save_byte_model
 from tests.conftest import tiny_engine
 from tests.plugin.test_config_time import engine_config
 from tests.triton_on_cpu import IS_V2
+from vllm_adainfer import stats
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.table import RECURS
 from vllm_adainfer.engine.scheduler.kinds import KindFile
+from vllm_adainfer.errors import AdaInferError
 
 DRAW = np.random.default_rng(0)
 PROMPTS = [DRAW.integers(5, 250, length).tolist() for length in DRAW.integers(2, 90, 2 * RECURS)]
@@ -31,15 +33,25 @@ ASKED: dict[str, tuple[Kind | None, dict[str, Any]]] = {
     "probabilities": (Kind("probabilities", (7, 11)), {"logprob_token_ids": [7, 11]}),
     "choice": (Kind("choice", choices=("no", "yes")), {"choice": ["yes", "no"], "max_tokens": 5}),
     "text": (None, {"max_tokens": 3, "ignore_eos": True}),
+    "logprobs": (None, {"logprobs": 3}),
     "unique lists": (None, {}),
 }
 if INTERPRETED:
     del ASKED["choice"]
+# What a captured line says, beside the prompt, of one that asks for more than a greedy token.
+CAPTURED: dict[str, dict[str, Any]] = {
+    "label": {"allowed_token_ids": [11, 7]},
+    "probabilities": {"logprob_token_ids": [7, 11], "logprobs": 2},
+    "choice": {"structured_outputs": {"choice": ["yes", "no"]}, "max_tokens": 5},
+    "text": {"max_tokens": 3},
+    "logprobs": {"logprobs": 3},
+}
 ENGINE: dict[str, Any] = {
     "max_model_len": 256,
     "kv_cache_memory_bytes": 64 << 20,
     "enable_prefix_caching": False,
     "disable_log_stats": False,
+    "served_model_name": ["name", "other"],
 }
 
 
@@ -87,7 +99,11 @@ def directory(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def given(model, directory) -> tuple[Any, dict[str, list[Any]]]:
     """The engine that watches, and its answers to all that is asked."""
-    watching = tiny_engine(model, {"auto": {"directory": str(directory), "watch": True}}, **ENGINE)
+    switch = {
+        "auto": {"directory": str(directory), "watch": True},
+        "capture": {"directory": str(directory.with_name("captured")), "rate": 1},
+    }
+    watching = tiny_engine(model, switch, **ENGINE)
     return watching, {asked: answers(watching, asked) for asked in ASKED}
 
 
@@ -96,8 +112,8 @@ def written(given, directory) -> dict[str, Any]:
     """What the engine has written of the requests, once it ends."""
     watching, _ = given
     scheduler = watching.llm_engine.engine_core.engine_core.scheduler
-    [counts] = scheduler.observers
-    counts.close()
+    for observer in scheduler.observers:
+        observer.close()
     content: dict[str, Any] = json.loads((directory / "kinds.json").read_text())
     return content
 
@@ -108,6 +124,25 @@ def test_answers_are_those_of_stock_vllm_bit_for_bit(given, model):
     assert architecture == "LlamaForCausalLM"
     stock = tiny_engine(model, None, **ENGINE)
     assert told == {asked: answers(stock, asked) for asked in ASKED}
+
+
+def test_it_has_no_counters_of_exits(given):
+    with pytest.raises(AdaInferError, match="runs without vllm-adainfer"):
+        stats(given[0])
+
+
+def test_each_request_is_a_line_that_says_what_the_model_got(written, directory):
+    captured = directory.with_name("captured")
+    text = "".join(path.read_text() for path in sorted(captured.iterdir()))
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert len({line["custom_id"] for line in lines}) == len(ASKED) * len(PROMPTS)
+    assert {(line["method"], line["url"]) for line in lines} == {("POST", "/v1/completions")}
+    bodies = iter(line["body"] for line in lines)
+    for asked in ASKED:
+        for number, prompt in enumerate(PROMPTS):
+            said = CAPTURED.get(asked, {"allowed_token_ids": [20 + 2 * number, 21 + 2 * number]})
+            common = {"model": "name", "prompt": prompt, "max_tokens": 1, "temperature": 0}
+            assert next(bodies) == {**common, **said}
 
 
 def test_each_kind_that_recurs_has_its_requests_and_their_rows(given, written, directory):
@@ -139,8 +174,8 @@ def test_metrics_have_names_alone_from_when_a_kind_recurs(written):
                 of = series[sample.name.split("_")[1]]
                 of[sample.labels["kind"]] = sample.value
     named = dict.fromkeys(written["kinds"], RECURS)
-    once = len(PROMPTS)  # of each: free text, and lists unique to a request
-    rest = {"none": once, "others": once + RECURS * len(named)}
+    once = len(PROMPTS)  # of each: free text, a token's log-probabilities, lists of one request
+    rest = {"none": 2 * once, "others": once + RECURS * len(named)}
     assert series["requests"] == {**named, **rest}
     assert sum(series["tokens"].values()) == written["tokens"]
 

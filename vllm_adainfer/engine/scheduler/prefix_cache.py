@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_adainfer.engine.admission.resolved import attach_resolved, resolved_of
 from vllm_adainfer.engine.compat.scheduler import has_stale_output, hash_block_size
 from vllm_adainfer.engine.scheduler.prefix_reuse import PrefixReuse
 from vllm_adainfer.errors import AdaInferError
@@ -191,6 +193,33 @@ class PrefixCacheGuard:
         self._fresh.clear()
         self._reuse = PrefixReuse(self._capacity)
         return bool(self._manager.reset_prefix_cache())
+
+
+def guarded(manager: KVCacheManager) -> PrefixCacheGuard:
+    """A guard of `manager` that goes by what was resolved of each request on arrival."""
+    return PrefixCacheGuard(manager, _may_exit, _complete, _saving)
+
+
+def _may_exit(request: Request, computed: int) -> bool:
+    """Whether `request` may exit in a step that starts after `computed` of its tokens."""
+    resolved = resolved_of(request)
+    if resolved is None or (
+        resolved.force_full_depth_prefill and computed < request.num_prompt_tokens
+    ):
+        return False
+    return resolved.may_exit
+
+
+def _saving(request: Request) -> tuple[str, float] | None:
+    resolved = resolved_of(request)
+    return None if resolved is None else resolved.saving
+
+
+def _complete(request: Request) -> None:
+    """Run the prompt at full depth; the worker learns of the request only in this step."""
+    resolved = resolved_of(request)
+    assert resolved is not None, "only what may exit is completed"
+    attach_resolved(request, replace(resolved, force_full_depth_prefill=True))
 
 
 def refuse_kv_connector(vllm_config: VllmConfig) -> None:

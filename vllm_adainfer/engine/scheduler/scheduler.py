@@ -40,7 +40,11 @@ from vllm_adainfer.engine.scheduler.capture import Capture
 from vllm_adainfer.engine.scheduler.counters import Counters
 from vllm_adainfer.engine.scheduler.kinds import KindCounts
 from vllm_adainfer.engine.scheduler.observer import Observer, Step, report_of
-from vllm_adainfer.engine.scheduler.prefix_cache import PrefixCacheGuard, refuse_kv_connector
+from vllm_adainfer.engine.scheduler.prefix_cache import (
+    PrefixCacheGuard,
+    guarded,
+    refuse_kv_connector,
+)
 from vllm_adainfer.engine.scheduler.prompt_texts import PromptTexts
 from vllm_adainfer.engine.scheduler.rest_of_choice import RestOfChoice, check_tokenizer
 from vllm_adainfer.settings.engine import Settings, read_settings
@@ -87,8 +91,7 @@ class ObservedScheduler(_Scheduler):
             self._prompt_texts = PromptTexts(self.vllm_config, settings, self.admission)
             tell_scheduler_of_arrivals()
         if self.cache_config.enable_prefix_caching and not self.admission.is_recording:
-            self._guard = PrefixCacheGuard(self.kv_cache_manager, _may_exit, _complete, _saving)
-            self.kv_cache_manager = self._guard
+            self.kv_cache_manager = self._guard = guarded(self.kv_cache_manager)
 
     def request_arrived(self, request: Request) -> None:
         """Resolve what follows from what the client sent.
@@ -279,25 +282,3 @@ def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
     is_async = vllm_config.scheduler_config.async_scheduling
     scheduler_class = AdaInferAsyncScheduler if is_async else AdaInferScheduler
     return scheduler_class(vllm_config=vllm_config, **kwargs)
-
-
-def _may_exit(request: Request, computed: int) -> bool:
-    """Whether `request` may exit in a step that starts after `computed` of its tokens."""
-    resolved = resolved_of(request)
-    if resolved is None or (
-        resolved.force_full_depth_prefill and computed < request.num_prompt_tokens
-    ):
-        return False
-    return resolved.may_exit
-
-
-def _saving(request: Request) -> tuple[str, float] | None:
-    resolved = resolved_of(request)
-    return None if resolved is None else resolved.saving
-
-
-def _complete(request: Request) -> None:
-    """Run the prompt at full depth; the worker learns of the request only in this step."""
-    resolved = resolved_of(request)
-    assert resolved is not None, "only what may exit is completed"
-    attach_resolved(request, replace(resolved, force_full_depth_prefill=True))
