@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections import Counter
 from collections.abc import Iterable
 
 import pytest
 
-from vllm_adainfer.auto.kind_reports import NAMED, NO_KIND, OTHERS, KindReporter
+from vllm_adainfer.auto.kind_reports import NAMED, NO_KIND, OTHERS, KindLabels
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.pools import FEWEST_SETS, MOST_LABELS, pools
 from vllm_adainfer.auto.table import KINDS, RECURRING_KINDS, RECURS, KindTable
@@ -125,42 +124,28 @@ def test_a_damaged_file_is_as_none(damaged):
     assert (table.requests, table.tokens, table.recurring()) == (0, 0, [])
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_reports_add_up_to_all_requests_and_name_only_a_few_kinds_that_recur(seed):
-    draw, table = random.Random(seed), KindTable()
-    came(table, [YES_NO] * RECURS)  # of an earlier run, and so not to be reported
-    reporter, sums, reads = KindReporter(table, SALT), Counter(), {}
-    kinds = [None, YES_NO, *map(unique, range(2 * NAMED))]
-    for step in range(60):
-        came(table, draw.choices(kinds, k=40), rows=draw.randrange(1, 9))
-        came(table, map(unique, range(1000 + 50 * step, 1050 + 50 * step)))
-        for name, what, requests, tokens in reporter.report():
-            assert requests >= 0
-            assert tokens >= 0
-            sums[name, "requests"] += requests
-            sums[name, "tokens"] += tokens
-            reads[name] = what
-    for what, total in (("requests", table.requests), ("tokens", table.tokens)):
-        added = sum(count for (_, which), count in sums.items() if which == what)
-        assert added == total - RECURS
-    assert sums[NO_KIND, "requests"] == table.no_kind.requests
-    named = reads.keys() - {NO_KIND, OTHERS}
-    assert len(named) == NAMED
-    assert named < {kind.name(SALT) for kind in kinds if kind is not None}
-    assert {reads[name] for name in named} == {"label among 2"}
+def test_only_a_few_kinds_that_recur_get_labels_of_their_own():
+    table = KindTable()
+    came(table, [YES_NO] * RECURS)  # in an earlier run
+    labels = KindLabels(table.recurring(), SALT)
+    kinds = [YES_NO, *map(unique, range(2 * NAMED))]
+    given = {kind: [labels.of(table.arrived(kind, 5, 1.0)) for _ in range(40)] for kind in kinds}
+    assert given[YES_NO] == [YES_NO.name(SALT)] * 40
+    for kind in kinds[1:NAMED]:
+        assert given[kind] == [OTHERS] * RECURS + [kind.name(SALT)] * (40 - RECURS)
+    for kind in kinds[NAMED:]:
+        assert given[kind] == [OTHERS] * 40
+    assert labels.reads == {kind.name(SALT): "label among 2" for kind in kinds[:NAMED]}
+    assert labels.of(table.arrived(None, 5, 1.0)) == NO_KIND
 
 
-def test_a_kind_that_was_forgotten_and_comes_again_counts_on():
+def test_a_kind_that_was_forgotten_and_comes_again_keeps_its_label():
     table = KindTable()
     came(table, [YES_NO] * RECURS)
-    reporter = KindReporter(table, SALT)
+    labels = KindLabels(table.recurring(), SALT)
     for number in range(RECURRING_KINDS):
         came(table, [unique(number)] * RECURS)
-    reporter.report()
-    came(table, [YES_NO] * RECURS)
-    reporter.report()
-    came(table, [YES_NO] * 3)
-    assert reporter.report() == [(YES_NO.name(SALT), "label among 2", 3, 3)]
+    assert labels.of(table.arrived(YES_NO, 5, 1.0)) == YES_NO.name(SALT)
 
 
 def subsets(count: int, size: int, of: int, seed: int = 0) -> list[Kind]:

@@ -2,57 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from vllm_adainfer.auto.kinds import Kind
-from vllm_adainfer.auto.table import KindCount, KindTable
+from vllm_adainfer.auto.table import KindCount
 
 NAMED = 16  # kinds that ever get series of their own, so that no client can make more
 OTHERS = "others"  # all other one-answer requests
 NO_KIND = "none"  # requests without a fixed set of answers
 
 
-class KindReporter:
-    """Tells what came since the last report.
+class KindLabels:
+    """Labels of requests in metrics: the recurring kinds that come first have one of their own.
 
-    A report is an increment because it goes to one of several frontends, which add them up. The
-    recurring kinds that come first get names of their own, and keep them until the server ends.
+    Attributes:
+        reads: what requests under each such label read, such as ``label among 2``.
+
     """
 
-    def __init__(self, table: KindTable, salt: bytes) -> None:
-        """Report what `table` counts from now on; `salt` is the key of the names."""
-        self._table, self._salt = table, salt
-        self._named: dict[Kind, tuple[str, KindCount]] = {}
-        self._told: dict[str, tuple[int, int]] = {NO_KIND: (0, 0)}
-        self._total = table.requests, table.tokens
-        self._name_kinds()
+    def __init__(self, recurring: Iterable[KindCount], salt: bytes) -> None:
+        """Name the kinds that an earlier run of the server knew; `salt` is the key of the names."""
+        self.reads: dict[str, str] = {}
+        self._names: dict[Kind, str] = {}
+        self._salt = salt
+        for count in recurring:
+            self.of(count)
 
-    def report(self) -> list[tuple[str, str, int, int]]:
-        """Name, what is read, requests and token rows; only of kinds of which some came or ran."""
-        table, added = self._table, []
-        left = [table.requests - self._total[0], table.tokens - self._total[1]]
-        self._total = table.requests, table.tokens
-        named = [(name, in_numbers(kind), one) for kind, (name, one) in self._named.items()]
-        for name, reads, count in [*named, (NO_KIND, "", table.no_kind)]:
-            before, now = self._told[name], (count.requests, count.tokens)
-            self._told[name] = now
-            added.append((name, reads, now[0] - before[0], now[1] - before[1]))
-            left = [left[0] - added[-1][2], left[1] - added[-1][3]]
-        added.append((OTHERS, "", left[0], left[1]))
-        self._name_kinds()
-        return [one for one in added if one[2] or one[3]]
-
-    def _name_kinds(self) -> None:
-        """Name recurring kinds while there are names, and count anew what has been forgotten."""
-        for count in self._table.recurring():
-            kind = count.kind
-            assert kind is not None
-            if kind not in self._named and len(self._named) == NAMED:
-                continue
-            if kind not in self._named or self._named[kind][1] is not count:
-                name = kind.name(self._salt)
-                self._named[kind] = name, count
-                self._told[name] = count.requests, count.tokens
-
-
-def in_numbers(kind: Kind) -> str:
-    """What requests of a kind read, without its texts, such as ``label among 2``."""
-    return f"{kind.reads} among {len(kind.labels or kind.choices)}"
+    def of(self, count: KindCount) -> str:
+        """The label of a request that has just been counted; its kind keeps one from now on."""
+        kind = count.kind
+        if kind is None:
+            return NO_KIND
+        label = self._names.get(kind, OTHERS)
+        if label == OTHERS and count.recurs and len(self._names) < NAMED:
+            self._names[kind] = kind.name(self._salt)
+            self.reads[self._names[kind]] = f"{kind.reads} among {len(kind.labels or kind.choices)}"
+        return label

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from threading import Event, Lock, Thread
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
-from vllm_adainfer.auto.kind_reports import KindReporter
+from vllm_adainfer.auto.kind_reports import KindLabels
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.pools import pools
 from vllm_adainfer.auto.table import KindCount, KindTable
@@ -50,7 +51,7 @@ class KindFile:
         before = read_json(directory.kinds)
         if isinstance(before, dict) and all(before.get(key) == facts[key] for key in facts):
             self._table.restore(before)
-        self.reporter = KindReporter(self._table, self._salt)
+        self.labels = KindLabels(self._table.recurring(), self._salt)
         self._held: ExitStack | None = None
         self._written: tuple[int, int] | None = None
         self._failed = False
@@ -138,13 +139,16 @@ class KindCounts(Observer):
         opened.create()
         self.file = KindFile(opened, **facts)
         self._mode = logprobs_mode
-        self._counts: dict[str, tuple[Request, KindCount]] = {}
+        self._counts: dict[str, tuple[Request, KindCount, str]] = {}
+        self._added: Counter[tuple[str, str]] = Counter()  # by series and label
         self._next_report = 0.0
 
     @override
     def arrived(self, request: Request) -> None:
         count = self.file.arrived(self._kind_of(request), request.num_prompt_tokens)
-        self._counts[request.request_id] = request, count
+        label = self.file.labels.of(count)
+        self._added["kind_requests", label] += 1
+        self._counts[request.request_id] = request, count, label
 
     def _kind_of(self, request: Request) -> Kind | None:
         """The kind of a request, by what was resolved of it if something was."""
@@ -158,7 +162,9 @@ class KindCounts(Observer):
         """Count the token rows of the step."""
         for request_id, rows in step.rows.items():
             if request_id in self._counts:
-                self._counts[request_id][1].tokens += rows
+                _, count, label = self._counts[request_id]
+                count.tokens += rows
+                self._added["kind_tokens", label] += rows
         self.file.ran(sum(step.rows.values()))
 
     @override
@@ -171,15 +177,13 @@ class KindCounts(Observer):
     def report(self) -> Mapping[str, Any]:
         """What came, now and then and once no work is left."""
         now = time.monotonic()
-        is_idle = all(request.is_finished() for request, _ in self._counts.values())
+        is_idle = all(request.is_finished() for request, *_ in self._counts.values())
         if now < self._next_report and not is_idle:
             return {}
         self._next_report = now + REPORT_SECONDS
-        told = self.file.reporter.report()
-        requests = [("kind_requests", name, count) for name, _, count, _ in told]
-        tokens = [("kind_tokens", name, count) for name, _, _, count in told]
-        reads = {name: read for name, read, *_ in told}
-        return {"added": [*requests, *tokens], "reads": reads} if told else {}
+        added, self._added = self._added, Counter()
+        told = [(*series, count) for series, count in added.items()]
+        return {"added": told, "reads": self.file.labels.reads} if told else {}
 
     @override
     def close(self) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_adainfer.engine.admission.resolved import attach_resolved, resolved_of
+from vllm_adainfer.engine.admission.running import attach_resolved, resolved_of
 from vllm_adainfer.engine.compat.scheduler import has_stale_output, hash_block_size
 from vllm_adainfer.engine.scheduler.prefix_reuse import PrefixReuse
 from vllm_adainfer.errors import AdaInferError
