@@ -19,9 +19,9 @@ CHANGED = "-dirty"  # how git marks a commit with changes that were not committe
 def summary() -> str:
     """A row per use, each with a link to its section."""
     rows = [
-        one_label("one label, short prompts (SST-2)", "one-label"),
+        one_task("one label, short prompts (SST-2)", "one-label", "suite_fine_tuned"),
         evaluation("one label, 6 examples in the prompt (SST-2)", "one-label", "sst2_six_shot"),
-        server("the same over HTTP, all at once", "a-servers-latency"),
+        server("one label over HTTP, all at once (SST-2)", "a-servers-latency"),
         choices("a choice of sentences (SST-2)", "choices"),
         questions("eight decision questions", "decision-questions"),
         promise("P(positive) on its side of 0.9", "promises"),
@@ -32,6 +32,9 @@ def summary() -> str:
             "a server that calibrates itself, at the end (SST-2 of four kinds)",
             "a-server-that-calibrates-itself",
         ),
+        one_task(
+            "an open answer, its first token (SQuAD)", "the-papers-suite", "suite_smollm2_squad"
+        ),
         generated("generated text, one request at a time", "generated-text"),
         nothing_saved("nobody exits (scripted)", "scripted-exits"),
     ]
@@ -39,9 +42,9 @@ def summary() -> str:
     return markdown_table(columns, rows)
 
 
-def one_label(what: str, section: str) -> list[str]:
-    """The first task of the suite, with the model that anyone can fine-tune again."""
-    report = load("suite_fine_tuned")
+def one_task(what: str, section: str, name: str) -> list[str]:
+    """The first task of a suite."""
+    report = load(name)
     task = report["tasks"][0]
     run, rows = task["measured"], task["test"]
     changed = f"{share_of(run['disagreement'], rows)} of the answers"
