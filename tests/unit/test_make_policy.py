@@ -33,6 +33,7 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import (
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.promise.kinds import asked_for
 
 HIDDEN, VOCAB, DEPTH, PROMPTS = 16, 40, 8, 900
 LAYERS = (2, 4, 6)
@@ -148,7 +149,7 @@ def test_every_level_is_within_its_epsilon_and_a_looser_one_saves_no_less(risk):
     recording = recording_of(labels=True)
     right = [{int(token)} for token in recording.tokens]
     options = PolicyOptions(epsilon=0.05, risk=risk)
-    target = Target("label-head", LABEL_IDS)
+    target = Target("label-head", LABEL_IDS, promise=asked_for(options))
     policy = make_policy(
         Calibration(
             recording, target, SPLIT, options, LABELS, right if risk == "accuracy" else None
@@ -173,7 +174,7 @@ def test_prompts_that_came_together_are_certified_by_group(risk, lowest):
     right = [{int(token)} for token in recording.tokens] if risk == "accuracy" else None
     split = Split.of_groups(GROUPS)
     options = PolicyOptions(epsilon=0.05, risk=risk)
-    target = Target("label-head", LABEL_IDS)
+    target = Target("label-head", LABEL_IDS, promise=asked_for(options))
     policy = make_policy(Calibration(recording, target, split, options, LABELS, right))
     config, point = policy_config(policy, "tiny", HF_CONFIG), policy.points[0.05]
     by_group = Bound("wsr", 0.1, lowest, GROUPS[split.certify], longest=3)
@@ -222,10 +223,10 @@ def test_accuracy_that_is_not_lost_lets_more_leave_than_answers_that_do_not_chan
     recording = recording_of(labels=True)
     generator = np.random.default_rng(0)
     right = [{int(token)} for token in generator.choice(LABEL_IDS.numpy(), PROMPTS)]
-    target = Target("label-head", LABEL_IDS)
     saved = {}
     for risk in ("disagreement", "accuracy"):
         options = PolicyOptions(epsilon=0.1, risk=risk)
+        target = Target("label-head", LABEL_IDS, promise=asked_for(options))
         policy = make_policy(
             Calibration(
                 recording, target, SPLIT, options, LABELS, right if risk == "accuracy" else None

@@ -14,7 +14,7 @@ from vllm_adainfer.artifact.artifact import Encoder
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.fields import Adapter, LastToken, Level, Question
 from vllm_adainfer.artifact.files import save_artifact
-from vllm_adainfer.artifact.kinds import LABEL_HEADS, Candidates, features_of_risk
+from vllm_adainfer.artifact.kinds import LABEL_HEADS, Candidates
 from vllm_adainfer.offline.calibration.certify.certify import held_out_path
 from vllm_adainfer.offline.calibration.certify.path import PathPoint
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
@@ -87,7 +87,7 @@ def policy_config(
         last_token=None if policy.last_token is None else _last_token(policy.last_token),
         candidates="labels" if calibration.labels else candidates,
         labels=calibration.labels,
-        features=features_of_risk(options.risk, bool(options.gates)),
+        features=calibration.target.promise.feature_names,
         classifier=options.classifier,
         epsilon=options.epsilon,
         delta=options.delta,
