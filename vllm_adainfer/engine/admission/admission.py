@@ -7,7 +7,6 @@ record, and add what only they know: the adapters as loaded and the policies in 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config import ArtifactConfig
@@ -143,8 +142,7 @@ class Admission:
             pooled_from = config.pooled_from
         if pooled_from is not None and pooled_from >= len(prompt):
             row, pooled_from = rows.last_token, None
-        return replace(
-            request,
+        return request.changed(
             prompt=prompt,
             adapter=adapter,
             policy=name or NO_POLICY,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -81,18 +80,17 @@ class Arrival:
             return Running(OPTED_OUT)
         request = self.parse(_valid_settings(params), params)
         if resumable:
-            return replace(request, output=None)
+            return request.changed(output=None)
         kind = self._kind(request, adapter)
         # A kind may get a policy at any time.
         may_decide = kind is not None or self._policies.may_decide(request, adapter)
         is_choice = request.output is not None and request.output.form is Form.CHOICE
         is_shadow = self.is_shadow(request_id)
         scripted = self._scripted_row(request)
-        return replace(
-            request,
+        return request.changed(
             may_exit=self._may_exit(request, may_decide) or scripted != FULL_DEPTH,
             may_end_after_first_token=may_decide and is_choice,
-            saving=self._saving(replace(request, kind=kind), adapter),
+            saving=self._saving(request, kind, adapter),
             is_shadow=is_shadow,
             query=self._query(request_id) if is_shadow else None,
             kind=kind,
@@ -148,10 +146,12 @@ class Arrival:
         epsilon = request.settings.adainfer_epsilon
         return may_decide and (settings.epsilon if epsilon is None else epsilon) != 0
 
-    def _saving(self, request: Running, adapter: LoRARequest | None) -> tuple[str, float] | None:
+    def _saving(
+        self, request: Running, kind: str | None, adapter: LoRARequest | None
+    ) -> tuple[str, float] | None:
         """See `Running.saving`."""
-        if request.kind is not None:
-            return request.kind, TYPICAL_SAVING
+        if kind is not None:
+            return kind, TYPICAL_SAVING
         policies = self._policies
         name = policies.select(request, policies.for_adapter_name(adapter))
         if name is None or policies.configs[name].max_tokens > 1:

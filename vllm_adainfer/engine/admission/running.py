@@ -104,6 +104,12 @@ class Running:
     text: Sequence[int] = ()
     record_row: int = NOT_RECORDED
 
+    def changed(self, **fields: Any) -> Running:
+        """A copy with other `fields`; `dataclasses.replace` would set each of all fields anew."""
+        copied = object.__new__(Running)
+        copied.__dict__.update(self.__dict__, **fields)
+        return copied
+
 
 def params_of(request: Any) -> Params | None:
     """The parameters of vLLM's `Request` or `NewRequestData`, for sampling or for pooling."""
