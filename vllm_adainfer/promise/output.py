@@ -52,15 +52,14 @@ class Output:
 
     def is_promised_by(self, config: ConfigFields) -> bool:
         """Whether the bound of an artifact covers this output."""
-        promised = Output.of_config(config)
         reads_answer = self.form in (Form.TOKEN, Form.CHOICE)
         if config.never_early and reads_answer and not self.is_greedy:
             return False
-        if Form.SCORES in (self.form, promised.form):
-            return self.form is promised.form
-        if Form.CHOICE in (self.form, promised.form):
-            return self.choices is not None and self.choices == promised.choices
-        if self.labels != promised.labels and not self._is_in_pool(config):
+        if config.score_head is not None or self.form is Form.SCORES:
+            return config.score_head is not None and self.form is Form.SCORES
+        if config.choices or self.form is Form.CHOICE:
+            return bool(config.choices) and self.has_labels_of(config)
+        if not self.has_labels_of(config) and not self._is_in_pool(config):
             return False
         promise = promise_of(config)
         if self.form is Form.TOKEN:
@@ -69,8 +68,9 @@ class Output:
 
     def has_labels_of(self, config: ConfigFields) -> bool:
         """Whether an artifact is for exactly these labels, or these choices."""
-        promised = Output.of_config(config)
-        return (self.labels, self.choices) == (promised.labels, promised.choices)
+        if config.choices:
+            return self.choices == frozenset(one.text for one in config.choices)
+        return self.labels == (frozenset(config.label_ids) or None)
 
     def _is_in_pool(self, config: ConfigFields) -> bool:
         """Whether a policy's label pool has these labels; a single one has no runner-up."""
