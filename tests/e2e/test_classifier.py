@@ -242,7 +242,7 @@ def test_shadow_queries_compare_the_scores_of_all_their_documents(
         ids.append(request_id)
         return ids[(len(ids) - 1) // 3 * 3]
 
-    monkeypatch.setattr(scheduler.admission, "_query", query_of)
+    monkeypatch.setattr(scheduler.admission.arrival, "_query", query_of)
     full = answers(llm)
     heads = tiny_tensors(tiny_config(directory, **config))
     early = [scores_at(EXIT_POINTS[0], after, heads)[:-1].softmax(0)[1] for after in states]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+
+from prometheus_client import start_http_server
 
 
 def run_command(arguments: Sequence[str]) -> None:
@@ -35,14 +39,24 @@ def _run_without_version() -> None:
 
     cli_env_setup()
     bench.maybe_exec_rust_bench()
-    parser = FlexibleArgumentParser(prog="vllm")
+    parser: ArgumentParser = FlexibleArgumentParser(prog="vllm")
     parsers = parser.add_subparsers(required=True, dest="subparser")
     commands = {}
     for module in serve, bench, run_batch:
         for command in module.cmd_init():
-            command.subparser_init(parsers).set_defaults(dispatch_function=command.cmd)
+            command.subparser_init(parsers)
             commands[command.name] = command
     arguments = parser.parse_args()
     configure_logging_from_args(arguments)
-    commands[arguments.subparser].validate(arguments)
-    arguments.dispatch_function(arguments)
+    command = commands[arguments.subparser]
+    command.validate(arguments)
+    (_run_batch if command.name == "run-batch" else command.cmd)(arguments)
+
+
+def _run_batch(arguments: Namespace) -> None:
+    """``RunBatchSubcommand.cmd`` without its log line, which asks for the version, too."""
+    from vllm.entrypoints.launchers.run_batch import main
+
+    if arguments.enable_metrics:
+        start_http_server(port=arguments.port, addr=arguments.url)
+    asyncio.run(main(arguments))
