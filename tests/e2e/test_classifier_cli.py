@@ -67,13 +67,14 @@ def test_a_classifiers_policy_is_for_the_columns_of_its_scores(calibrated, model
     config = load_artifact_config(str(output))
     names = ["no", "yes"] if model.name == "sigmoid" else ["c0", "c1", "c2"]
     assert (config.score_head, [label.name for label in config.labels]) == (model.name, names)
-    assert f"the {model.name} scores of a classifier: {', '.join(names)}" in said
+    assert f"of a classifier ({model.name})" in said
+    assert f"requests for the class of a prompt among {', '.join(names)}" in said
     right = "probabilities are right about which is largest"
     if model.name == "sigmoids":
         right = "probabilities are right about their side of the gates"
     if model.name == "sigmoid":
         right = "scores are right about which documents of a query come first"
-        assert "make at most 20 % of the queries wrong" in said
+        assert "with at most 20 % of the queries wrong" in said
         assert config.top_k == TopK(k=1, margin=0.05)
     assert f"{right}, not in value" in said
     assert config.bound == "exact"

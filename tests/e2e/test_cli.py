@@ -251,7 +251,7 @@ def test_choices_are_calibrated_inspected_evaluated_and_examined(rows, tmp_path)
         "calibrate", *asked, "--label-field", "", "--choices", "yes,no", "--epsilon", "0.3",
         "--exit-points", "2,4", "--output", str(output),
     )  # fmt: skip
-    assert "label-head on choices: 'yes', 'no'" in done.stdout
+    assert "requests for a choice among 'yes', 'no'" in done.stdout
     assert command("inspect", str(output)).stdout.strip() in done.stdout
     command(
         "evaluate", *asked, "--label-field", "", "--artifact", str(output), "--repeat", "1",
