@@ -68,7 +68,8 @@ def test_a_classifiers_policy_is_for_the_columns_of_its_scores(calibrated, model
     names = ["no", "yes"] if model.name == "sigmoid" else ["c0", "c1", "c2"]
     assert (config.score_head, [label.name for label in config.labels]) == (model.name, names)
     assert f"of a classifier ({model.name})" in said
-    assert f"requests for the class of a prompt among {', '.join(names)}" in said
+    what = "classes" if model.name == "sigmoids" else "class"
+    assert f"requests for the {what} of a prompt among {', '.join(names)}" in said
     right = "probabilities are right about which is largest"
     if model.name == "sigmoids":
         right = "probabilities are right about their side of the gates"
