@@ -140,9 +140,10 @@ def test_a_file_that_another_server_deletes_meanwhile_is_no_error(tmp_path, monk
 
 WRITER = """
 import sys
-from vllm_adainfer.engine.scheduler.line_files import LineFiles
+from vllm_adainfer.engine.scheduler.line_files import CAPTURE, LineFiles
+from vllm_adainfer.settings.engine import Capture
 
-files = LineFiles("capture", 0, sys.argv[1], 10**6, 256, False)
+files = LineFiles(CAPTURE, Capture(directory=sys.argv[1], limit=10**6), 0)
 print("started", flush=True)
 while True:
     files.put({"numbers": list(range(2000))})

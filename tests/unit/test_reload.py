@@ -40,8 +40,8 @@ WITH_MASS = {**PROBABILITY, "label_mass": True}
         (WITH_MASS, PROBABILITY, "whether it certifies the label mass"),
         (PROBABILITY, WITH_MASS, "whether it certifies the label mass"),
         (GATED, {**GATED, "gates": (Gate(probability=0.5),)}, "its gates"),
-        (PROBABILITY, GATED, "its gates"),
-        (GATED, PROBABILITY, "whether it certifies the label mass"),
+        (PROBABILITY, GATED, "whether it certifies the label mass"),
+        (GATED, PROBABILITY, "its gates"),
         ({"never_early": ("bad",)}, {}, "the labels that are never early answers"),
     ],
 )
