@@ -33,7 +33,7 @@ from benchmarks.offline.small_models import (
 )
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
-from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
+from vllm_adainfer.offline.evaluation.evaluate import evaluate
 from vllm_adainfer.offline.tables import markdown_table
 
 TRAIN, CALIBRATE = 1400, 700  # rows
@@ -83,13 +83,11 @@ def measured(
         )
     )
     report = evaluate(
-        EvaluationRequest(
-            model=model,
-            artifact=str(artifact),
-            data=directory / "test.jsonl",
-            template=TEMPLATE,
-            repeat=repeat,
-        )
+        model=model,
+        artifact=str(artifact),
+        data=directory / "test.jsonl",
+        template=TEMPLATE,
+        repeat=repeat,
     )
     return {"training_seconds": seconds, "shots": shots, **report}
 

@@ -16,7 +16,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 from statistics import median
@@ -215,7 +214,7 @@ def measure_quality(
             {
                 "data": name,
                 "variant": variant,
-                **asdict(compare(found, texts[NEVER])),
+                **compare(found, texts[NEVER]),
                 "read_back": rescore(engines[STOCK], prompts, found),
                 "score": sum(scored) / len(scored) if scored else None,
             }

@@ -27,7 +27,7 @@ from benchmarks.common.tasks import TASKS
 from vllm_adainfer.offline.calibration.calibrate import fit_and_certify, record_prompts
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import load_prompts
-from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
+from vllm_adainfer.offline.evaluation.evaluate import evaluate
 from vllm_adainfer.offline.evaluation.promised import default_level
 from vllm_adainfer.offline.tables import markdown_table
 
@@ -69,7 +69,7 @@ def main(
             random.Random(0).shuffle(lines)  # a file may be sorted by label
             test = Path(folder, f"{name}-test.jsonl")
             test.write_text("\n".join(lines[:rows]))
-            request = EvaluationRequest(
+            found = evaluate(
                 model=model,
                 artifact=str(artifact),
                 data=test,
@@ -77,7 +77,7 @@ def main(
                 epsilon=epsilon,
                 repeat=repeat,
             )
-            reports.append({"task": name, **evaluate(request)})
+            reports.append({"task": name, **found})
             write_report(output, reports, table(reports))
 
 

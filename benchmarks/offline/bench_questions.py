@@ -38,7 +38,7 @@ from vllm_adainfer.offline.calibration.fit.exits import judge
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
 from vllm_adainfer.offline.calibration.record.rows import Rows
-from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
+from vllm_adainfer.offline.evaluation.evaluate import evaluate
 from vllm_adainfer.offline.tables import markdown_table
 
 
@@ -69,13 +69,11 @@ def main(
         for request in (label, probabilities):
             config = fit_and_certify(request, prompts, recording)
             measured = evaluate(
-                EvaluationRequest(
-                    model=model,
-                    artifact=str(request.output),
-                    data=test,
-                    epsilon=epsilon,
-                    repeat=repeat,
-                )
+                model=model,
+                artifact=str(request.output),
+                data=test,
+                epsilon=epsilon,
+                repeat=repeat,
             )
             reports.append(
                 {

@@ -121,7 +121,7 @@ def measured(
     `rights` are the right tokens of each prompt.
     """
     first, never, n = rounds[0].ours[name], rounds[0].never[kind], len(rights)
-    changed = round(compare(first.texts, never.texts).disagreement * n)
+    changed = round(compare(first.texts, never.texts)["disagreement"] * n)
 
     def accuracy(run: Run) -> float:
         pairs = zip(run.texts, rights, strict=True)

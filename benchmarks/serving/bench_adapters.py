@@ -41,7 +41,7 @@ from benchmarks.serving.serve_report import OURS, STOCK
 from benchmarks.serving.side_by_side import side_by_side
 from vllm_adainfer.offline.adapter import NamedAdapter, read_adapter
 from vllm_adainfer.offline.calibration.calibrate import calibrate
-from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
+from vllm_adainfer.offline.evaluation.evaluate import evaluate
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table
 
@@ -178,14 +178,12 @@ def on_merged(task: Task, folder: Path) -> dict[str, Any]:
     request = replace(task.case.calibration, model=task.merged, adapter=None, output=output)
     calibrate(request)
     report = evaluate(
-        EvaluationRequest(
-            model=task.merged,
-            artifact=str(output),
-            data=task.case.test,
-            template=request.template,
-            label_field="",
-            epsilon=request.options.epsilon,
-        )
+        model=task.merged,
+        artifact=str(output),
+        data=task.case.test,
+        template=request.template,
+        label_field="",
+        epsilon=request.options.epsilon,
     )
     return {key: report[key] for key in ("n", "layers_saved", "disagreement", "speedup")}
 

@@ -297,7 +297,7 @@ def _measured(
     n = len(data.test)
 
     def differing(run: Run, other: Run) -> float:
-        return compare(run.texts, other.texts).disagreement
+        return float(compare(run.texts, other.texts)["disagreement"])
 
     def accuracy(run: Run) -> float:
         hits = (text[0] in right for text, right in zip(run.texts, data.answers, strict=True))

@@ -16,8 +16,8 @@ from tests.unit.test_evaluation_report import EXAMPLES, OURS, STRICT, one_round,
 from vllm_adainfer.offline.evaluation.report import build_report
 from vllm_adainfer.offline.facts.document import Table
 from vllm_adainfer.offline.reports.contents import artifact_page, evaluation_page
-from vllm_adainfer.offline.reports.figures import Panel, axes, line
-from vllm_adainfer.offline.reports.page import Changed, Page, Section
+from vllm_adainfer.offline.reports.figures import axes, line, panel
+from vllm_adainfer.offline.reports.page import html_page
 from vllm_adainfer.offline.reports.views import View
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -42,9 +42,12 @@ VIEWS = (
     View(LAYERS, "'bad'", 0.6, 0.2),
 )
 CHANGED = [
-    Changed(1, "line 1", f"a warm film {HOSTILE}", "'bad'", "'good'", VIEWS),
-    Changed(1, "line 3", "a cold film", "'good'", "'bad'"),
-    Changed(0, "line 7", "a long film", "'good'", "'bad'"),
+    dict(zip(("level", "place", "prompt", "full", "early", "views"), one, strict=True))
+    for one in (
+        (1, "line 1", f"a warm film {HOSTILE}", "'bad'", "'good'", VIEWS),
+        (1, "line 3", "a cold film", "'good'", "'bad'", ()),
+        (0, "line 7", "a long film", "'good'", "'bad'", ()),
+    )
 ]
 
 
@@ -70,9 +73,9 @@ def opened(browser, tmp_path) -> Iterator[Any]:
     tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else 0)
     tab.on("request", lambda request: fetched.append(request.url))
 
-    def open_page(page: Page) -> Any:
+    def open_page(page: str) -> Any:
         path = tmp_path / "page.html"
-        path.write_text(page.html())
+        path.write_text(page)
         tab.goto(path.as_uri())
         return tab
 
@@ -165,9 +168,9 @@ def test_figures_are_drawn_inside_their_frames(opened, report, tiny_model):
 
 
 def test_a_page_without_bounds_has_sections_of_facts_and_figures_alone(opened):
-    chart = Panel("chart", "Requests", [line(([1, 2], [3, 4]), "requests")], axes("", ""))
+    chart = panel("chart", "Requests", [line(([1, 2], [3, 4]), "requests")], axes("", ""))
     table = Table([{"when": "now", "what": HOSTILE}])
-    tab = opened(Page("Kinds", "of a server", [Section("one", ["said", table], [chart])]))
+    tab = opened(html_page("Kinds", "of a server", [("one", ["said", table], [chart])]))
     assert tab.locator("#level").count() == 0
     assert tab.locator("td").all_text_contents() == ["now", HOSTILE]
     assert tab.locator("#chart svg.main-svg").count() > 0
@@ -175,7 +178,7 @@ def test_a_page_without_bounds_has_sections_of_facts_and_figures_alone(opened):
 
 
 def test_what_the_page_reads_is_json(report, tiny_model):
-    html = evaluation_page(report, tiny_config(tiny_model), DETAILS, CHANGED).html()
+    html = evaluation_page(report, tiny_config(tiny_model), DETAILS, CHANGED)
     data = html.split('type="application/json">')[1].split("</script>")[0]
     shown = json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert [name for name, _ in shown["levels"]] == ["2 %", "5 %"]

@@ -276,11 +276,11 @@ def test_a_prompt_is_explained_with_the_states_that_its_part_reads(monkeypatch, 
     with pytest.raises(TypeError):  # what the engine is here manages no context
         views.record_prompts(model, config, [])
     assert recorded == [(0, 2, 4, 6)]
-    part = views.deciding_part(Artifact(config, policy_tensors(found)), [5] * length)
+    artifact = Artifact(config, policy_tensors(found))
+    part, row, _ = views.decided_by(artifact, None, [5] * length)
     if not pooled:
         for mean in recording.means.values():
             mean[:] = torch.nan
-    row, _ = views.threshold_row(part.config, None, [5] * length)
     seen = views.views_of(part, recording, 1, row, str)
     assert [view.layer for view in seen] == ([0, 2, 4, 6, DEPTH] if pooled else [2, 4, 6, DEPTH])
     assert all(np.isfinite(view.top_prob) for view in seen)

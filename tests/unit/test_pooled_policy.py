@@ -20,7 +20,7 @@ from vllm_adainfer.frontend.metrics import EngineMetrics
 from vllm_adainfer.frontend.series import Series
 from vllm_adainfer.offline.facts.artifact import artifact_facts
 from vllm_adainfer.offline.facts.document import as_text
-from vllm_adainfer.offline.reports.views import deciding_part, threshold_row
+from vllm_adainfer.offline.reports.views import decided_by
 from vllm_adainfer.settings.engine import Settings
 
 POOLED_FROM = 4
@@ -182,19 +182,19 @@ def test_it_says_what_becomes_of_prompts_that_it_does_not_see_as_a_whole(
 @pytest.mark.parametrize(("length", "points"), [(POOLED_FROM, (2, 3)), (9, (0, 2, 5))])
 def test_a_prompt_is_explained_by_the_part_that_decides_it(pooled, length, points):
     artifact, prompt = Artifact(pooled, tiny_tensors(pooled)), [5] * length
-    part = deciding_part(artifact, prompt)
+    part, *row_and_bound = decided_by(artifact, 0.05, prompt)
     assert part.config.exit_points == points
-    assert threshold_row(part.config, 0.05, prompt) == (1, 0.05)
+    assert row_and_bound == [1, 0.05]
     assert part.tensors["thresholds"].shape == (2, len(points))
 
 
 def test_where_no_part_decides_a_prompt_it_is_said_to_run_all_layers(tiny_model):
     config = tiny_config(tiny_model, **ALONE)
     with pytest.raises(AdaInferError, match="after the first 4, and this prompt, which has no mo"):
-        deciding_part(Artifact(config, tiny_tensors(config)), [5] * 4)
+        decided_by(Artifact(config, tiny_tensors(config)), 0.05, [5] * 4)
 
 
 def test_an_artifact_of_one_part_is_its_own(tiny_policy):
     artifact = load_artifact(str(tiny_policy))
     assert artifact.parts("a").keys() == {"a"}
-    assert deciding_part(artifact, [5]).config is artifact.config
+    assert decided_by(artifact, 0.05, [5])[0].config is artifact.config

@@ -29,7 +29,7 @@ def inspect(
     from vllm_adainfer.artifact.files import load_artifact_config, load_details
     from vllm_adainfer.offline.facts.artifact import artifact_facts
     from vllm_adainfer.offline.facts.document import as_text
-    from vllm_adainfer.offline.reports.installed import check_installed
+    from vllm_adainfer.offline.reports.page import check_installed
 
     if html is not None:
         check_installed()
@@ -38,7 +38,7 @@ def inspect(
         from vllm_adainfer.offline.evaluation.report import write_whole
         from vllm_adainfer.offline.reports.contents import artifact_page
 
-        write_whole(html, artifact_page(config, details).html())
+        write_whole(html, artifact_page(config, details))
     typer.echo(as_text(artifact_facts(config, details)))
 
 

@@ -58,30 +58,27 @@ def evaluate(
     if not prompts and html is None:
         raise AdaInferError("--no-prompts is about the page: give --html, too, or drop it")
     from vllm_adainfer.offline.adapter import read_adapter
-    from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest
     from vllm_adainfer.offline.evaluation.evaluate import evaluate as run
     from vllm_adainfer.offline.evaluation.report import summary_line
     from vllm_adainfer.offline.facts.document import as_text
     from vllm_adainfer.offline.reports.evaluation_facts import evaluation_facts
 
     result = run(
-        EvaluationRequest(
-            model=model,
-            artifact=artifact,
-            data=data,
-            hf_overrides=overrides_of(hf_overrides),
-            template=template,
-            chat_template=chat_template,
-            label_field=label_field,
-            labels=names_of(labels),
-            max_tokens=max_tokens,
-            repeat=repeat,
-            epsilon=epsilon,
-            adapter=read_adapter(lora),
-            report=report,
-            html=html,
-            prompts=prompts,
-        )
+        model,
+        artifact,
+        data,
+        hf_overrides=overrides_of(hf_overrides),
+        template=template,
+        chat_template=chat_template,
+        label_field=label_field,
+        labels=names_of(labels),
+        max_tokens=max_tokens,
+        repeat=repeat,
+        epsilon=epsilon,
+        adapter=read_adapter(lora),
+        report=report,
+        html=html,
+        prompts=prompts,
     )
     typer.echo(as_text(evaluation_facts(result)) + "\n")
     typer.echo(summary_line(result))

@@ -12,12 +12,12 @@ from vllm_adainfer.artifact.files import load_details
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.demo.model import MODEL_NAME, fetch_demo_model
-from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
+from vllm_adainfer.offline.evaluation.evaluate import evaluate
 from vllm_adainfer.offline.evaluation.report import summary_line
 from vllm_adainfer.offline.facts.artifact import artifact_facts
 from vllm_adainfer.offline.facts.document import as_text
 from vllm_adainfer.offline.reports.evaluation_facts import evaluation_facts
-from vllm_adainfer.offline.reports.installed import check_installed
+from vllm_adainfer.offline.reports.page import check_installed
 
 LABELS = ("bad", "good")
 
@@ -48,14 +48,12 @@ def run(output: Path) -> str:
         typer.echo(as_text(artifact_facts(config, load_details(str(artifact)))))
         typer.echo("demo: measuring stock vLLM and vllm-adainfer on unseen reviews, interleaved")
         report = evaluate(
-            EvaluationRequest(
-                model=model,
-                artifact=str(artifact),
-                data=shipped / "test.jsonl",
-                template=template,
-                report=output / "report.json",
-                html=output / "report.html",
-            )
+            model=model,
+            artifact=str(artifact),
+            data=shipped / "test.jsonl",
+            template=template,
+            report=output / "report.json",
+            html=output / "report.html",
         )
     typer.echo(as_text(evaluation_facts(report)) + "\n")
     serve = shlex.join(["vllm-adainfer", "serve", model, "--policy", str(artifact)])

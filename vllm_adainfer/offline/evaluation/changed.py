@@ -3,50 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact
-from vllm_adainfer.artifact.label_subsets import ALL, bits_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.evaluation.sequences import Tokens
 from vllm_adainfer.offline.pretrained import Model
-from vllm_adainfer.offline.reports.page import Changed
-from vllm_adainfer.offline.reports.views import (
-    View,
-    deciding_part,
-    record_prompts,
-    student_reader,
-    threshold_row,
-    token_namer,
-    views_of,
-)
+from vllm_adainfer.offline.reports.views import View, decided_by, token_namer, views_of_prompts
 
 MOST = 100  # prompts that are shown for each bound
 
 
 def changed_prompts(
     model: Model,
-    artifact: str,
+    source: str,
     config: ArtifactConfig,
     examples: Sequence[Example],
     runs: Mapping[float, Run],
     max_tokens: int,
-) -> tuple[list[Changed], list[str]]:
+) -> tuple[list[dict[str, Any]], list[str]]:
     """The first `MOST` prompts for each bound, and sentences about what is not shown.
 
     Args:
         model: the model that answered.
-        artifact: directory or hub id.
-        config: the artifact's config, with the bounds that were measured.
+        source: directory or hub id of the artifact.
+        config: its config, with the bounds that were measured.
         examples: the prompts.
         runs: one round of ours by epsilon, with `NEVER_EXIT`.
         max_tokens: generated tokens per prompt; what the policy saw is shown only for one token.
 
+    Returns:
+        of each prompt the index of the bound (``level``), the ``place`` of its row in the data, the
+        text of the ``prompt``, the answers ``full`` and ``early``, and the policy's ``views``.
+
     """
-    full = runs[NEVER_EXIT].texts
-    pairs, notes = [], []
+    full, pairs, notes = runs[NEVER_EXIT].texts, [], []
     for index, level in enumerate(config.levels):
         early = runs[level.epsilon].texts
         found = [place for place in range(len(examples)) if early[place] != full[place]]
@@ -56,9 +51,16 @@ def changed_prompts(
                 f"At the bound of {100 * level.epsilon:g} %, {len(found) - MOST} more prompts "
                 f"changed; the first {MOST} are shown."
             )
-    views = {}
+    views: dict[tuple[int, int], list[View]] = {}
     if pairs and max_tokens == 1:
-        views = _views(model, artifact, config, examples, pairs)
+        artifact, asked = load_artifact(source), {}
+        for index, place in pairs:
+            example, epsilon = examples[place], config.levels[index].epsilon
+            with suppress(AdaInferError):  # it never exits, so the change is due to rounding
+                part, row, _ = decided_by(artifact, epsilon, example.token_ids)
+                asked[index, place] = example, part, row
+        seen = views_of_prompts(source, artifact.config, model, [*asked.values()]) if asked else []
+        views = dict(zip(asked, seen, strict=True))
         notes.append(
             "What the policy saw comes from one more run. If no exit or the same answer is shown, "
             "the request was so close to the other answer that rounding decided: it depends on "
@@ -71,42 +73,14 @@ def changed_prompts(
         return name(text[0]) if one_token else repr(model.tokenizer.decode(text))
 
     changed = [
-        Changed(
-            level=index,
-            place=examples[place].place,
-            prompt=examples[place].text,
-            full=answer(full[place]),
-            early=answer(runs[config.levels[index].epsilon].texts[place]),
-            views=views.get((index, place), ()),
-        )
+        {
+            "level": index,
+            "place": examples[place].place,
+            "prompt": examples[place].text,
+            "full": answer(full[place]),
+            "early": answer(runs[config.levels[index].epsilon].texts[place]),
+            "views": views.get((index, place), ()),
+        }
         for index, place in pairs
     ]
     return changed, notes
-
-
-def _views(
-    model: Model,
-    artifact: str,
-    config: ArtifactConfig,
-    examples: Sequence[Example],
-    pairs: Sequence[tuple[int, int]],
-) -> dict[tuple[int, int], list[View]]:
-    """The views by level and prompt; runs the prompts once more, at full depth."""
-    places = sorted({place for _, place in pairs})
-    recording = record_prompts(model, config, [examples[place] for place in places])
-    loaded, name = load_artifact(artifact), token_namer(config, model.tokenizer)
-    read, views = student_reader(artifact, config, model), {}
-    for index, place in pairs:
-        example = examples[place]
-        try:
-            part = deciding_part(loaded, example.token_ids)
-            row, _ = threshold_row(part.config, config.levels[index].epsilon, example.token_ids)
-        except AdaInferError:
-            continue  # it never exits, so the change is due to rounding
-        subset = ALL
-        if config.label_pool and example.labels is not None:
-            subset = bits_of(example.labels, config.label_ids)
-        prompt = places.index(place)
-        text = read(example.token_ids)
-        views[index, place] = views_of(part, recording, prompt, row, name, subset, text)
-    return views

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,46 +16,41 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.adapter import NamedAdapter
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
+from vllm_adainfer.offline.evaluation.changed import changed_prompts
 from vllm_adainfer.offline.evaluation.measure import measure
-from vllm_adainfer.offline.evaluation.prompts import (
-    load_examples,
-    load_scored,
-    right_answers,
-)
+from vllm_adainfer.offline.evaluation.prompts import load_examples, load_scored, right_answers
 from vllm_adainfer.offline.evaluation.report import build_report, write_whole
 from vllm_adainfer.offline.evaluation.requests import engine_settings, longest_choice
-from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run
+from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.evaluation.sequences import compare, rescore
-from vllm_adainfer.offline.pretrained import Model, load_model
-from vllm_adainfer.offline.reports.installed import check_installed
+from vllm_adainfer.offline.pretrained import load_model
+from vllm_adainfer.offline.reports.contents import evaluation_page
+from vllm_adainfer.offline.reports.page import check_installed
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 
-@dataclass(frozen=True)
-class EvaluationRequest:
-    """The command line's arguments; see `vllm-adainfer evaluate --help`."""
-
-    model: str
-    artifact: str
-    data: Path
-    hf_overrides: Mapping[str, Any] | None = None
-    template: str | None = None
-    chat_template: str | None = None
-    label_field: str = "label"
-    labels: tuple[str, ...] = ()
-    repeat: int = 3
-    max_tokens: int | None = None
-    epsilon: float | None = None
-    adapter: NamedAdapter | None = None
-    report: Path | None = None
-    html: Path | None = None
-    prompts: bool = True
-
-
-def evaluate(request: EvaluationRequest) -> dict[str, Any]:
+def evaluate(
+    model: str,
+    artifact: str,
+    data: Path,
+    hf_overrides: Mapping[str, Any] | None = None,
+    template: str | None = None,
+    chat_template: str | None = None,
+    label_field: str = "label",
+    labels: tuple[str, ...] = (),
+    repeat: int = 3,
+    max_tokens: int | None = None,
+    epsilon: float | None = None,
+    adapter: NamedAdapter | None = None,
+    report: Path | None = None,
+    html: Path | None = None,
+    prompts: bool = True,
+) -> dict[str, Any]:
     """Measure both engines; write the report and the page if asked to.
+
+    The arguments are those of the command line, see `vllm-adainfer evaluate --help`.
 
     Returns:
         the report.
@@ -66,93 +60,60 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
             written, or a page is asked for and its libraries are missing.
 
     """
-    for path in (request.report, request.html):
+    for path in (report, html):
         if path is not None:
             check_file(path)
-    if request.html is not None:
+    if html is not None:
         check_installed()
-    config = load_artifact_config(request.artifact)
-    model = load_model(request.model, config, request.adapter, request.hf_overrides)
-    if request.epsilon is not None:
-        config = _with_one_level(config, request.epsilon)
-    max_tokens = _max_tokens(request.max_tokens, config)
-    generated = longest_choice(config.choices) if config.choices else max_tokens
-    longest = model.longest_prompt(generated)
+    config = load_artifact_config(artifact)
+    loaded = load_model(model, config, adapter, hf_overrides)
+    if epsilon is not None:
+        config = _with_one_level(config, epsilon)
+    count = _max_tokens(max_tokens, config)
+    generated = longest_choice(config.choices) if config.choices else count
+    longest = loaded.longest_prompt(generated)
     if config.score_head is not None:
         examples = load_scored(
-            request.data,
-            request.template,
-            request.chat_template,
-            request.label_field,
-            request.labels,
-            config,
-            model,
-            longest,
+            data, template, chat_template, label_field, labels, config, loaded, longest
         )
-    elif request.chat_template is not None:
+    elif chat_template is not None:
         raise AdaInferError(
             "--chat-template joins the queries and documents of a reranker, and the artifact is "
             "for a model that generates: drop it"
         )
     else:
         examples = load_examples(
-            request.data,
-            request.template,
-            request.label_field,
-            request.labels,
-            config,
-            model.tokenizer,
-            longest,
+            data, template, label_field, labels, config, loaded.tokenizer, longest
         )
-    rounds, texts = _measure(request, model, config, examples, max_tokens, generated)
-    right_in = partial(right_answers, examples, config, model.tokenizer, max_tokens)
-    report = build_report(request.artifact, request.data, config, examples, right_in, rounds)
-    if texts is not None:
-        report |= {"max_tokens": max_tokens, "texts": texts}
-    if request.report is not None:
-        write_whole(request.report, json.dumps(report, indent=2) + "\n")
-    if request.html is not None:
-        from vllm_adainfer.offline.evaluation.changed import changed_prompts
-        from vllm_adainfer.offline.reports.contents import evaluation_page
-
-        changed, notes = None, list[str]()
-        if request.prompts:
-            runs = rounds[0][1]
-            changed, notes = changed_prompts(
-                model, request.artifact, config, examples, runs, max_tokens
-            )
-        details = load_details(request.artifact)
-        write_whole(request.html, evaluation_page(report, config, details, changed, notes).html())
-    return report
-
-
-def _measure(
-    request: EvaluationRequest,
-    model: Model,
-    config: ArtifactConfig,
-    examples: Sequence[Example],
-    max_tokens: int,
-    generated: int,
-) -> tuple[Rounds, dict[str, Any] | None]:
-    """The runs of both engines, and a comparison of generated texts, None for one token.
-
-    `generated` is the most tokens that a request can generate.
-    """
     epsilons = [NEVER_EXIT, *(level.epsilon for level in config.levels)]
-    settings = {**engine_settings(config), **model.engine_settings}
-    # Ours first, so that an artifact for other weights is refused before stock vLLM compiles.
-    switch = {"artifact": request.artifact}
+    settings = {**engine_settings(config), **loaded.engine_settings}
     with ExitStack() as stack:
-        ours = start_engine(model.path, examples, switch, generated, **settings)
-        stack.callback(stop_engine, ours)
-        stock = start_engine(model.path, examples, None, generated, **settings)
-        stack.callback(stop_engine, stock)
-        adapter, repeat = model.lora_request, request.repeat
-        rounds = measure(stock, ours, examples, config, epsilons, repeat, max_tokens, adapter)
-        if max_tokens == 1:
-            return rounds, None
-        scorer = stock if model.adapter is None else None  # see `serves_prompt_logprobs`
-        return rounds, _compare_texts(scorer, examples, rounds[0], config.epsilon)
+
+        def start(switch: dict[str, Any] | None) -> LLM:
+            engine = start_engine(loaded.path, examples, switch, generated, **settings)
+            stack.callback(stop_engine, engine)
+            return engine
+
+        # Ours first, so that an artifact for other weights is refused before stock vLLM compiles.
+        ours, stock = start({"artifact": artifact}), start(None)
+        lora = loaded.lora_request
+        rounds = measure(stock, ours, examples, config, epsilons, repeat, count, lora)
+        texts = {}
+        if count > 1:
+            scorer = stock if loaded.adapter is None else None  # see `serves_prompt_logprobs`
+            compared = _compare_texts(scorer, examples, rounds[0], config.epsilon)
+            texts = {"max_tokens": count, "texts": compared}
+    right_in = partial(right_answers, examples, config, loaded.tokenizer, count)
+    found = build_report(artifact, data, config, examples, right_in, rounds) | texts
+    if report is not None:
+        write_whole(report, json.dumps(found, indent=2) + "\n")
+    if html is not None:
+        changed, notes = None, list[str]()
+        if prompts:
+            runs = rounds[0][1]
+            changed, notes = changed_prompts(loaded, artifact, config, examples, runs, count)
+        write_whole(html, evaluation_page(found, config, load_details(artifact), changed, notes))
+    return found
 
 
 def _with_one_level(config: ArtifactConfig, epsilon: float) -> ArtifactConfig:
@@ -209,7 +170,7 @@ def _compare_texts(
     never, prompts = by_epsilon[NEVER_EXIT].texts, [example.token_ids for example in examples]
     return {
         name: {
-            **asdict(compare(texts, never)),
+            **compare(texts, never),
             **({} if scorer is None else {"read_back": rescore(scorer, prompts, texts)}),
         }
         for name, texts in (

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vllm_adainfer.arrays import Ints
-from vllm_adainfer.offline.reports.shares import Interval, Share
+from vllm_adainfer.offline.reports.shares import Share
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -54,41 +53,27 @@ def rescore(engine: LLM, prompts: Sequence[Tokens], texts: Sequence[Tokens]) -> 
     }
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """How texts differ from those of full depth.
+def compare(texts: Sequence[Tokens], full: Sequence[Tokens]) -> dict[str, Any]:
+    """Compare independent `texts` with those of full depth, pair by pair.
 
-    Attributes:
-        disagreement: share of tokens that differ, counted up to each text's first difference:
-            after that, the two continue different texts. The bound per token is about this share.
-        disagreement_95: the 95 % interval of the disagreement.
-        same: share of texts that are the same to the end.
-        same_95: the 95 % interval of that share.
-        first_divergence: mean index of the first token that differs, over the texts that differ;
-            None if none does.
+    Returns:
+        ``disagreement``, the share of tokens that differ, counted up to each text's first
+        difference, after which the two continue different texts: the bound per token is about this
+        share; ``same``, the share of texts that are the same to the end; their 95 % intervals; and
+        ``first_divergence``, the mean index of the first token that differs, None if none does.
 
     """
-
-    disagreement: float
-    disagreement_95: Interval
-    same: float
-    same_95: Interval
-    first_divergence: float | None
-
-
-def compare(texts: Sequence[Tokens], full: Sequence[Tokens]) -> Comparison:
-    """Compare independent `texts` with those of full depth, pair by pair."""
     alone = np.arange(len(texts))
     tokens = differing(texts, full, alone)
     same = Share(1 - tokens.hits, np.ones(len(texts)), alone)
     places = tokens.rows[tokens.hits == 1] - 1
-    return Comparison(
-        disagreement=tokens.value,
-        disagreement_95=tokens.interval,
-        same=same.value,
-        same_95=same.interval,
-        first_divergence=float(places.mean()) if len(places) else None,
-    )
+    return {
+        "disagreement": tokens.value,
+        "disagreement_95": tokens.interval,
+        "same": same.value,
+        "same_95": same.interval,
+        "first_divergence": float(places.mean()) if len(places) else None,
+    }
 
 
 def differing(texts: Sequence[Tokens], full: Sequence[Tokens], groups: Ints) -> Share:

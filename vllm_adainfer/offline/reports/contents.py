@@ -9,7 +9,7 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.offline.facts import artifact as about
 from vllm_adainfer.offline.reports import figures
 from vllm_adainfer.offline.reports.evaluation_facts import evaluation_facts, level_facts
-from vllm_adainfer.offline.reports.page import Changed, Page, Section, provenance_section
+from vllm_adainfer.offline.reports.page import Section, html_page
 from vllm_adainfer.offline.reports.shares import share_in
 from vllm_adainfer.promise.words import probes_in_words
 
@@ -18,19 +18,10 @@ def evaluation_page(
     report: Mapping[str, Any],
     config: ArtifactConfig,
     details: Mapping[str, Any],
-    changed: Sequence[Changed] | None,
+    changed: Sequence[Mapping[str, Any]] | None,
     notes: Sequence[str] = (),
-) -> Page:
-    """The page of an evaluation.
-
-    Args:
-        report: the report of `evaluate`.
-        config: the artifact's config.
-        details: the artifact's ``calibration.json``.
-        changed: prompts whose answers changed; None leaves the table out.
-        notes: sentences below the prompts.
-
-    """
+) -> str:
+    """The page of an evaluation, from its report and the artifact's ``calibration.json``."""
     index, stock = _default(config), report["stock"]
     levels = []
     for place, level in enumerate(report["levels"]):
@@ -52,7 +43,7 @@ def evaluation_page(
         figures.reliability(report, index),
         *figures.gates(report, index),
     ]
-    return Page(
+    return html_page(
         title=f"{report['model']} on {report['data']}",
         subtitle=(
             f"{report['n']} prompts of {report['prompt_tokens_mean']:.0f} tokens, artifact "
@@ -60,8 +51,8 @@ def evaluation_page(
             f"vllm-adainfer runs at {report['never_exit']['speedup']:.2f}x the speed of stock vLLM."
         ),
         sections=[
-            Section("What was measured", evaluation_facts(report)),
-            provenance_section(report["provenance"]),
+            ("What was measured", evaluation_facts(report), ()),
+            _provenance(report["provenance"]),
         ],
         levels=levels,
         opens_with=index,
@@ -71,20 +62,20 @@ def evaluation_page(
     )
 
 
-def artifact_page(config: ArtifactConfig, details: Mapping[str, Any]) -> Page:
+def artifact_page(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
     """The page of an artifact: what it promises, and what calibration measured."""
     index = _default(config)
     exits = {str(point["layer"]): point["leaving"] for point in details["exit_points"]}
     exits[str(config.layers)] = max(0.0, 1 - sum(exits.values()))
-    return Page(
+    return html_page(
         title=f"Policy for {config.base_model}",
         subtitle=(
             f"{config.architecture}, {probes_in_words(config)}; calibrated on {details['rows']} "
             f"rows. The figure of exits is for the bound of {_name(config.epsilon)}."
         ),
         sections=[
-            Section("What it promises", about.artifact_facts(config, details)),
-            provenance_section(details["provenance"]),
+            ("What it promises", about.artifact_facts(config, details), ()),
+            _provenance(details["provenance"]),
         ],
         levels=[(facts["epsilon"], facts) for facts in about.level_facts(config)],
         opens_with=index,
@@ -94,6 +85,17 @@ def artifact_page(config: ArtifactConfig, details: Mapping[str, Any]) -> Page:
             figures.agreement(config, details),
         ],
     )
+
+
+def _provenance(provenance: Mapping[str, Any]) -> Section:
+    """The origin of results, see `offline.provenance`."""
+
+    def spelled(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{name} {one}" for name, one in value.items())
+        return " ".join(value) if isinstance(value, list | tuple) else str(value)
+
+    return "Provenance", [{name: spelled(value) for name, value in provenance.items()}], ()
 
 
 def _default(config: ArtifactConfig) -> int:

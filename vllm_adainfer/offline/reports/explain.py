@@ -13,15 +13,7 @@ from vllm_adainfer.offline.adapter import NamedAdapter
 from vllm_adainfer.offline.calibration.data.examples import Row, make_examples, read_template
 from vllm_adainfer.offline.facts.document import Table, as_text
 from vllm_adainfer.offline.pretrained import load_model
-from vllm_adainfer.offline.reports.views import (
-    View,
-    deciding_part,
-    record_prompts,
-    student_reader,
-    threshold_row,
-    token_namer,
-    views_of,
-)
+from vllm_adainfer.offline.reports.views import View, decided_by, views_of_prompts
 
 
 @dataclass(frozen=True)
@@ -110,12 +102,8 @@ def explain(
     row = Row("the text", {"text" if template is not None else "prompt": text})
     longest = model.longest_prompt(1)
     [example] = make_examples([row], model.tokenizer, template, "label", longest)
-    part = deciding_part(artifact, example.token_ids)
-    thresholds, bound = threshold_row(part.config, epsilon, example.token_ids)
-    recording = record_prompts(model, config, [example])
-    name = token_namer(config, model.tokenizer)
-    read = student_reader(source, config, model)(example.token_ids)
-    views = views_of(part, recording, 0, thresholds, name, text=read)
+    part, row_of_thresholds, bound = decided_by(artifact, epsilon, example.token_ids)
+    [views] = views_of_prompts(source, config, model, [(example, part, row_of_thresholds)])
     leaves_after, served = next(view.layer for view in views if view.settled), None
     if not config.shared.are_in(example.token_ids):
         served = served_prompts(config.shared, model.tokenizer.decode)

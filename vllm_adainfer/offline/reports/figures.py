@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
@@ -11,16 +10,23 @@ from vllm_adainfer.promise.kinds import promise_of
 
 Points = tuple[Sequence[Any], Sequence[Any]]  # x and y
 Trace = dict[str, Any]
+Panel = dict[str, Any]  # see `panel`
 
 MARKER = {"color": "#d1242f", "size": 13, "symbol": "diamond"}
 DOTTED = {"dash": "dot", "color": "#9aa4b2", "width": 1}
 
 
-@dataclass(frozen=True)
-class Panel:
+def panel(
+    name: str,
+    title: str,
+    traces: Sequence[Trace],
+    layout: Mapping[str, Any],
+    moving: int | None = None,
+    points: Sequence[Points] = (),
+) -> Panel:
     """A figure, which may follow the slider.
 
-    Attributes:
+    Args:
         name: HTML id of the figure.
         title: title above the figure.
         traces: its lines, bars and points at the bound that the page opens with.
@@ -29,13 +35,8 @@ class Panel:
         points: the points of that trace at each bound.
 
     """
-
-    name: str
-    title: str
-    traces: Sequence[Trace]
-    layout: Mapping[str, Any]
-    moving: int | None = None
-    points: Sequence[Points] = ()
+    axes_and_lines = {"traces": traces, "layout": layout}
+    return {"name": name, "title": title, **axes_and_lines, "moving": moving, "points": points}
 
 
 def line(points: Points, name: str, mode: str = "lines", **more: Any) -> Trace:
@@ -90,7 +91,7 @@ def exits(histograms: Sequence[Mapping[str, float]], layers: int, index: int) ->
     bars = {"type": "bar", "x": x, "y": y, "width": layers / 60, "showlegend": False}
     layout = axes("layers run", "% of requests")
     layout["xaxis"]["range"], layout["yaxis"]["range"] = [0, layers + 1], [0, 100]
-    return Panel("exits", "Where requests exit", [bars], layout, 0, points)
+    return panel("exits", "Where requests exit", [bars], layout, 0, points)
 
 
 def risk_curve(config: ArtifactConfig, details: Mapping[str, Any], index: int) -> Panel:
@@ -114,7 +115,7 @@ def agreement(config: ArtifactConfig, details: Mapping[str, Any]) -> Panel:
     x = [point for point in config.exit_points if point in shares]
     marked = line((x, [shares[point] for point in x]), "exit points", "markers", marker=MARKER)
     layout = axes("layer", "% of held-out rows")
-    return Panel("agreement", "How often the probe agrees with full depth", [probe, marked], layout)
+    return panel("agreement", "How often the probe agrees with full depth", [probe, marked], layout)
 
 
 def reliability(report: Mapping[str, Any], index: int) -> Panel | None:
@@ -133,7 +134,7 @@ def reliability(report: Mapping[str, Any], index: int) -> Panel | None:
         line(points[index], "early, at this bound", "lines+markers"),
     ]
     layout = axes("probability of the best label", "share of prompts where it is right")
-    return Panel("reliability", "Reliability", traces, layout, len(traces) - 1, points)
+    return panel("reliability", "Reliability", traces, layout, len(traces) - 1, points)
 
 
 def gates(report: Mapping[str, Any], index: int) -> list[Panel]:
@@ -150,7 +151,7 @@ def gates(report: Mapping[str, Any], index: int) -> list[Panel]:
         ]
         title = f"Probability of {gate['label']}, with a gate at {gate['probability']:g}"
         layout = axes("probability at full depth", "early, at this bound")
-        panels.append(Panel(f"gate-{number}", title, traces, layout, 0, points))
+        panels.append(panel(f"gate-{number}", title, traces, layout, 0, points))
     return panels
 
 
@@ -164,4 +165,4 @@ def _marked(
 ) -> Panel:
     """A panel with a marker at the bound of the slider."""
     marker = line(points[index], "this bound", "markers", marker=MARKER)
-    return Panel(name, title, [*traces, marker], layout, len(traces), points)
+    return panel(name, title, [*traces, marker], layout, len(traces), points)

@@ -13,7 +13,7 @@ from vllm_adainfer.auto.directory import AutoDirectory
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.files import replace_file
 from vllm_adainfer.offline.facts.document import Block, Table
-from vllm_adainfer.offline.reports.figures import Panel, axes, line
+from vllm_adainfer.offline.reports.figures import Panel, axes, line, panel
 from vllm_adainfer.offline.reports.kind_states import (
     NOT_PROMISED,
     KindState,
@@ -24,7 +24,7 @@ from vllm_adainfer.offline.reports.kind_states import (
     read_directory,
 )
 from vllm_adainfer.offline.reports.kinds import facts_of_kind
-from vllm_adainfer.offline.reports.page import Page, Section
+from vllm_adainfer.offline.reports.page import Section, html_page
 
 STATUS = "status"  # an event that has numbers and is not listed
 LISTED = 50  # the latest events of a kind
@@ -58,7 +58,7 @@ def write_page(root: str | Path) -> Path:
             events[event["kind"]].append(event)
     try:
         page = kinds_page(watched, events, label_texts(watched.tokenizer))
-        replace_file(directory.page, page.html())
+        replace_file(directory.page, page)
     except OSError as error:
         raise AdaInferError(f"cannot write {directory.page}: {error}") from None
     return directory.page
@@ -83,16 +83,16 @@ def read_events(path: Path) -> Iterator[Event]:
         return
 
 
-def kinds_page(watched: Watched, events: Mapping[str, Sequence[Event]], texts: Texts) -> Page:
+def kinds_page(watched: Watched, events: Mapping[str, Sequence[Event]], texts: Texts) -> str:
     """A section for each kind: its facts, its numbers over time, and its latest events."""
     sections = [_section(one, watched, events.get(one.name, ()), texts) for one in watched.kinds]
-    return Page(
+    return html_page(
         title=f"Kinds of requests to {watched.model}",
         subtitle=(
             f"{watched.requests:,} requests since {day_of(watched.since)}; written "
             f"{_moment(time.time())}. {NOT_PROMISED}"
         ),
-        sections=sections or [Section("No kind of one-answer request recurs so far.")],
+        sections=sections or [("No kind of one-answer request recurs so far.", (), ())],
     )
 
 
@@ -107,7 +107,7 @@ def _section(one: KindState, watched: Watched, events: Sequence[Event], texts: T
     ]
     if happened:
         blocks.append(Table([_row(event) for event in happened[-LISTED:]], text_columns=3))
-    return Section(one.name, blocks, [*_charts(one.name, status, happened)])
+    return one.name, blocks, [*_charts(one.name, status, happened)]
 
 
 def _charts(name: str, status: Sequence[Event], happened: Sequence[Event]) -> Iterator[Panel]:
@@ -122,7 +122,7 @@ def _charts(name: str, status: Sequence[Event], happened: Sequence[Event]) -> It
             layout = axes("", "")
             layout["yaxis"]["tickformat"] = form
             layout["xaxis"]["type"] = "date"
-            yield Panel(f"{name}-{number}", title, [*lines, marks], layout)
+            yield panel(f"{name}-{number}", title, [*lines, marks], layout)
 
 
 def _points(status: Sequence[Event], key: str) -> tuple[list[str], list[float]]:

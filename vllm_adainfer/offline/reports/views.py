@@ -16,7 +16,7 @@ from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_student_tokenizer
 from vllm_adainfer.artifact.kinds import ProbeInput
-from vllm_adainfer.artifact.label_subsets import ALL
+from vllm_adainfer.artifact.label_subsets import ALL, bits_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.collect import Plan, record, recording_engine
@@ -94,47 +94,27 @@ def token_namer(config: ArtifactConfig, tokenizer: Any) -> Callable[[int], str]:
     return lambda token: repr(names.get(token) or tokenizer.decode([token]))
 
 
-def deciding_part(artifact: Artifact, prompt: Sequence[int]) -> Artifact:
-    """The part of a policy that decides a prompt of which no token is in the prefix cache.
+def decided_by(
+    artifact: Artifact, epsilon: float | None, prompt: Sequence[int]
+) -> tuple[Artifact, int, float]:
+    """The part of a policy that decides a prompt, its row of thresholds, and the certified bound.
+
+    No token of `prompt` is in the prefix cache; `epsilon` None is the artifact's own.
 
     Raises:
         AdaInferError: such a prompt never exits.
 
     """
-    whole, *last_token = artifact.parts("").values()
+    part, *last_token = artifact.parts("").values()
     pooled_from = artifact.config.pooled_from
-    if pooled_from is None or len(prompt) > pooled_from:
-        return whole
-    if not last_token:
-        raise AdaInferError(
-            f"the policy reads the tokens of a prompt after the first {pooled_from}, and this "
-            "prompt, which has no more, runs all layers"
-        )
-    return last_token[0]
-
-
-def student_reader(
-    source: str, config: ArtifactConfig, model: Model
-) -> Callable[[Sequence[int]], Sequence[int]]:
-    """A function that reads a prompt as the student of an artifact does; empty without one."""
-    if config.student is None:
-        return lambda _prompt: ()
-    decode = partial(model.tokenizer.decode, skip_special_tokens=True)
-    tokenizer = load_student_tokenizer(source)
-    return OwnText(decode, config.student, config.shared, tokenizer).tokens_of
-
-
-def threshold_row(
-    config: ArtifactConfig, epsilon: float | None, prompt: Sequence[int]
-) -> tuple[int, float]:
-    """The row of the thresholds for a prompt, and the certified bound it belongs to.
-
-    `config` is that of the part that decides it.
-
-    Raises:
-        AdaInferError: such a prompt never exits.
-
-    """
+    if pooled_from is not None and len(prompt) <= pooled_from:
+        if not last_token:
+            raise AdaInferError(
+                f"the policy reads the tokens of a prompt after the first {pooled_from}, and this "
+                "prompt, which has no more, runs all layers"
+            )
+        [part] = last_token
+    config = part.config
     level = config.level_of(epsilon)
     if level < 0:
         raise AdaInferError("nothing exits at epsilon 0: give a bound of the artifact's table")
@@ -145,7 +125,41 @@ def threshold_row(
             "the policy is certified for each question separately, but not for the question of "
             "this prompt, which runs all layers"
         )
-    return row, config.levels[level].epsilon
+    return part, row, config.levels[level].epsilon
+
+
+def views_of_prompts(
+    source: str,
+    config: ArtifactConfig,
+    model: Model,
+    asked: Sequence[tuple[Example, Artifact, int]],
+) -> list[list[View]]:
+    """The views of prompts, which run once more, at full depth.
+
+    Args:
+        source: directory or hub id of the artifact.
+        config: its config.
+        model: the model that it fits.
+        asked: each prompt, with the part that decides it and its row, see `decided_by`.
+
+    """
+    examples = list({id(example): example for example, _, _ in asked}.values())
+    places = {id(example): place for place, example in enumerate(examples)}
+    recording, name = record_prompts(model, config, examples), token_namer(config, model.tokenizer)
+    own_text = None
+    if config.student is not None:
+        decode = partial(model.tokenizer.decode, skip_special_tokens=True)
+        tokenizer = load_student_tokenizer(source)
+        own_text = OwnText(decode, config.student, config.shared, tokenizer)
+    found = []
+    for example, part, row in asked:
+        subset = ALL
+        if config.label_pool and example.labels is not None:
+            subset = bits_of(example.labels, config.label_ids)
+        text = () if own_text is None else own_text.tokens_of(example.token_ids)
+        place = places[id(example)]
+        found.append(views_of(part, recording, place, row, name, subset, text))
+    return found
 
 
 def views_of(
@@ -160,13 +174,13 @@ def views_of(
     """The views of one prompt: one for each exit point, and one for full depth.
 
     Args:
-        artifact: the part of the artifact that decides the prompt, with its tensors.
+        artifact: the part that decides the prompt, with its tensors.
         recording: states of one-token prompts at the artifact's exit points.
         prompt: the prompt's row in the recording.
-        thresholds: the row of its thresholds, see `threshold_row`.
+        thresholds: the row of its thresholds.
         name: names a token, see `token_namer`.
         subset: the labels that the prompt is about, as bits.
-        text: what the student reads of the prompt, see `student_reader`; empty if it is not asked.
+        text: what the student reads of the prompt; empty if it is not asked.
 
     """
 
