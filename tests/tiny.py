@@ -124,6 +124,8 @@ def _tensors_of_part(
     if thresholds is None:
         thresholds = torch.full((config.num_threshold_rows, len(config.exit_points)), -1.0)
     tensors = {"thresholds": thresholds}
+    if config.candidates == "shortlist":
+        tensors |= {"shortlist": torch.arange(3), "head_rows": torch.zeros(3, config.hidden_size)}
     for layer, read in zip(config.exit_points, config.probe_inputs, strict=True):
         width = config.hidden_size * (1 + config.is_pooled)
         if config.student is not None and read is ProbeInput.TEXT:
@@ -137,6 +139,8 @@ def _tensors_of_part(
                 tensors[f"exit.{layer}.branch.{name}"] = one
         gap = [float(name in ("gap", "gate_distance")) for name in config.features]
         tensors[f"exit.{layer}.classifier"] = torch.tensor([*gap, 0.0])
+        if "label-head" not in config.probe:
+            continue
         rows = len(config.labels) + (config.risk == "probability")
         scale = 0.1 if config.is_pooled else 0.02  # normed states are shorter
         tensors[f"exit.{layer}.head_weight"] = scale * torch.randn(rows, width, generator=generator)

@@ -47,8 +47,6 @@ def run(job: dict[str, Any]) -> None:
         )
         answers.append([told(output) for output in outputs])
         llm.reset_prefix_cache()
-    if "record" in job:
-        llm.collective_rpc("adainfer_take_record", args=(job["record"],))
     try:
         from vllm_adainfer import stats
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from tests.conftest import tiny_engine
 from tests.e2e.oracle import hidden_states
 from tests.e2e.scripted import parts, running_of
 from tests.tiny import LAYERS, tiny_artifact, tiny_config
+from tests.waiting import wait_for
 from vllm_adainfer.auto import places
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
@@ -69,15 +69,6 @@ def label(labels: list[int], **arguments: Any) -> SamplingParams:
     return SamplingParams(
         temperature=0, max_tokens=1, allowed_token_ids=labels, extra_args=arguments or None
     )
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    """What `condition` gives, once that is true."""
-    end = time.monotonic() + 20
-    while not (found := condition()):
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.05)
-    return found
 
 
 def rows_of(directory: AutoDirectory, kind: str) -> dict[str, Tensor]:

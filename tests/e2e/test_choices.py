@@ -160,15 +160,6 @@ def test_samples_of_one_request_end_each_by_itself(engine, stock):
     assert len(ours.ends) == 3 * len(SETS)
 
 
-@pytest.mark.parametrize("room", range(1, 9))
-def test_a_choice_that_just_fits_ends_at_once(engine, stock, room):
-    """`positive` has three tokens as the vocabulary merges them, and one for the end."""
-    params = [choosing(["positive", "x"], max_tokens=room) for _ in PROMPTS]
-    theirs, ours = told(stock, params), told(engine, params)
-    for (text, *_), (stocks, *_) in zip(ours.ends, theirs.ends, strict=True):
-        assert text.startswith(stocks), "stock may write it in more tokens than there are"
-
-
 def test_other_grammars_and_free_texts_beside_choices_are_stocks(engine, stock):
     digits = StructuredOutputsParams(regex="[0-9]{3}")
     free = SamplingParams(temperature=0, max_tokens=7)

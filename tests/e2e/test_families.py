@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,19 @@ from vllm.distributed import parallel_state
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
+from benchmarks.offline.scripted_requests import scripted_request
 from tests.conftest import tiny_engine
 from tests.delta_net import allow_fp32
 from tests.e2e.oracle import continuation, head_inputs, same
 from tests.e2e.patterns import Request, drawn_pattern, drive, wrong
 from tests.e2e.recorded import taken_from
-from tests.e2e.scripted import EXIT_AT, FULL, drawn, parts, scripted
+from tests.e2e.scripted import FULL, drawn, parts
 from tests.e2e.test_equal_to_stock import PROMPTS, answer
 from tests.families import FAMILIES, tiny_checkpoint, transformers_class
 from tests.full import needed
 from tests.tiny import FROM_ZERO, LAYERS
 from vllm_adainfer import stats
+from vllm_adainfer.policy.script import SCRIPT_LABELS
 from vllm_adainfer.settings.instruments import ROW_ARG
 
 SMALL = {
@@ -146,30 +149,28 @@ def test_never_exiting_is_stock_bit_for_bit(served, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", needed(1, of=range(2)))
-def test_one_token_requests_get_the_answer_of_the_depth_they_leave_at(served, seed):
-    """Mixed with generating ones, over several steps."""
-    prompts = prompts_of(seed)
-    generator = np.random.default_rng(seed)
-    exit_points = parts(served.llm)[0].exit_points
-    exits = [int(at) for at in generator.integers(FULL, len(exit_points), len(prompts))]
-    tokens = [1 if at != FULL else int(generator.integers(1, 6)) for at in exits]
-    params = [
-        SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, extra_args={EXIT_AT: at})
-        for at, count in zip(exits, tokens, strict=True)
-    ]
-    with scripted(served.llm) as stats:
-        found = run(served.llm, prompts, params)
-    for prompt, at, count, output in zip(prompts, exits, tokens, found, strict=True):
-        depth = LAYERS if at == FULL else exit_points[at]
-        expected = continuation(served.reference, prompt, count, depth)
-        assert same(list(output.token_ids), expected)
-    assert stats.layers_run < stats.layers_possible
-
-
-@pytest.mark.parametrize("seed", needed(1, of=range(3)))
 def test_drawn_exits_at_every_token_reproduce_the_oracle(served, seed):
     pattern, ran = drawn_pattern(served.llm, seed)
     assert wrong(served.reference, pattern, ran) == []
+
+
+@pytest.mark.parametrize("served", ["llama"], indirect=True)
+def test_requests_leave_where_the_script_says(served, monkeypatch):
+    """Benchmarks rely on it."""
+    prompts = [prompt[:20] for prompt in PROMPTS]  # of one step
+    exits = [FROM_ZERO[0], None, FROM_ZERO[1], FROM_ZERO[0], FROM_ZERO[1]]
+    params = [scripted_request(layer, 1) for layer in exits]
+    monkeypatch.setattr(parts(served.llm)[0].loop, "_min_rows_saved", 1)
+    served.llm.reset_prefix_cache()
+    before = stats(served.llm)
+    found = run(served.llm, prompts, params)
+    after, depths = stats(served.llm), [LAYERS if layer is None else layer for layer in exits]
+    left = Counter(after["exit_histogram"]) - Counter(before["exit_histogram"])
+    assert left == Counter(depths)
+    assert after["layers_run"] - before["layers_run"] == sum(
+        depth * len(prompt) for depth, prompt in zip(depths, prompts, strict=True)
+    )
+    assert all(output.token_ids[0] in SCRIPT_LABELS for output in found)
 
 
 @pytest.mark.parametrize("served", ["mixtral"], indirect=True)

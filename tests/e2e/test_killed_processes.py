@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import pytest
 from benchmarks.common.server import Server, serving
 from tests.e2e.test_serve import FLAGS, environment, post
 from tests.tiny import tiny_config
+from tests.waiting import wait_for
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
 from vllm_adainfer.auto.table import RECURS
 
@@ -55,10 +55,7 @@ class Load:
             client.result()
 
     def wait_for(self, answers: int) -> None:
-        end = time.monotonic() + 120
-        while len(self.answered) < answers and not self.failed:
-            assert time.monotonic() < end, f"{len(self.answered)} of {answers} answers"
-            time.sleep(0.01)
+        wait_for(lambda: len(self.answered) >= answers or self.failed, 120)
 
     def _ask(self, client: int) -> None:
         number = 0
@@ -163,10 +160,7 @@ def test_a_server_restarted_at_once_after_its_front_was_killed_serves_and_has_lo
             with after.running():
                 after.wait_for(ENOUGH)
                 everyone = processes(again)
-            end = time.monotonic() + 30
-            while place.in_ledgers() <= known:  # they are written once a second
-                assert time.monotonic() < end, "no ledger goes on"
-                time.sleep(0.1)
+            wait_for(lambda: place.in_ledgers() > known)  # they are written once a second
         assert not after.failed
     wait_for_end(everyone)
     assert set(after.answered) <= set(place.audited())

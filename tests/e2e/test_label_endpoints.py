@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from tests.e2e.test_label_pool import CLOSE, TIE, expected
 from tests.e2e.test_serve import FLAGS, by_policy, environment, post, wait_for_counters
 from tests.families import SHAPE
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors, word_tokenizer
+from tests.waiting import wait_for
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.exits.accounting.report import INTERVAL
 from vllm_adainfer.offline.calibration.data.batch_files import read_requests
@@ -220,9 +220,7 @@ def test_captured_parts_of_a_request_stay_a_group_when_calibration_reads_them(
         of = {tuple(example.token_ids): example.group for example in examples}
         return [{of.get(tuple(prompt)) for prompt in prompts} for prompts in wanted]
 
-    end = time.monotonic() + 10
-    while any(None in found for found in groups()) and time.monotonic() < end:
-        time.sleep(0.05)
+    wait_for(lambda: not any(None in found for found in groups()))
     assert [len(prompts) for prompts in wanted] == [parts, parts]
     [first], [second] = groups()
     assert None not in (first, second)
@@ -279,44 +277,3 @@ def test_calibration_reads_the_tokens_that_the_server_reads(server, tokenizer, p
     [answer] = post_all(server, path, [{**asked, "return_token_ids": True}])
     found = answer.get("prompt_token_ids") or answer["choices"][0]["prompt_token_ids"]
     assert prompts_of(tokenizer, path, asked) == [found]
-
-
-BAD = {
-    "/v1/systemone": [
-        {"state": "film"},
-        {"state": "film", "questions": {}},
-        {"state": "film", "questions": {"q": {"type": "riddle"}}},
-        {"state": "film", "questions": {"q": {"type": "choice", "criteria": {}}}},
-        {"state": "film", "questions": {"q": {"type": "noul", "vllm_xargs": {"adainfer": 0}}}},
-    ],
-    "/generative_scoring": [
-        {"query": "film", "items": [], "label_token_ids": [1, 2]},
-        {"query": "film", "items": [""], "label_token_ids": []},
-        {"query": "film", "items": [""], "label_token_ids": [1, 1 << 40]},
-        {"query": "film", "items": [""], "label_token_ids": [-1]},
-        {"query": "film", "items": [[1], "mixed"], "label_token_ids": [1, 2]},
-    ],
-}
-
-
-@pytest.mark.parametrize("path", BAD)
-def test_a_request_that_vllm_refuses_is_refused_and_others_are_answered(server, path):
-    for body in BAD[path]:
-        status, answer = post(server, path, body)
-        assert status in (400, 422), answer
-    fine = {"state": "film", "questions": QUESTIONS}
-    [answer] = post_all(server, "/v1/systemone", [fine])
-    assert set(answer["answers"]) == set(QUESTIONS)
-
-
-def test_labels_that_come_twice_or_among_others_get_probabilities_of_full_depth(server, promises):
-    ids = [label.token_id for label in promises["labels"]]
-    decided = counted_at_rest(server)
-    before = by_policy(server, "layer_rows_skipped_total")
-    lists = [ids[0], ids[0]], [*ids[:2], 3], ids[:1]
-    for asked in lists:
-        body = {"query": f"the film {json.dumps(asked)} {END}", "items": [""]}
-        [answer] = post_all(server, "/generative_scoring", [{**body, "label_token_ids": asked}])
-        assert 0 <= answer["data"][0]["score"] <= 1
-    wait_for_counters(server, decided + len(lists))
-    assert by_policy(server, "layer_rows_skipped_total") == before

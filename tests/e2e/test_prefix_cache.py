@@ -82,24 +82,6 @@ def test_a_prefix_shared_within_a_step_is_completed_by_the_first_and_hit_by_the_
     assert stats.layers_run == whole * LAYERS + 2 * own * FROM_ZERO[0]
 
 
-def test_one_batch_with_a_shared_prefix_is_exact(small, reference):
-    prompts = prompts_with_shared_prefix(12, seed=2)
-    exits = [i % (len(FROM_ZERO) + 1) - 1 for i in range(len(prompts))]
-    params = [
-        SamplingParams(temperature=0, max_tokens=1, extra_args={} if e < 0 else {EXIT_AT: e})
-        for e in exits
-    ]
-    with scripted(small):
-        for _ in range(2):  # the second pass finds complete blocks only
-            outputs = small.generate(
-                [{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False
-            )
-            for prompt, exit_at, output in zip(prompts, exits, outputs, strict=True):
-                tokens = list(output.outputs[0].token_ids)
-                depths = {LAYERS, LAYERS if exit_at < 0 else FROM_ZERO[exit_at]}
-                assert any(same(tokens, [token_after(reference, prompt, d)]) for d in depths)
-
-
 @pytest.mark.parametrize("length", [150, 300])
 def test_chunks_before_the_last_are_cached_as_in_stock(small, reference, length):
     """The engine runs 128 rows a step, so these prompts take two or three."""

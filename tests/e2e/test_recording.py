@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,19 +11,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from vllm import SamplingParams
 
 from tests.conftest import tiny_engine
 from tests.e2e.oracle import hidden_states
 from tests.tiny import LAYERS
+from vllm_adainfer import stats
 from vllm_adainfer.exits.recording.moments import DECISION_ROW_WEIGHT, STRIDE, Moments
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.collect import Plan, record
 from vllm_adainfer.offline.calibration.record.rows import normed
+from vllm_adainfer.settings.instruments import ROW_ARG
 
-ROOT = Path(__file__).parents[2]
 RECORDED = (0, 5)
 FOLDS, FITTED = 3, 9
-# Longer than a step (64 rows), of one row, and all that lies between.
+# Longer than a step (128 rows), of one row, and all that lies between.
 LENGTHS = (7, 1, 150, 23, 40, 64, 3, 90, 12, 33, 70, 5)
 
 
@@ -43,44 +41,17 @@ def recorded(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The record, and the engine's counters."""
     path = tmp_path_factory.mktemp("record")
-    switch = {
-        "record": [*RECORDED, LAYERS],
-        "record_lens": {"folds": FOLDS, "prompts": FITTED},
-    }
-    job = {
-        "engine": {
-            "model": str(tiny_model),
-            "dtype": "float32",
-            "enforce_eager": True,
-            "max_model_len": 256,
-            "max_num_batched_tokens": 64,
-            "max_num_seqs": 8,
-            "block_size": 32,
-            "kv_cache_memory_bytes": 64 << 20,
-            "additional_config": {"adainfer": switch},
-        },
-        "prompts": prompts,
-        "batches": [
-            [
-                {"temperature": 0, "max_tokens": 1, "extra_args": {"adainfer_row": row}}
-                for row in range(len(prompts))
-            ]
-        ],
-        "record": str(path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.generate"],
-        input=json.dumps([job]),
-        env=os.environ,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    [result] = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    lens = {"folds": FOLDS, "prompts": FITTED}
+    switch = {"record": [*RECORDED, LAYERS], "record_lens": lens}
+    engine = tiny_engine(tiny_model, switch, max_model_len=256, kv_cache_memory_bytes=64 << 20)
+    params = [
+        SamplingParams(temperature=0, max_tokens=1, extra_args={ROW_ARG: row})
+        for row in range(len(prompts))
+    ]
+    engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    engine.collective_rpc("adainfer_take_record", args=(str(path),))
     taken = load_file(path / "000001.safetensors") | load_file(path / "sums.safetensors")
-    return taken, json.loads(result.removeprefix("RESULT "))["stats"]
+    return taken, stats(engine)
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +97,10 @@ def test_the_sums_for_a_lens_are_over_the_rows_of_fitted_prompts(recorded, state
 
 
 def test_recording_runs_every_layer_for_every_row_and_counts_it(recorded):
-    _, stats = recorded
-    assert stats["layers_run"] == stats["layers_possible"] == sum(LENGTHS) * LAYERS
-    assert stats["tokens_decided"] == len(LENGTHS)
-    assert stats["exit_histogram"] == {str(LAYERS): len(LENGTHS)}
+    _, counted = recorded
+    assert counted["layers_run"] == counted["layers_possible"] == sum(LENGTHS) * LAYERS
+    assert counted["tokens_decided"] == len(LENGTHS)
+    assert counted["exit_histogram"] == {LAYERS: len(LENGTHS)}
 
 
 POOLED_FROM = 40

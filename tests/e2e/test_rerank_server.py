@@ -180,12 +180,6 @@ def test_hostile_requests_cost_nobody_an_answer(server, alone, full_depth):
         )
 
 
-def test_raw_scores_are_full_depths(server, full_depth):
-    for one, full in zip(QUERIES[:5], full_depth, strict=False):
-        raw = np.array(scores(server, *one, use_activation=False))
-        assert 1 / (1 + np.exp(-raw)) == pytest.approx(full, abs=CLOSE)
-
-
 def test_an_order_that_breaks_its_promise_is_closed(server, alone, full_depth):
     """The counters count queries, and then all run at full depth."""
     pairs = [*zip(map(np.array, alone), map(np.array, full_depth), strict=True)]

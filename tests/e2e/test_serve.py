@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -24,12 +23,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from benchmarks.common.server import Server, serving
-from benchmarks.serving import label_requests
 from tests import student
 from tests.e2e import pooled
 from tests.e2e.tasks import Case, cases
 from tests.e2e.test_tasks import prompts_of
 from tests.tiny import LABELS, LAYERS, tiny_config, tiny_tensors, word_tokenizer
+from tests.waiting import wait_for
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.fields import SharedTokens
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
@@ -61,13 +60,6 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def captured(tmp_path_factory) -> Path:
-    """Where the server keeps all requests."""
-    directory: Path = tmp_path_factory.mktemp("captured")
-    return directory
-
-
-@pytest.fixture(scope="module")
 def audited(tmp_path_factory) -> Path:
     """Where the server says where each answer came from."""
     directory: Path = tmp_path_factory.mktemp("audited")
@@ -86,17 +78,14 @@ def with_student(tiny_model) -> Artifact:
 
 
 @pytest.fixture(scope="module")
-def server(
-    tiny_model, sources, with_student, captured, audited, tmp_path_factory
-) -> Iterator[Server]:
+def server(tiny_model, sources, with_student, audited, tmp_path_factory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("log") / "server.log"
-    capture = {"directory": str(captured), "rate": 1, "limit": 20_000}
     asked = tmp_path_factory.mktemp("student") / "asked"
     encoder, tokenizer = student.encoder(), student.tokenizer()
     save_artifact(asked, with_student.config, with_student.tensors, {}, "", encoder, tokenizer)
     artifacts = {**sources, "asked": str(asked)}
     audit = {"directory": str(audited)}
-    switch = {"artifact": artifacts, "min_rows_saved": 1, "capture": capture, "audit": audit}
+    switch = {"artifact": artifacts, "min_rows_saved": 1, "audit": audit}
     with serving(str(tiny_model), switch, log, FLAGS, environment()) as running:
         yield running
 
@@ -146,36 +135,7 @@ def by_policy(server: Server, name: str) -> Counter[str]:
 
 def wait_for_counters(server: Server, decided: int) -> None:
     """Counters come a moment after the last answer: wait until so many tokens are counted."""
-    end = time.monotonic() + 30
-    while (found := by_policy(server, "exit_layer_count").total()) != decided:
-        assert time.monotonic() < end, f"{found} tokens are counted, not {decided}"
-        time.sleep(0.1)
-
-
-def test_a_student_answers_before_the_first_layer_and_its_exits_are_counted(
-    server, with_student, reference
-):
-    """Prompts as text and as tokens, all at once, some longer than the student reads."""
-    tokenizer, found = word_tokenizer(), Counter[int]()
-    prompts = [framed(prompt) for prompt in prompts_of(24, 81)]
-    cases = []
-    for place, prompt in enumerate(prompts):
-        epsilon = pooled.ALWAYS if place % 3 == 0 else pooled.SOME
-        params = pooled.request("asked", epsilon, {"asked": with_student})
-        wanted = pooled.expected(reference, with_student, prompt, params)
-        if wanted is not None:
-            as_text = tokenizer.decode(prompt) if place % 2 else prompt
-            cases.append(Case(as_text, params, "asked", *wanted, deep_token=-1))
-            found[wanted[0]] += 1
-    assert found[0]
-    assert found[LAYERS] + found[5], "the case must have requests that the student leaves open"
-    before = server.metrics("adainfer:exit_layer_bucket{")
-    total = by_policy(server, "exit_layer_count").total()
-    assert answers(server, cases) == [case.token for case in cases]
-    wait_for_counters(server, total + len(cases))
-    after = server.metrics("adainfer:exit_layer_bucket{")
-    [first] = [n for n in after if 'policy="asked"' in n and 'le="0.0"' in n]
-    assert after[first] - before.get(first, 0) == found[0]
+    wait_for(lambda: by_policy(server, "exit_layer_count").total() == decided)
 
 
 def asked_over_http(path: str, text: str, question: str, labels: list[int]) -> dict[str, Any]:
@@ -256,13 +216,12 @@ def test_each_request_gets_its_own_policys_answer_and_all_counters_add_up(server
 
 def audit_lines(audited: Path, count: int) -> list[dict[str, Any]]:
     """The lines of the audit, once there are so many."""
-    end = time.monotonic() + 30
-    while True:
-        text = "".join(path.read_text() for path in sorted(audited.iterdir()))
-        if text.count("\n") >= count:
-            return [json.loads(line) for line in text.splitlines()]
-        assert time.monotonic() < end, f"{count} lines are missing in the audit"
-        time.sleep(0.05)
+
+    def written() -> str:
+        return "".join(path.read_text() for path in sorted(audited.iterdir()))
+
+    wait_for(lambda: written().count("\n") >= count)
+    return [json.loads(line) for line in written().splitlines()]
 
 
 def test_the_audit_says_of_each_request_what_the_counters_say_of_all(
@@ -364,100 +323,16 @@ def test_texts_leave_early_and_no_counter_of_the_server_ever_falls(server, clien
     assert deferred > 0, "some rows have to wait"
 
 
-def test_requests_of_all_kinds_at_once_are_told_what_each_is_told_alone(server, tasks):
-    """Of them stock vLLM on a CPU garbles `logprobs`, and ends at a seeded prompt of two chunks."""
-    labels = list(tasks["mood"].config.label_ids)
-    kinds: list[dict[str, Any]] = [
-        {"allowed_token_ids": labels},
-        {"logprobs": 3},
-        {"logprobs": 1, "logprob_token_ids": labels},
-        {"temperature": 1, "seed": 7, "max_tokens": 8},
-        {"temperature": 1, "seed": 8, "logprobs": 2, "max_tokens": 4},
-    ]
-    prompts = [prompt * 15 for prompt in prompts_of(70, 15, longest=20)]  # up to 300 tokens
-    wanted = [
-        {"model": "model", "prompt": prompt, "max_tokens": 1, "temperature": 0, **kind}
-        for prompt, kind in zip(prompts, kinds * 3, strict=True)
-    ]
-
-    def told(body: dict[str, Any]) -> Any:
-        status, answer = post(server, "/v1/completions", {**body, "return_token_ids": True})
-        assert status == 200, answer
-        [choice] = answer["choices"]
-        logprobs = choice["logprobs"] and choice["logprobs"]["top_logprobs"]
-        return choice["token_ids"], [sorted(place) for place in logprobs or ()]
-
-    label_requests.post(server, "/reset_prefix_cache")
-    alone = [told(body) for body in wanted]
-    for _ in range(3):
-        label_requests.post(server, "/reset_prefix_cache")
-        with ThreadPoolExecutor(len(wanted)) as pool:
-            assert list(pool.map(told, wanted)) == alone
-
-
-def captured_bodies(directory: Path, prompt: list[int]) -> list[dict[str, Any]]:
-    """The bodies of captured requests with a prompt, once there is one."""
-    end = time.monotonic() + 10
-    while True:
-        lines = [line for path in directory.iterdir() for line in path.read_text().splitlines()]
-        bodies = [json.loads(line)["body"] for line in lines]
-        found = [body for body in bodies if body["prompt"] == prompt]
-        if found or time.monotonic() > end:
-            return found
-        time.sleep(0.05)
-
-
-def test_requests_are_captured_token_for_token_by_whatever_endpoint_they_come(
-    server, captured, tiny_model, tasks
-):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    labels = list(tasks["mood"].config.label_ids)
-    texts = ["a clever film but never a dull plot", "the plot is a slow film", "never a warm film"]
-    prompts = [tokenizer.encode(text) for text in texts]
-    common = {"model": "model", "max_tokens": 1, "temperature": 0}
-    choice = {"structured_outputs": {"choice": list(LABELS)}}
-    message = {"role": "user", "content": texts[1]}
-    requests = [
-        ("/v1/completions", {**common, "prompt": texts[0], "allowed_token_ids": labels}),
-        ("/v1/chat/completions", {**common, "messages": [message], **choice}),
-        ("/generative_scoring", {"query": texts[2], "items": [" slow"], "label_token_ids": labels}),
-    ]
-    for path, body in requests:
-        status, answer = post(server, path, body)
-        assert status == 200, answer
-    prompts[2] = [*prompts[2], *tokenizer.encode(" slow")]
-    said = [
-        {**common, "allowed_token_ids": labels},
-        {**common, **choice},
-        {**common, "temperature": 1, "logprob_token_ids": labels, "logprobs": len(labels)},
-    ]
-    for prompt, body in zip(prompts, said, strict=True):
-        assert captured_bodies(captured, prompt) == [{**body, "prompt": prompt}]
-    assert {path.stat().st_mode & 0o777 for path in captured.iterdir()} == {0o600}
-    assert "users' data on disk" in server.log.read_text()
-
-
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ({"adainfer_policy": "weather"}, "its policies are: mood, topic, next"),
-        ({"adainfer_policy": "../../etc/passwd"}, "is not a policy of this engine"),
-        ({"adainfer_epsilon": 0.001}, "stricter than the artifact's strictest certified bound"),
-        ({"adainfer_epsilon": -1}, "adainfer_epsilon = -1"),
-        ({"adainfer": "maybe"}, "adainfer = 'maybe'"),
-        ({"adainfer_depth": 3}, "'adainfer_depth' is not a key that vllm-adainfer knows"),
-    ],
-)
-def test_a_request_that_asks_for_something_unknown_gets_a_400_with_the_reason(
-    server, path, arguments, sentence
-):
-    body = {"model": "model", "max_tokens": 1, "vllm_xargs": arguments}
-    chat = {"messages": [{"role": "user", "content": "film"}]}
-    status, answer = post(
-        server, path, {**body, **({"prompt": "film"} if "chat" not in path else chat)}
-    )
-    assert (status, sentence in answer["error"]["message"]) == (400, True), answer
+def test_a_request_that_asks_for_something_unknown_gets_a_400_with_the_reason(server, path):
+    """Which of them are refused: `test_tasks`."""
+    body = {"model": "model", "max_tokens": 1, "vllm_xargs": {"adainfer_policy": "weather"}}
+    asked = {"prompt": "film"}
+    if "chat" in path:
+        asked = {"messages": [{"role": "user", "content": "film"}]}
+    status, answer = post(server, path, {**body, **asked})
+    assert status == 400
+    assert "its policies are: mood, topic, next" in answer["error"]["message"]
 
 
 def test_artifacts_are_read_again_by_a_post_and_damaged_ones_are_refused(
@@ -480,10 +355,8 @@ def test_artifacts_are_read_again_by_a_post_and_damaged_ones_are_refused(
 def test_the_log_says_what_is_active_and_at_each_interval_what_was_saved(server, tasks, reference):
     answers(server, cases(tasks, reference, prompts_of(9, 3), 9))
     saved = re.compile(r"Engine 000: mean exit layer \d\.\d/6, layers saved \d+%, probes \d")
-    end = time.monotonic() + 30
-    while not saved.search(log := server.log.read_text()):
-        assert time.monotonic() < end, "no interval has ended"
-        time.sleep(0.1)
+    wait_for(lambda: saved.search(server.log.read_text()))
+    log = server.log.read_text()
     assert "AdaInfer is on: policy mood, label-head probe after layers 2, 3 of 6" in log
     assert "AdaInfer is on: policy next, lens probe after layers 2, 5 of 6" in log
 
@@ -551,15 +424,3 @@ def test_run_batch_takes_the_same_policies(tiny_model, tasks, sources, reference
     answered = [bodies[str(number)] for number in range(len(wanted))]
     assert [b["usage"]["prompt_tokens"] for b in answered] == [len(c.prompt) for c in wanted]
     assert [b["choices"][0]["token_ids"][0] for b in answered] == [c.token for c in wanted]
-
-
-@pytest.mark.full
-def test_bench_throughput_takes_the_same_policies(tiny_model, sources, tmp_path):
-    said = run(
-        "bench", sources, "throughput", "--model", str(tiny_model),
-        "--dataset-name", "random", "--random-input-len", "16", "--random-output-len", "1",
-        "--num-prompts", "8",
-        "--output-json", str(tmp_path / "out.json"), *FLAGS[:-2],
-    )  # fmt: skip
-    assert "AdaInfer is on" in said
-    assert json.loads((tmp_path / "out.json").read_text())["num_requests"] == 8

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from tests.adapters import merged, save_adapter
 from tests.e2e.oracle import TIE, head_inputs, hidden_states
 from tests.e2e.test_serve import FLAGS, environment, post, wait_for_counters
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
+from tests.waiting import wait_for
 from vllm_adainfer.offline.adapter import read_adapter
 
 pytestmark = pytest.mark.full
@@ -155,14 +155,14 @@ def test_adapters_come_and_go_under_traffic_with_the_policies_beside_them(
             assert post_text(server, "/v1/load_lora_adapter", later) == 200
             for prompt in PROMPTS[:12]:
                 served_right("later", prompt, ask(server, "later", prompt, labels))
-            wait_until(lambda: described(server) == {("mood", "mood"), ("later", "later")})
+            wait_for(lambda: described(server) == {("mood", "mood"), ("later", "later")})
             skipped = server.metrics("adainfer:layer_rows_skipped_total{")
             assert sum(value for series, value in skipped.items() if 'policy="later"' in series)
             assert post_text(server, "/v1/unload_lora_adapter", {"lora_name": "later"}) == 200
         for i, each in enumerate(steady):
             served_right(["mood", "model"][i % 2], PROMPTS[i % len(PROMPTS)], each.result())
     # The next report to come takes the series of the policy along with it.
-    wait_until(
+    wait_for(
         lambda: (
             ask(server, "mood", PROMPTS[0], labels)[0] == 200
             and described(server) == {("mood", "mood")}
@@ -174,13 +174,6 @@ def described(server: Server) -> set[tuple[str, ...]]:
     """The policies that have series, and their adapters."""
     info = server.metrics("adainfer:policy_info{")
     return {tuple(re.findall(r'(?:policy|adapter)="(\w*)"', series)) for series in info}
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def post_text(server: Server, path: str, body: dict[str, Any]) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,11 @@ from vllm import SamplingParams
 
 from tests.e2e.oracle import continuation, same, token_after
 from tests.e2e.scripted import EXIT_AT, only, parts, scripted
-from tests.e2e.test_equal_to_stock import LENGTHS, answer
 from tests.e2e.test_policies import artifact_of, expected, policy_of
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, FROM_ZERO, LAYERS
 from vllm_adainfer import stats as stats_of
 from vllm_adainfer.artifact.artifact import Artifact
-from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.compat.requests import client_request_id
 from vllm_adainfer.settings.engine import DEFAULT_POLICY, Settings
@@ -112,54 +109,29 @@ def oracle_answers(
     return [(prompt, early, full[1]) for prompt, early, full in answers if early and full]
 
 
-def decided(
-    model_path: Path, reference: Any, policy: tuple[str, str, float], seed: int
-) -> tuple[Artifact, list[tuple[list[int], tuple[int, int], int]]]:
-    """An artifact of that probe, candidates and threshold, and the oracle's answers under it."""
-    artifact = artifact_of(model_path, reference, *policy)
-    return artifact, oracle_answers(artifact, reference, random_prompts(32, seed))
-
-
+@pytest.mark.parametrize("rate", [1, 0.3, 0])
 @pytest.mark.parametrize(("probe", "candidates", "threshold"), LABELS_AND_OPEN)
-def test_when_all_are_shadows_full_depth_answers_and_every_disagreement_is_counted(
-    engine, tiny_model, reference, probe, candidates, threshold
+def test_full_depth_answers_shadows_and_counts_each_disagreement_and_others_leave_as_ever(
+    engine, tiny_model, reference, probe, candidates, threshold, rate
 ):
-    artifact, cases = decided(tiny_model, reference, (probe, candidates, threshold), seed=5)
-    prompts = [prompt for prompt, _, _ in cases]
-    disagreed = sum(early[1] != full for _, early, full in cases)
-    depths = [early[0] for _, early, _ in cases]
-    assert 0 < disagreed < len(cases)
-    assert LAYERS in depths, "the case must have rows that no exit point settles"
-    with watched(engine, artifact, rate=1) as (stats, _):
-        found = run(engine, prompts, admitted(artifact))
-    assert [tokens for _, tokens in found] == [[full] for _, _, full in cases]
-    reading = stats.as_dict()["shadow"][artifact.config.levels[TAG].epsilon]
-    assert (reading["checked"], reading["disagreed"]) == (len(cases), disagreed)
-    assert stats.layers_run == stats.layers_possible
-    assert +stats.exit_histogram == {LAYERS: len(cases)}
-
-
-@pytest.mark.parametrize(("probe", "candidates", "threshold"), LABELS_AND_OPEN)
-def test_shadows_change_nothing_for_the_others(
-    engine, tiny_model, reference, probe, candidates, threshold
-):
-    artifact, cases = decided(tiny_model, reference, (probe, candidates, threshold), seed=6)
-    prompts = [prompt for prompt, _, _ in cases]
-    is_shadow = is_shadow_at(0.3)
-    checked = disagreed = 0
-    depths: Counter[int] = Counter()
-    with watched(engine, artifact, rate=0.3, alpha=NEVER) as (stats, _):
-        found = run(engine, prompts, admitted(artifact))
+    artifact = artifact_of(tiny_model, reference, probe, candidates, threshold)
+    cases = oracle_answers(artifact, reference, random_prompts(32, seed=5))
+    assert LAYERS in [early[0] for _, early, _ in cases], "no exit point settles some"
+    is_shadow, checked, disagreed, depths = is_shadow_at(rate), 0, 0, Counter[int]()
+    with watched(engine, artifact, rate, alpha=NEVER) as (stats, _):
+        found = run(engine, [prompt for prompt, _, _ in cases], admitted(artifact))
     for (_, (depth, early), full), (request_id, tokens) in zip(cases, found, strict=True):
         watched_one = is_shadow(request_id)
         assert tokens == [full if watched_one else early]
         checked += watched_one
         disagreed += watched_one and early != full
         depths[LAYERS if watched_one else depth] += 1
-    assert 0 < checked < len(cases)
+    assert (checked > 0, checked == len(cases)) == (rate > 0, rate == 1)
+    assert rate < 1 or 0 < disagreed < len(cases)
     reading = stats.as_dict()["shadow"][artifact.config.levels[TAG].epsilon]
     assert (reading["checked"], reading["disagreed"]) == (checked, disagreed)
     assert +stats.exit_histogram == depths
+    assert (stats.layers_run == stats.layers_possible) == (rate == 1)
 
 
 @pytest.mark.parametrize("seed", needed(1, of=range(3)))
@@ -231,23 +203,6 @@ def test_rows_of_shadows_do_not_count_as_ready_to_leave(engine):
     assert +stats.exit_histogram == {LAYERS: 2}
 
 
-def test_a_rate_of_zero_changes_nothing(engine, tiny_model, reference):
-    artifact = artifact_of(tiny_model, reference, "label-head", "labels", 0.2)
-    prompts = random_prompts(12, seed=7)
-    with watched(engine, artifact, rate=0) as (watching, _):
-        found = run(engine, prompts, admitted(artifact))
-    with watched(engine, artifact, rate=0) as (plain, _):
-        parts(engine)[0].loop.monitors = plain.shadow = {}
-        assert [tokens for _, tokens in run(engine, prompts, admitted(artifact))] == [
-            tokens for _, tokens in found
-        ]
-    counters = watching.as_dict()
-    assert [reading["checked"] for reading in counters.pop("shadow").values()] == [0, 0]
-    counters["policies"]["default"].pop("shadow")
-    assert counters == plain.as_dict()
-    assert plain.layers_run < plain.layers_possible
-
-
 def test_an_engine_without_the_setting_has_no_monitor_and_no_reading(engine):
     assert parts(engine)[0].loop.monitors == {}
     assert "shadow" not in stats_of(engine)
@@ -290,19 +245,3 @@ def test_a_policy_that_is_often_wrong_is_stopped_and_the_other_level_is_not(
     assert warning.levelname == "WARNING"
     assert f"epsilon = {strict:g}" in warning.getMessage()
     assert "calibrate again" in warning.getMessage()
-
-
-def test_the_setting_reaches_a_server_in_a_process_of_its_own(tiny_model, tiny_policy):
-    config = load_artifact(str(tiny_policy)).config
-    params = {"temperature": 0, "max_tokens": 1, "allowed_token_ids": list(config.label_ids)}
-    served = answer(
-        tiny_model,
-        [params] * len(LENGTHS),
-        {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        dtype="float32",
-        enforce_eager=True,
-        additional_config={"adainfer": {"artifact": str(tiny_policy), "shadow_rate": 1}},
-    )
-    readings = served["stats"]["shadow"]
-    assert [reading["checked"] for reading in readings.values()] == [0, len(LENGTHS)]
-    assert served["stats"]["layers_run"] == served["stats"]["layers_possible"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
+from tests.waiting import wait_for
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.table import RECURS
@@ -117,13 +116,6 @@ def own(tmp_path) -> AutoDirectory:
     found = AutoDirectory(tmp_path / "own")
     found.create()
     return found
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.01)
 
 
 def test_a_disk_that_is_full_stops_nothing_and_is_said_once(own, monkeypatch, caplog_vllm):

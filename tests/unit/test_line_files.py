@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Semaphore
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import wait_for
 from vllm_adainfer.engine.scheduler import line_files
 from vllm_adainfer.engine.scheduler.line_files import Form, LineFiles, check_directory, whole_lines
 from vllm_adainfer.errors import AdaInferError
@@ -42,13 +43,6 @@ def write(directory: Path, numbers: range, limit: int = 100, engine: int = 0) ->
         while not files._queue.empty():
             time.sleep(0.001)
     files.close()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def kept(directory: Path) -> list[int]:
@@ -154,10 +148,7 @@ def test_lines_are_whole_after_a_kill_and_a_cut_one_is_removed_at_the_next_start
     process = subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"started\n"
-    end = time.monotonic() + 30
-    while not any(path.stat().st_size > 1 << 20 for path in tmp_path.iterdir()):
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_for(lambda: any(path.stat().st_size > 1 << 20 for path in tmp_path.iterdir()))
     process.kill()
     process.wait()
     process.stdout.close()

@@ -12,6 +12,7 @@ import torch
 from vllm import SamplingParams
 
 from tests.admitted import admitted
+from tests.running import new_request, running_requests, step_of_one
 from tests.tiny import LAYERS, tiny_config, tiny_tensors
 from tests.unit.test_pooled_policy import ALONE, POOLED, POOLED_FROM, QUESTIONS, last_token, levels
 from vllm_adainfer.artifact.artifact import Artifact
@@ -19,7 +20,6 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.running import NOT_POOLED
-from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.worker.served_policies import (
     ServedPolicies,
     check_cuts,
@@ -27,7 +27,6 @@ from vllm_adainfer.engine.worker.served_policies import (
 )
 from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.policy.policy import Policy
@@ -177,34 +176,13 @@ def test_before_the_first_request_it_has_read_what_it_will_read(pooled):
 def test_chunks_beyond_a_sliding_window_are_read_too(pooled, tmp_path):
     """Only tokens that may wait for layers, while more follow, must lie inside of it."""
     save_artifact(tmp_path / "policy", pooled, tiny_tensors(pooled), {}, "card\n")
-    config = SimpleNamespace(
-        additional_config={"adainfer": {"artifact": str(tmp_path / "policy")}},
-        cache_config=SimpleNamespace(enable_prefix_caching=False),
-        model_config=SimpleNamespace(logprobs_mode="raw_logprobs", return_sampling_mask=False),
-        structured_outputs_config=SimpleNamespace(reasoning_parser="", backend="auto"),
-        lora_config=None,
-    )
-    loop: Any = SimpleNamespace(
-        kv=ExactKV(),
-        tightened=lambda: None,
-        stats=SimpleNamespace(weights_differ=False),
-        carried=SimpleNamespace(end=lambda name: 20),
-    )
-    running = RunningRequests(config, loop)
-    running._window = 8
-    running.add(
-        SimpleNamespace(
-            req_id="a",
-            sampling_params=SamplingParams(
-                temperature=0, max_tokens=1, allowed_token_ids=list(pooled.label_ids)
-            ),
-            prompt_token_ids=[5] * 30,
-            lora_request=None,
-        )
-    )
+    carried = SimpleNamespace(end=lambda name: 20)
+    running = running_requests({"artifact": str(tmp_path / "policy")}, carried=carried)
+    running.window = 8
+    labels = list(pooled.label_ids)
+    params = SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=labels)
+    running.add(new_request(params, [5] * 30))
     for computed, count in ((0, 20), (20, 10)):
-        step = running.describe(
-            ["a"], np.array([count]), np.array([computed]), np.array([computed > 0]), CPU
-        )
+        step = step_of_one(running, computed, count, ends=computed > 0)
         assert step.pooled_from.tolist() == [POOLED_FROM]
         assert step.threshold_rows.tolist() == [1]

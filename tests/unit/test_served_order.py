@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from vllm import PoolingParams, SamplingParams
 
+from tests.running import new_request, running_requests
 from tests.tiny import LAYERS, tiny_artifact, tiny_config
 from vllm_adainfer.arrays import Bools, Floats
 from vllm_adainfer.artifact.fields import Label, TopK
@@ -21,7 +21,6 @@ from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.engine.admission.running import attach_resolved
 from vllm_adainfer.engine.model import score_head
 from vllm_adainfer.engine.model.score_head import EarlyScoreHead
-from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.exits.batch.batch import StackShape
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.kv.policies import ExactKV
@@ -106,31 +105,19 @@ class Server:
     """A worker and the pooler, for queries whose documents all come in one step."""
 
     def __init__(self, policy: Path, min_rows_saved: int, ranks: bool = True) -> None:
-        config = SimpleNamespace(
-            additional_config={"adainfer": {"artifact": str(policy), "finish_choices": False}},
-            cache_config=SimpleNamespace(enable_prefix_caching=True),
-            model_config=SimpleNamespace(logprobs_mode="raw_logprobs"),
-            lora_config=None,
-        )
         artifact = load_artifact(str(policy))
         self.labels = artifact.config.labels
         own = Policy(artifact, CPU)
         policies = PolicySet({"default": own})
         self.loop = ExitLoop(SHAPE, policies, ExactKV(), {}, 100, min_rows_saved)
-        self.running = RunningRequests(config, self.loop)
+        switch = {"artifact": str(policy), "finish_choices": False}
+        self.running = running_requests(switch, self.loop, prefix_caching=True)
 
     def describe(self, params: Sequence[Any], forced: Bools) -> StepContext:
         """The step of new requests, each of one token; those `forced` complete the prefix cache."""
         names = [*map(str, range(len(params)))]
         for name, wanted, completes in zip(names, params, forced.tolist(), strict=True):
-            pools = isinstance(wanted, PoolingParams)
-            request = SimpleNamespace(
-                req_id=name,
-                sampling_params=None if pools else wanted,
-                pooling_params=wanted if pools else None,
-                prompt_token_ids=[1],
-                lora_request=None,
-            )
+            request = new_request(wanted, [1], name)
             resolved = self.running.admission.arrival.resolve(name, wanted)
             attach_resolved(request, replace(resolved, force_full_depth_prefill=completes))
             self.running.add(request)

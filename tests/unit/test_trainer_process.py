@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_for
 from vllm_adainfer.auto.cores import note_cores
 from vllm_adainfer.auto.directory import AutoDirectory
 from vllm_adainfer.engine.worker import trainer_process
@@ -32,19 +32,11 @@ def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainerProcess:
     return TrainerProcess(directory)
 
 
-def said(process: TrainerProcess) -> str:
-    end = time.monotonic() + 10
-    while not (text := Path(process._log).read_text()):
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    return text
-
-
 def test_it_works_on_one_thread_in_the_directory_and_its_log_is_private(process):
     process.keep_running()
     root = process._directory.root
     command = f"-m vllm_adainfer.cli autopilot {root} --parent {os.getpid()} 1\n"
-    assert said(process) == command
+    assert wait_for(Path(process._log).read_text) == command
     assert os.stat(process._log).st_mode & 0o077 == 0
     process.close()
 
