@@ -302,7 +302,7 @@ def certified(
 
 
 def report(config: ArtifactConfig, runs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What an evaluation reports of runs, which `make` has drawn from the policy's answers."""
+    """What an evaluation reports of runs, drawn from the answers of a policy."""
     names = {label.token_id: label.name for label in config.labels}
     right = runs["right"].tolist()
     examples = [

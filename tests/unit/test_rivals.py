@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from benchmarks.common.intervals import mean_interval, share_of
-from benchmarks.rivals.classifiers import Words
 from benchmarks.rivals.judged import Unseen, certified_threshold
 from benchmarks.rivals.task import ends_of
 from vllm_adainfer.offline.calibration.certify.bound import Bound
@@ -25,11 +24,6 @@ def test_a_classifier_answers_what_it_is_sure_of_and_no_more_than_the_bound_allo
     assert served.mean() == pytest.approx(min(1 - wrong_below, 0.9), abs=0.03)
 
 
-def test_a_classifier_that_is_wrong_where_it_is_surest_answers_nothing():
-    sure = np.ones(2000)
-    assert certified_threshold(np.full(2000, True), sure, BOUND, EPSILON) == np.inf
-
-
 def test_a_promise_is_of_all_requests_not_of_those_that_are_answered():
     sure = np.r_[np.ones(100), np.zeros(1900)]
     differs = np.r_[np.full(10, True), np.full(1990, False)]  # a tenth of those answered
@@ -40,15 +34,6 @@ def test_what_all_prompts_share_is_not_read():
     texts = ["Review: a warm film\nSentiment:", "Review: a cold one\nSentiment:"]
     start, end = ends_of(texts)
     assert [text[start : len(text) - end] for text in texts] == ["warm film", "cold one"]
-
-
-def test_words_learn_the_answers_of_the_model():
-    texts = ["a warm and clever film", "a thin and dull plot"] * 20
-    classifier = Words()
-    classifier.fit(texts, np.array([7, 3] * 20))
-    answers, sure = classifier.answer(["clever", "dull"])
-    assert answers.tolist() == [7, 3]
-    assert ((sure > 0.5) & (sure <= 1)).all()
 
 
 def test_a_result_compares_answers_with_the_whole_models_and_with_the_right_ones():

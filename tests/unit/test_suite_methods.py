@@ -11,7 +11,6 @@ import torch
 
 from benchmarks.common.intervals import mean_interval
 from benchmarks.suite import methods
-from benchmarks.suite.report import METHODS, markdown, suite_report
 from tests.unit.test_make_policy import DEPTH, LABEL_IDS, LAYERS, PROMPTS, SPLIT, recording_of
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import certify
@@ -125,49 +124,3 @@ def test_adainfer_leaves_by_its_rules_and_pays_for_a_head_at_every_layer(monkeyp
         classifiers = [exit.classifier for exit in exits]
         expected = by_prompt(recording, exits, classifiers, point.threshold, paid)
         assert flat(found[name]) == expected
-
-
-def row(accuracy: float, at_chance: bool, ours: dict[str, float] | None) -> dict[str, Any]:
-    none = dict.fromkeys(METHODS)
-    return {
-        "title": f"task of {accuracy}",
-        "shots": 0,
-        "test": 10,
-        "prompt_tokens_mean": 20.0,
-        "chance": 0.5,
-        "full_depth": {"accuracy": accuracy},
-        "at_chance": at_chance,
-        "exit_points": [2],
-        "methods": {**none, "ours": ours},
-        "measured": None,
-    }
-
-
-def outcome(saved: float, accuracy: float) -> dict[str, float]:
-    return {
-        "accuracy": accuracy,
-        "disagreement": 0.01,
-        "layers_run": DEPTH * (1 - saved),
-        "layers_saved": saved,
-        "expected_speedup": 1 / (1 - saved),
-    }
-
-
-def test_means_are_over_tasks_above_chance_that_have_an_outcome():
-    rows = [
-        row(0.9, False, outcome(0.4, 0.88)),
-        row(0.8, False, outcome(0.2, 0.80)),
-        row(0.7, False, None),
-        row(0.5, True, outcome(0.9, 0.4)),
-    ]
-    report = suite_report("models/tiny", PolicyOptions(), DEPTH, rows)
-    assert report["model"] == "tiny"
-    assert report["averages"].keys() == {"ours"}
-    mean = report["averages"]["ours"]
-    assert mean["tasks"] == 2
-    assert mean["layers_saved"] == pytest.approx(0.3)
-    assert mean["accuracy_lost"] == pytest.approx(0.01)
-    table = " ".join(markdown(report).split())
-    assert "task of 0.5 (at chance)" in table
-    assert "no exit point is worth its cost" in table
-    assert "| mean of 2 | vllm-adainfer | | -1.0 | 1.0% | | 30.0% |" in table
