@@ -37,7 +37,7 @@ from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.best_policy import best_heads
 from vllm_adainfer.offline.calibration.calibrate import calibration_of, record_prompts
-from vllm_adainfer.offline.calibration.certify.terms import Terms
+from vllm_adainfer.offline.calibration.certify.certify import Terms
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.enough_rows import check_label_rows
 from vllm_adainfer.offline.calibration.fit import exits

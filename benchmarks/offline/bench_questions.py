@@ -33,7 +33,7 @@ from vllm_adainfer.offline.calibration.calibrate import (
     fit_and_certify,
     record_prompts,
 )
-from vllm_adainfer.offline.calibration.certify.certify import threshold_path
+from vllm_adainfer.offline.calibration.certify.path import threshold_path
 from vllm_adainfer.offline.calibration.fit.exits import judge
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts

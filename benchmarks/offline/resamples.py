@@ -9,8 +9,8 @@ import numpy as np
 
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.offline.calibration.certify.bound import Bound
-from vllm_adainfer.offline.calibration.certify.certify import PathPoint, certify, threshold_path
-from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
+from vllm_adainfer.offline.calibration.certify.certify import LabelTest, certify
+from vllm_adainfer.offline.calibration.certify.path import PathPoint, held_out_path, threshold_grid
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit
 from vllm_adainfer.offline.calibration.fitted_policy import (
     FittedPolicy,
@@ -39,16 +39,13 @@ def resampled(policy: FittedPolicy, tests: Ints) -> dict[str, Any]:
     for _ in range(DRAWS):
         rows = draw.integers(0, len(population), len(split.certify))
         drawn = [replace(e, held_out=e.held_out.of_rows(rows)) for e in exits]
-        points = certify(drawn, recording.model.depth, [options.epsilon], bound, tests=labels)
+        path = held_out_path(drawn, recording.model.depth, threshold_grid(drawn))
+        points = certify(path, [options.epsilon], bound, labels)
         if options.epsilon not in points:  # nothing leaves
             risks.append(0.0)
             continue
-        [served] = threshold_path(
-            [exit.layer for exit in exits],
-            [exit.held_out for exit in exits],
-            recording.model.depth,
-            [points[options.epsilon].threshold],
-        )
+        threshold = points[options.epsilon].threshold
+        [served] = held_out_path(exits, recording.model.depth, [threshold])
         risks.append(served.risk)
         broken += served.risk > options.epsilon or any(_is_broken(one, served) for one in labels)
     return {

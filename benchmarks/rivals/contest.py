@@ -23,7 +23,7 @@ from benchmarks.suite import methods
 from vllm_adainfer.arrays import Bools
 from vllm_adainfer.offline.calibration.best_policy import best_heads
 from vllm_adainfer.offline.calibration.calibrate import calibration_of
-from vllm_adainfer.offline.calibration.certify.terms import Terms
+from vllm_adainfer.offline.calibration.certify.certify import Terms
 from vllm_adainfer.offline.calibration.data.student_base import load_student_base
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration

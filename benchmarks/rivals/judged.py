@@ -13,7 +13,7 @@ from benchmarks.offline.resamples import exits_on
 from benchmarks.suite.methods import Outcome
 from vllm_adainfer.arrays import Bools, Floats, Ints
 from vllm_adainfer.offline.calibration.certify.bound import Bound
-from vllm_adainfer.offline.calibration.certify.certify import threshold_path
+from vllm_adainfer.offline.calibration.certify.path import threshold_path
 from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.fit.exits import judge
 from vllm_adainfer.offline.calibration.fit.probes import Target, logit_lens

@@ -14,9 +14,11 @@ import torch
 from benchmarks.common.intervals import mean_interval
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.offline.calibration.certify.bound import Bound
-from vllm_adainfer.offline.calibration.certify.certify import (
+from vllm_adainfer.offline.calibration.certify.certify import certify
+from vllm_adainfer.offline.calibration.certify.path import (
     PathPoint,
-    certify,
+    held_out_path,
+    threshold_grid,
     threshold_path,
 )
 from vllm_adainfer.offline.calibration.data.split import Split
@@ -156,7 +158,8 @@ def adainfer(
     scored = [test.scored(exit, whole_head) for exit in exits]
 
     def certified(exits: list[FittedExit], scored: Sequence[Scored]) -> Outcome | None:
-        points = certify(exits, costs.depth, [options.epsilon], bound)
+        path = held_out_path(exits, costs.depth, threshold_grid(exits))
+        points = certify(path, [options.epsilon], bound)
         return (
             test.outcome(layers, scored, points[options.epsilon].threshold, costs)
             if points

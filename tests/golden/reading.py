@@ -11,7 +11,6 @@ import lzma
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,10 +27,14 @@ from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.artifact.label_subsets import mask_of, restrict
 from vllm_adainfer.offline.calibration.certify.bound import Bound
-from vllm_adainfer.offline.calibration.certify.certify import certified_on, certify
-from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
-from vllm_adainfer.offline.calibration.certify.parts import pair_path, pairs_of_thresholds
-from vllm_adainfer.offline.calibration.certify.queries import Queries
+from vllm_adainfer.offline.calibration.certify.certify import LabelTest, certify
+from vllm_adainfer.offline.calibration.certify.path import (
+    Queries,
+    held_out_path,
+    pair_path,
+    pairs_of_thresholds,
+    threshold_grid,
+)
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Judged, Scored
 from vllm_adainfer.offline.calibration.fit.probes import Target, answers_of_probe
@@ -276,15 +279,19 @@ def certified(
     if len(exits) == 2:
         both = [*exits.values()]
         pairs = pairs_of_thresholds(*both, config.layers, queries.get("fit"))
-        path = partial(pair_path, *both, config.layers, pairs, queries=queries_held)
-        found = certified_on(path, EPSILONS, bound, tests)
+        paths = [
+            held_out_path(one, config.layers, thresholds)
+            for one, thresholds in zip(both, zip(*pairs, strict=True), strict=True)
+        ]
+        found = certify(pair_path(*paths, queries_held), EPSILONS, bound, tests)
         points = (
             {epsilon: pair.whole for epsilon, pair in found.items()},
             {epsilon: pair.last for epsilon, pair in found.items()},
         )
     else:
         [one] = exits.values()
-        points = (certify(one, config.layers, EPSILONS, bound, tests=tests, queries=queries_held),)
+        path = held_out_path(one, config.layers, threshold_grid(one), queries=queries_held)
+        points = (certify(path, EPSILONS, bound, tests),)
     return {
         name: {
             str(epsilon): {

@@ -18,10 +18,9 @@ from vllm_adainfer.offline.calibration.certify.bound import (
     rows_needed,
     upper_bound,
 )
-from vllm_adainfer.offline.calibration.certify.certify import (
-    certify,
+from vllm_adainfer.offline.calibration.certify.certify import certify
+from vllm_adainfer.offline.calibration.certify.path import (
     held_out_path,
-    loosest_certified,
     threshold_grid,
     threshold_path,
 )
@@ -256,12 +255,11 @@ def violations(risk: str) -> dict[str, float]:
         sample = [some_rows(exit, drawn) for exit in everyone]
         path = list(threshold_path(LAYERS, sample, DEPTH, grid))
         chosen = {
-            kind: loosest_certified(iter(path), epsilon, Bound(kind, DELTA, lowest))
+            kind: certify(path, [epsilon], Bound(kind, DELTA, lowest))[epsilon]
             for kind in CERTIFYING[risk]
         }
         chosen["naive"] = [point for point in path if point.risk <= epsilon][-1]
         for kind, point in chosen.items():
-            assert point is not None
             bad[kind] += true[point.threshold] > epsilon
             saved[kind] += point.layers_saved
     # A bound that lets nobody leave would prove nothing.
@@ -287,8 +285,8 @@ def test_the_certified_point_is_the_last_whose_bounds_up_to_there_are_all_within
 ):
     lowest, epsilon, rows = RISKS[risk]
     exits = fitted_exits(population(rows, 5, risk), population(rows, 6, risk))
-    point = certify(exits, DEPTH, [epsilon], Bound(kind, DELTA, lowest))[epsilon]
-    path = list(held_out_path(exits, DEPTH))
+    path = list(held_out_path(exits, DEPTH, threshold_grid(exits)))
+    point = certify(path, [epsilon], Bound(kind, DELTA, lowest))[epsilon]
     bounds = [upper_bound(each.losses, DELTA, kind, lowest) for each in path]
     [first_bad, *_] = (index for index, bound in enumerate(bounds) if bound > epsilon)
     assert point.threshold == path[first_bad - 1].threshold
@@ -300,10 +298,9 @@ def test_the_certified_path_stops_at_the_first_point_that_fails():
     wrong = np.arange(1000) < 100
     early = disagreement(np.zeros(1000), np.ones(1000, dtype=np.bool_))
     late = disagreement(np.where(wrong, 1.0, -1.0), ~wrong)
-    exits = fitted_exits([early, late], [early, late])
-    path = threshold_path(LAYERS, [early, late], DEPTH, [math.inf, 1.0, 0.0])
+    path = list(threshold_path(LAYERS, [early, late], DEPTH, [math.inf, 1.0, 0.0]))
     assert [point.losses.sum() for point in path] == [0, 100, 0]
-    point = certify(exits, DEPTH, [0.05], Bound("exact", DELTA, 0))[0.05]
+    point = certify(path, [0.05], Bound("exact", DELTA, 0))[0.05]
     assert (point.threshold, point.layers_saved) == (math.inf, 0)
 
 
@@ -341,7 +338,8 @@ def test_the_allowance_is_the_most_that_certifies(kind, rows, epsilon):
 def test_nothing_is_certified_with_too_few_rows():
     few = rows_needed(0.05, DELTA, "exact") - 1
     half = [disagreement(torch.rand(few), np.ones(few, dtype=np.bool_)) for _ in LAYERS]
-    assert certify(fitted_exits(half, half), DEPTH, [0.05], Bound("exact", DELTA, 0)) == {}
+    path = threshold_path(LAYERS, half, DEPTH, [math.inf, 0.5])
+    assert certify(path, [0.05], Bound("exact", DELTA, 0)) == {}
 
 
 def clustered(generator: np.random.Generator, rate: float) -> tuple[np.ndarray, np.ndarray]:

@@ -25,11 +25,8 @@ from vllm_adainfer.artifact.fields import Gate
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.offline.calibration.best_policy import with_mass_if_it_pays
 from vllm_adainfer.offline.calibration.certify.bound import Bound
-from vllm_adainfer.offline.calibration.certify.certify import (
-    loosest_certified,
-    threshold_grid,
-    threshold_path,
-)
+from vllm_adainfer.offline.calibration.certify.certify import certify
+from vllm_adainfer.offline.calibration.certify.path import threshold_grid, threshold_path
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.outcomes import full_depth_labels
 from vllm_adainfer.offline.calibration.fit.probes import Target
@@ -158,10 +155,8 @@ def test_the_bound_holds_on_all_but_delta_of_the_calibrations(gates):
     for _ in range(RESAMPLES):
         drawn = generator.integers(0, len(SPLIT.certify), DRAWN)
         sample = [exit.of_rows(drawn) for exit in everyone]
-        point = loosest_certified(
-            threshold_path(layers, sample, DEPTH, grid), EPSILON, Bound("exact", DELTA, 0.0)
-        )
-        assert point is not None
+        path = threshold_path(layers, sample, DEPTH, grid)
+        point = certify(path, [EPSILON], Bound("exact", DELTA, 0.0))[EPSILON]
         exceeded += true[point.threshold] > EPSILON
         saved += point.layers_saved
     assert saved / RESAMPLES > 0.1, "a bound that lets nobody leave would prove nothing"

@@ -24,12 +24,8 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.exits.loop.loop import Loop
 from vllm_adainfer.offline.calibration.certify.bound import Bound
-from vllm_adainfer.offline.calibration.certify.certify import (
-    PathPoint,
-    loosest_certified,
-    threshold_path,
-)
-from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
+from vllm_adainfer.offline.calibration.certify.certify import LabelTest, certify
+from vllm_adainfer.offline.calibration.certify.path import PathPoint, threshold_path
 from vllm_adainfer.offline.calibration.enough_rows import check_label_rows, check_labels
 from vllm_adainfer.offline.calibration.fit.exits import Scored
 from vllm_adainfer.offline.calibration.options import PolicyOptions
@@ -94,8 +90,7 @@ def thresholds_drawn(kind: str) -> dict[str, list[PathPoint]]:
         sample = [exit.of_rows(drawn) for exit in everyone]
         path = list(threshold_path(LAYERS, sample, DEPTH, GRID))
         for name, tests in (("with", [label_check(promise, bound)]), ("without", [])):
-            point = loosest_certified(path, EPSILON, bound, tests)
-            assert point is not None
+            point = certify(path, [EPSILON], bound, tests)[EPSILON]
             found[name].append(true[point.threshold])
         kept = [one for one in path if risk_of(promise, one) <= promise.epsilon]
         measured = [one for one in kept if bound.holds(one.losses, EPSILON)][-1]

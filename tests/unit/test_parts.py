@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -14,16 +14,18 @@ import torch
 
 from vllm_adainfer.artifact.fields import LabelBound, TopK
 from vllm_adainfer.offline.calibration.certify.bound import Bound
-from vllm_adainfer.offline.calibration.certify.certify import certified_on, certify
-from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
-from vllm_adainfer.offline.calibration.certify.parts import (
+from vllm_adainfer.offline.calibration.certify.certify import LabelTest, certify
+from vllm_adainfer.offline.calibration.certify.path import (
     LAST_TOKEN_SHARE,
     Pair,
+    PathPoint,
+    Queries,
+    held_out_path,
     pair_path,
     pairs_of_thresholds,
+    threshold_grid,
+    threshold_path,
 )
-from vllm_adainfer.offline.calibration.certify.path import PathPoint, threshold_path
-from vllm_adainfer.offline.calibration.certify.queries import Queries
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored
 from vllm_adainfer.promise.first_documents import loses_document
 
@@ -72,7 +74,15 @@ def served(*thresholds: float) -> Pair:
         next(iter(threshold_path(LAYERS, part, DEPTH, [threshold])))
         for part, threshold in zip(population(), thresholds, strict=True)
     ]
-    return Pair.of(*points)
+    [pair] = pair_path(*([one] for one in points))
+    return pair
+
+
+def pairs_on(parts: Sequence[list[FittedExit]], pairs: Sequence[tuple[float, float]]) -> list[Pair]:
+    """The held-out rows of both parts at each of the pairs of thresholds."""
+    thresholds = zip(*pairs, strict=True)
+    paths = [held_out_path(part, DEPTH, own) for part, own in zip(parts, thresholds, strict=True)]
+    return [*pair_path(*paths)]
 
 
 def missed(pair: Pair) -> float:
@@ -92,10 +102,10 @@ def certified_pairs() -> dict[str, list[Pair]]:
     for _ in range(RESAMPLES):
         parts = drawn(generator.integers(0, EVERYONE, ROWS))
         for name, tests in (("together", []), ("with recall", [test])):
-            path = partial(pair_path, *parts, DEPTH, pairs)
-            pair = certified_on(path, [EPSILON], bound, tests)[EPSILON]
+            pair = certify(pairs_on(parts, pairs), [EPSILON], bound, tests)[EPSILON]
             found[name].append(served(pair.whole.threshold, pair.last.threshold))
-        alone = [certify(part, DEPTH, [EPSILON], bound)[EPSILON].threshold for part in parts]
+        paths = [held_out_path(part, DEPTH, threshold_grid(part)) for part in parts]
+        alone = [certify(path, [EPSILON], bound)[EPSILON].threshold for path in paths]
         found["each by itself"].append(served(*alone))
     return found
 
@@ -126,7 +136,7 @@ def test_the_last_token_adds_no_more_than_its_share_of_the_losses_and_thresholds
     pairs = pairs_of_thresholds(*parts, DEPTH)
     again = [fitted([one.fitted for one in part], [one.fitted for one in part]) for part in parts]
     before = math.inf
-    for pair in pair_path(*again, DEPTH, pairs):
+    for pair in pairs_on(again, pairs):
         if pair.last.threshold < before:  # it has just been lowered
             most = pair.whole.losses.mean() / (1 - LAST_TOKEN_SHARE)
             assert pair.losses.mean() <= most + 1e-12
@@ -158,7 +168,7 @@ def test_no_choice_between_the_parts_is_worse_for_a_label_than_what_is_tested(ki
         return np.where(about, epsilon - (answers != full), 0.0)
 
     full, whole, last = generator.choice([SAFE, UNSAFE, 9], (3, 300))
-    pair = Pair.of(*(point(one != full, one, full) for one in (whole, last)))
+    [pair] = pair_path(*([point(one != full, one, full)] for one in (whole, last)))
     worst = worth(pair.answers_about(UNSAFE), full)
     assert np.array_equal(worst, np.minimum(worth(whole, full), worth(last, full)))
 
@@ -180,5 +190,6 @@ def test_a_query_is_lost_if_some_choice_of_parts_for_its_documents_loses_one(see
         )
         for own in queries.rows
     ]
-    assert Pair.of(*points, queries).losses.tolist() == lost
+    [pair] = pair_path(*([one] for one in points), queries)
+    assert pair.losses.tolist() == lost
     assert 0 < sum(lost) < 20

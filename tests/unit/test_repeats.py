@@ -11,7 +11,7 @@ from vllm_adainfer.artifact.fields import LabelBound, TopK
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.calibrate import say_what_they_share
 from vllm_adainfer.offline.calibration.certify.bound import Bound, certified
-from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
+from vllm_adainfer.offline.calibration.certify.certify import LabelTest
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.split import Split, alike_of, groups_of
 from vllm_adainfer.offline.calibration.enough_rows import check_label_rows, check_rows

@@ -26,8 +26,7 @@ from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.exits.loop.step import CPU, StepContext
-from vllm_adainfer.offline.calibration.certify.path import threshold_path
-from vllm_adainfer.offline.calibration.certify.queries import Queries
+from vllm_adainfer.offline.calibration.certify.path import Queries, threshold_path
 from vllm_adainfer.offline.calibration.fit.exits import Scored
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet

@@ -14,6 +14,7 @@ from benchmarks.suite import methods
 from tests.unit.test_make_policy import DEPTH, LABEL_IDS, LAYERS, PROMPTS, SPLIT, recording_of
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import certify
+from vllm_adainfer.offline.calibration.certify.path import held_out_path, threshold_grid
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.cost import Costs
 from vllm_adainfer.offline.calibration.fit.exits import fit_exits
@@ -120,7 +121,9 @@ def test_adainfer_leaves_by_its_rules_and_pays_for_a_head_at_every_layer(monkeyp
         Calibration(recording, head, SPLIT, PolicyOptions(classifier="threshold")), LAYERS
     )
     for name, exits in (("adainfer_certified", by_svm), ("calm", by_gap)):
-        point = certify(exits, DEPTH, [EPSILON], Bound.promised(options))[EPSILON]
+        point = certify(
+            held_out_path(exits, DEPTH, threshold_grid(exits)), [EPSILON], Bound.promised(options)
+        )[EPSILON]
         classifiers = [exit.classifier for exit in exits]
         expected = by_prompt(recording, exits, classifiers, point.threshold, paid)
         assert flat(found[name]) == expected

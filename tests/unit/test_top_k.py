@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,9 +20,8 @@ from vllm_adainfer.engine.startup.policy_refusals import refuse_policy
 from vllm_adainfer.engine.startup.refusals import refuse_torn_captures
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.certify.bound import Bound
-from vllm_adainfer.offline.calibration.certify.certify import loosest_certified
-from vllm_adainfer.offline.calibration.certify.path import threshold_path
-from vllm_adainfer.offline.calibration.certify.queries import Queries, rows_allowed
+from vllm_adainfer.offline.calibration.certify.certify import certify, rows_allowed
+from vllm_adainfer.offline.calibration.certify.path import Queries, threshold_path
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.enough_rows import check_queries, check_rows
 from vllm_adainfer.offline.calibration.fit.exits import Scored
@@ -118,8 +118,8 @@ def test_the_certified_order_loses_documents_in_more_than_epsilon_of_queries_in_
         chosen = draw.integers(0, 3000, sample)
         rows = (chosen[:, None] * DOCUMENTS + np.arange(DOCUMENTS)).ravel()
         queries = Queries.of_groups(TOP, np.repeat(np.arange(sample), DOCUMENTS), full[rows])
-        point = loosest_certified(queries.on(path_of(exits, rows)), epsilon, bound)
-        assert point is not None
+        path = (replace(p, losses=queries.losses(p)) for p in path_of(exits, rows))
+        point = certify(path, [epsilon], bound)[epsilon]
         exceeded += true[point.threshold] > epsilon
         saved.append(point.layers_saved)
     assert exceeded / draws <= delta

@@ -12,7 +12,7 @@ from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.certify.bound import Bound
-from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
+from vllm_adainfer.offline.calibration.certify.certify import LabelTest
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.questions import SEEN, ends_of
 from vllm_adainfer.offline.calibration.data.split import Split, groups_of

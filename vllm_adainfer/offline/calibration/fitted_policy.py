@@ -7,12 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from vllm_adainfer.artifact.kinds import LABEL_HEADS
-from vllm_adainfer.offline.calibration.certify.certify import Points
-from vllm_adainfer.offline.calibration.certify.terms import (
-    Terms,
-    certified,
-    certified_together,
-)
+from vllm_adainfer.offline.calibration.certify.certify import Points, Terms, certified
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.choose import Choice, layers_saved
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_exits, with_trained
@@ -124,7 +119,7 @@ def make_policy(
     heads = fit_candidates(calibration) if among is None else [*among]
     candidates, terms = with_trained(calibration, heads), Terms(calibration)
     choice = Choice.of(calibration, candidates, terms.rows_allowed(candidates))
-    points, questions = certified(terms, choice.exits)
+    [(points, questions)] = certified(terms, choice.exits)
     return FittedPolicy(calibration, heads, candidates, choice, points, questions)
 
 
@@ -149,7 +144,7 @@ def with_last_token(
     own = make_policy(last, [exit for exit in candidates if exit.layer in layers])
     if not policy.exits:
         return policy
-    parts = certified_together(policy.terms, policy.exits, own.exits)
+    parts = certified(policy.terms, policy.exits, own.exits)
     policy, own = (
         replace(part, points=points, questions=questions)
         for part, (points, questions) in zip((policy, own), parts, strict=True)

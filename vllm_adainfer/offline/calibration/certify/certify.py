@@ -1,130 +1,281 @@
-"""Certify: the loosest joint threshold whose bound holds on the held-out rows.
+"""Certify: the loosest joint threshold whose promises hold on the held-out rows.
 
-The bound is tested along the path of thresholds for the whole policy (a row exits at the first exit
+They are tested along the path of thresholds for the whole policy (a row exits at the first exit
 point whose score passes), not for each exit point alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Protocol, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
 from vllm_adainfer.arrays import Bools, Floats, Ints
+from vllm_adainfer.artifact.fields import LabelBound, LabelRisk
 from vllm_adainfer.offline.calibration.certify.bound import Bound
-from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
 from vllm_adainfer.offline.calibration.certify.path import (
+    Pair,
     PathPoint,
+    Queries,
+    fitted_path,
+    held_out_path,
+    pair_path,
+    pairs_of_thresholds,
     threshold_grid,
-    threshold_path,
 )
-from vllm_adainfer.offline.calibration.certify.queries import Queries
+from vllm_adainfer.offline.calibration.data.split import numbered
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit
+from vllm_adainfer.promise.first_documents import relevance
 
 EPSILONS = (0.005, 0.01, 0.02, 0.05, 0.1)
 
-
 Points = dict[float, PathPoint]  # by epsilon
-AnyPoint = TypeVar("AnyPoint", bound="Certifiable")
-QuestionRows = Mapping[str, Bools]  # question -> [held-out rows], True for those that ask it
+AnyPoint = TypeVar("AnyPoint", PathPoint, Pair)
 
 
-class Certifiable(Protocol):
-    """A place on a path: a policy, or several of which any may decide a row."""
+@dataclass(frozen=True)
+class LabelTest:
+    """A promise about one label, beside the one about all answers: its recall or precision.
 
-    @property
-    def losses(self) -> Floats:
-        """[rows], the loss of each row. Or [queries]."""
+    It is about a share of some rows: those that full depth answers with the label, or those that
+    are answered with it. At one threshold these rows are independent draws like all others, so the
+    same bound holds for the share of them that changes.
 
-    @property
-    def full(self) -> Ints:
-        """int64 [rows], the full model's answers."""
+    Attributes:
+        promise: what is promised.
+        token: the token that stands for its label.
+        bound: the bound, on all held-out rows.
 
-    def answers_about(self, token: int) -> Ints:
-        """int64 [rows], the answers that promises about `token` are tested on."""
-
-
-def held_out_path(
-    exits: Sequence[FittedExit],
-    depth: int,
-    rows: Bools | None = None,
-    queries: Queries | None = None,
-) -> Iterator[PathPoint]:
-    """`threshold_path` on the held-out rows, or on `rows` of them, bool.
-
-    With `queries`, those of the held-out rows, losses are of queries.
     """
-    layers, scored = [exit.layer for exit in exits], [exit.held_out for exit in exits]
-    if rows is not None:
-        scored = [one.of_rows(rows) for one in scored]
-    path = threshold_path(layers, scored, depth, threshold_grid(exits))
-    return path if queries is None else queries.on(path)
 
+    promise: LabelBound
+    token: int
+    bound: Bound
 
-def loosest_certified(
-    path: Iterable[AnyPoint], epsilon: float, bound: Bound, tests: Sequence[LabelTest] = ()
-) -> AnyPoint | None:
-    """The last point before the first that fails (fixed-sequence testing); None if all fail.
+    def holds(self, answers: Ints, full: Ints) -> bool:
+        """Whether the rows certify the promise; both arguments are tokens, int64 [rows]."""
+        bound, losses = self._on(answers, full)
+        return bound.holds(losses, self.promise.epsilon)
 
-    A point fails if it does not certify `epsilon`, or fails one of the `tests`. All promises hold
-    together at confidence 1 - delta though each test has all of delta. Proof: the rows that fit
-    determine the path. If no point of it breaks a promise, nothing can go wrong. Otherwise take the
-    first that breaks one, and a promise that it breaks; the held-out rows chose neither. A point
-    that breaks a promise is found only if all points before it passed and it passed itself. So the
-    first one passed, the test of that promise with it, and that happens with a probability of at
-    most delta (an intersection-union test at each point of a fixed sequence).
+    def risk(self, answers: Ints, full: Ints) -> LabelRisk:
+        """What rows that certify the promise say of it."""
+        bound, losses = self._on(answers, full)
+        return LabelRisk(
+            rows=len(losses),
+            risk=float(losses.mean()),
+            bound=bound.within(self.promise.epsilon, losses),
+        )
 
-    The proof is for one walk: each epsilon, and each question, holds by itself.
-    """
-    best = None
-    for point in path:
-        if not bound.holds(point.losses, epsilon):
-            break
-        if not all(test.holds(point.answers_about(test.token), point.full) for test in tests):
-            break
-        best = point
-    return best
+    def rows_held(self, full: Ints) -> int:
+        """The rows that full depth answers with the label; those that repeat another do not count.
+
+        `full` is int64 [held-out rows], its answers.
+        """
+        about, repeats = full == self.token, self.bound.repeats
+        return int(np.count_nonzero(about if repeats is None else about & ~repeats))
+
+    def rows_needed(self, full: Ints) -> int:
+        """The fewest rows that certify the promise if no answer changes."""
+        rows = int(np.count_nonzero(full == self.token))
+        return self.bound.of_rows(full == self.token).groups_needed(rows, self.promise.epsilon)
+
+    def _on(self, answers: Ints, full: Ints) -> tuple[Bound, Floats]:
+        rows = self.promise.chosen_by(answers, full) == self.token
+        return self.bound.of_rows(rows), (answers != full)[rows].astype(np.float64)
 
 
 def certify(
-    exits: Sequence[FittedExit],
-    depth: int,
-    epsilons: Iterable[float],
-    bound: Bound,
-    rows: Bools | None = None,
-    tests: Sequence[LabelTest] = (),
-    queries: Queries | None = None,
-) -> Points:
-    """The loosest policy certified for each of `epsilons` that can be, on the held-out rows.
-
-    With `rows`, bool [held-out rows], on those alone. `tests` must hold, too, on all rows. With
-    `queries`, the bound is on their losses.
-    """
-    bound = bound if rows is None else bound.of_rows(rows)
-    return certified_on(lambda: held_out_path(exits, depth, rows, queries), epsilons, bound, tests)
-
-
-def certified_on(
-    path: Callable[[], Iterable[AnyPoint]],
+    path: Iterable[AnyPoint],
     epsilons: Iterable[float],
     bound: Bound,
     tests: Sequence[LabelTest] = (),
 ) -> dict[float, AnyPoint]:
-    """The loosest point certified for each of `epsilons` that can be, each on a walk of its own."""
-    found = {epsilon: loosest_certified(path(), epsilon, bound, tests) for epsilon in epsilons}
-    return {epsilon: point for epsilon, point in found.items() if point is not None}
+    """By epsilon, the last point before the first that fails (fixed-sequence testing).
+
+    An epsilon of which no point holds is left out. A point fails if it does not certify epsilon, or
+    fails one of the `tests`. All promises hold together at confidence 1 - delta though each test
+    has all of delta. Proof: the rows that fit determine the path. If no point of it breaks a
+    promise, nothing can go wrong. Otherwise take the first that breaks one, and a promise that it
+    breaks; the held-out rows chose neither. A point that breaks a promise is found only if all
+    points before it passed and it passed itself. So the first one passed, the test of that promise
+    with it, and that happens with a probability of at most delta (an intersection-union test at
+    each point of a fixed sequence).
+
+    The proof is for one walk: each epsilon, and each question, holds by itself.
+    """
+    found: dict[float, AnyPoint] = {}
+    holding = [*epsilons]
+    for point in path:
+        holding = [epsilon for epsilon in holding if bound.holds(point.losses, epsilon)]
+        if not holding or not all(
+            test.holds(point.answers_about(test.token), point.full) for test in tests
+        ):
+            break
+        found |= dict.fromkeys(holding, point)
+    return found
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the policy of a calibration must hold on the held-out rows."""
+
+    calibration: Calibration
+
+    @cached_property
+    def bound(self) -> Bound:
+        """The bound, on the decision rows of the held-out prompts."""
+        calibration, split = self.calibration, self.calibration.split
+        groups = split.groups
+        if calibration.options.by_question:  # each is a mixture of its own
+            groups = numbered([*zip(groups.tolist(), calibration.questions, strict=True)])
+        together, repeats = split.most_together(groups), split.repeats
+        prompts = calibration.rows.prompts[calibration.held_out]
+        return Bound.promised(
+            calibration.options,
+            groups[prompts],
+            together,
+            None if repeats is None else repeats[prompts],
+        )
+
+    @property
+    def tests(self) -> list[LabelTest]:
+        """The promises about one label each, to test on the held-out rows."""
+        tokens = {label.name: label.token_id for label in self.calibration.labels}
+        asked = self.calibration.options.label_bounds
+        return [LabelTest(one, tokens[one.label], self.bound) for one in asked]
+
+    @cached_property
+    def queries(self) -> Queries | None:
+        """The queries that the held-out rows are the documents of, if an order is promised."""
+        return self._queries_of(self.calibration.held_out)
+
+    @cached_property
+    def fitted_queries(self) -> Queries | None:
+        """Those of the rows that fit."""
+        return self._queries_of(self.calibration.fitted)
+
+    def _queries_of(self, rows: Ints) -> Queries | None:
+        calibration = self.calibration
+        if calibration.options.top_k is None:
+            return None
+        full = relevance(calibration.target.full_depth_of(calibration.rows, rows)).double().numpy()
+        groups = calibration.split.groups[calibration.rows.prompts[rows]]
+        return Queries.of_groups(calibration.options.top_k, groups, full)
+
+    def rows_allowed(self, candidates: Sequence[FittedExit]) -> float:
+        """The largest mean loss of rows within the bound, from `candidates`; 0 without any."""
+        if not candidates:
+            return 0.0
+        options, bound = self.calibration.options, self.bound
+        if options.by_question:
+            own = [*self.certifiable_questions().values()]
+            counts = [int(np.count_nonzero(rows)) for rows in own]
+            allowances = [
+                count * bound.of_rows(rows).allowance(count, options.epsilon)
+                for count, rows in zip(counts, own, strict=True)
+            ]
+            return sum(allowances) / sum(counts) if counts else 0.0
+        if self.queries is None:
+            return bound.allowance(len(self.calibration.held_out), options.epsilon)
+        assert self.fitted_queries is not None
+        heads = [exit for exit in candidates if not exit.is_branch]
+        path = fitted_path(heads, self.calibration.rows.model.depth)
+        allowed = bound.allowance(len(self.queries.rows), options.epsilon)
+        return rows_allowed(path, self.fitted_queries, allowed)
+
+    def rows_by_question(self) -> dict[str, Bools]:
+        """The held-out rows of each question, bool [held-out rows]; the commonest comes first."""
+        if not self.calibration.questions:
+            return {}
+        names = np.array(self.calibration.questions)[self.calibration.split.certify]
+        found, counts = np.unique(names, return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        return {str(name): names == name for name in found[order]}
+
+    def certifiable_questions(self) -> dict[str, Bools]:
+        """Those that serving can recognise and that have rows enough for a bound of their own."""
+        bound, epsilon = self.bound, self.calibration.options.epsilon
+        return {
+            name: own
+            for name, own in self.rows_by_question().items()
+            if name in self.calibration.ends
+            and bound.of_rows(own).holds(np.zeros(np.count_nonzero(own)), epsilon)
+        }
+
+
+def rows_allowed(path: Iterable[PathPoint], queries: Queries, allowed: float) -> float:
+    """The mean loss of rows at the loosest point where that of queries is within `allowed`.
+
+    The choice of exit points goes by the loss of rows, which adds up over them.
+    """
+    found = 0.0
+    for point in path:
+        if queries.losses(point).mean() > allowed:
+            break
+        found = point.risk
+    return found
+
+
+def certified(
+    terms: Terms, whole: Sequence[FittedExit], last: Sequence[FittedExit] | None = None
+) -> list[tuple[Points, dict[str, Points]]]:
+    """The points that can be certified, and those of each question with a bound of its own.
+
+    With heads for the `last` token, those of both parts: the loosest pairs of thresholds that one
+    bound certifies, see `certify.path`. Where there are no such heads, that part is full depth.
+    """
+    if not whole:
+        return [({}, {})]
+    options, depth = terms.calibration.options, terms.calibration.rows.model.depth
+    epsilons, queries = sorted({*EPSILONS, options.epsilon}), terms.queries
+    thresholds = [(one, float("inf")) for one in threshold_grid(whole)]
+    if last:
+        thresholds = pairs_of_thresholds(whole, last, depth, terms.fitted_queries)
+    parts = [whole] if last is None else [whole, last or whole]
+
+    def walk(bound: Bound, rows: Bools | None = None) -> list[Points]:
+        """The points of each part, on the held-out rows or on some of them."""
+        paths = [
+            held_out_path(exits, depth, own, rows, queries if last is None else None)
+            for exits, own in zip(parts, zip(*thresholds, strict=True), strict=False)
+        ]
+        if last is None:
+            return [certify(paths[0], epsilons, bound, terms.tests)]
+        both = pair_path(paths[0], paths[1], queries)
+        pairs = certify(both, epsilons, bound, terms.tests)
+        return [
+            {epsilon: pair.whole for epsilon, pair in pairs.items()},
+            {epsilon: pair.last for epsilon, pair in pairs.items()},
+        ]
+
+    if not options.by_question:
+        return [(points, {}) for points in walk(terms.bound)]
+    by_question = terms.certifiable_questions()
+    found = {name: walk(terms.bound.of_rows(rows), rows) for name, rows in by_question.items()}
+    questions = [
+        {name: own[place] for name, own in found.items() if own[place]}
+        for place in range(len(parts))
+    ]
+    return [
+        (combine_questions(by_question, own, exits, depth), own)
+        for exits, own in zip(parts, questions, strict=True)
+    ]
 
 
 def combine_questions(
-    rows: QuestionRows, questions: Mapping[str, Points], exits: Sequence[FittedExit], depth: int
+    rows: Mapping[str, Bools],
+    questions: Mapping[str, Points],
+    exits: Sequence[FittedExit],
+    depth: int,
 ) -> Points:
     """The points of all held-out rows: questions within their own bounds, others at full depth."""
-    layers, held_out = [exit.layer for exit in exits], [exit.held_out for exit in exits]
     points: Points = {}
     for epsilon in sorted({epsilon for own in questions.values() for epsilon in own}):
-        [full_depth] = threshold_path(layers, held_out, depth, [np.inf])
+        [full_depth] = held_out_path(exits, depth, [np.inf])
         leaving, losses, answers = full_depth.exits, full_depth.losses, full_depth.answers
         saved = 0.0
         for name, own in questions.items():
@@ -133,24 +284,5 @@ def combine_questions(
                 leaving[rows[name]], losses[rows[name]] = point.exits, point.losses
                 answers[rows[name]] = point.answers
                 saved += share * point.layers_saved
-        points[epsilon] = replace(
-            full_depth,
-            threshold=np.nan,
-            exits=leaving,
-            losses=losses,
-            answers=answers,
-            layers_saved=saved,
-        )
+        points[epsilon] = replace(full_depth, threshold=np.nan, layers_saved=saved)
     return points
-
-
-def allowance_of_questions(rows: QuestionRows, epsilon: float, bound: Bound) -> float:
-    """The mean loss of all `rows` if each question has the largest that certifies it."""
-    counts = [int(np.count_nonzero(own)) for own in rows.values()]
-    if not counts:
-        return 0.0
-    allowed = [
-        count * bound.of_rows(own).allowance(count, epsilon)
-        for count, own in zip(counts, rows.values(), strict=True)
-    ]
-    return sum(allowed) / sum(counts)

@@ -1,21 +1,44 @@
-"""The path of policies that one joint threshold goes along.
+"""The path of policies that one joint threshold goes along, or a pair of thresholds for two parts.
 
 One threshold on the settled score serves all exit points, so as it falls, no row leaves later than
 before: a path with one parameter.
+
+**Two parts.** Heads that read whole prompts decide a request, or heads for the last token, where
+tokens of its own were in the prefix cache. Which of them does is no matter of chance: it depends on
+the prompt and on the traffic. If each part kept epsilon by itself, a mixture of both could exceed
+it, twice over at worst, and each would spend delta. So one path of pairs of thresholds is walked,
+and the loss of a row is the larger one of both parts.
+
+*One epsilon.* For a request x and whatever decides which part answers it, the loss served is at
+most max(whole(x), last(x)). Hence its mean over requests like those that certify is at most
+E[max(whole, last)], which is certified, and so is that of either part alone. A promise about one
+label counts, of the answers that the parts give a row, the one that is worse for it (see
+`Pair.answers_about`), and an order the worst scores that the documents of a query can have.
+Accuracy lost is signed: an answer that is right where full depth is wrong counts as a gain only if
+both parts give it.
+
+*One delta.* The rows that fit choose the pairs, so the path is fixed before a held-out row is
+seen, and the proof of `certify` holds for it as it does for one threshold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from vllm_adainfer.arrays import Floats, Ints
+from vllm_adainfer.arrays import Bools, Floats, Ints
+from vllm_adainfer.artifact.fields import TopK
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored
+from vllm_adainfer.promise.first_documents import loses_document, ranked
 
 STEPS = 200
+# The share of the losses that heads for the last token may add to those of whole prompts. Few
+# requests come to them, and a share of the losses buys either part about as many layers: the share
+# that saves most is the share of requests.
+LAST_TOKEN_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -57,6 +80,85 @@ class PathPoint:
         return self.answers
 
 
+@dataclass(frozen=True)
+class Pair:
+    """The policies of both parts at a pair of thresholds, on some rows.
+
+    Attributes:
+        whole: the part for whole prompts.
+        last: the part for the last token.
+        losses: [rows], the largest loss of each row, whichever part decides it. Or [queries].
+
+    """
+
+    whole: PathPoint
+    last: PathPoint
+    losses: Floats
+
+    @property
+    def full(self) -> Ints:
+        """int64 [rows], the full model's answers."""
+        return self.whole.full
+
+    def answers_about(self, token: int) -> Ints:
+        """int64 [rows], the answer of either part that is worse for promises about `token`.
+
+        Where full depth answers with `token` that is another one, and elsewhere `token`. So recall
+        counts a row that either part misses. Precision counts a row that either part calls `token`
+        wrongly, and one that it calls so rightly only if both do. At a precision of 1 - epsilon, a
+        row is worth epsilon if it is right, 0 if it is not called so, and epsilon - 1 if it is
+        wrong: the sum of these least worths bounds that of any mixture.
+        """
+        whole, last = self.whole.answers, self.last.answers
+        worse = np.where(self.full == token, last != token, last == token)
+        answers: Ints = np.where(worse, last, whole)
+        return answers
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The queries that some rows are the documents of.
+
+    Attributes:
+        top_k: what is promised of each.
+        rows: the rows of each query, int64 [its documents].
+        full: [rows], the scores at full depth.
+
+    """
+
+    top_k: TopK
+    rows: tuple[Ints, ...]
+    full: Floats
+
+    @classmethod
+    def of_groups(cls, top_k: TopK, groups: Ints, full: Floats) -> Queries:
+        """The queries of `groups`, [rows], in ascending order."""
+        rows = tuple(np.flatnonzero(groups == one) for one in np.unique(groups))
+        return cls(top_k, rows, full)
+
+    def losses(self, *points: PathPoint) -> Floats:
+        """[queries], 1 where an order loses a document if each may have its score at any point.
+
+        A document is lost at worst where it has the lowest one, and all others have the highest. A
+        row without an early score has full depth's.
+        """
+        scores = [np.where(np.isnan(p.relevance), self.full, p.relevance) for p in points]
+        low, high = np.minimum.reduce(scores), np.maximum.reduce(scores)
+        tried = self.top_k.k if len(points) > 1 else 1  # one point has one order
+        lost = [
+            any(
+                loses_document(
+                    np.where(np.arange(len(own)) == place, low[own], high[own]),
+                    self.full[own],
+                    self.top_k,
+                )
+                for place in ranked(self.full[own])[:tried]
+            )
+            for own in self.rows
+        ]
+        return np.array(lost, dtype=np.float64)
+
+
 def threshold_path(
     layers: Sequence[int], scored: Sequence[Scored], depth: int, thresholds: Sequence[float]
 ) -> Iterator[PathPoint]:
@@ -89,3 +191,65 @@ def threshold_grid(exits: Sequence[FittedExit]) -> list[float]:
         return [float("inf")]
     grid = torch.quantile(scores, torch.linspace(1, 0, STEPS, dtype=torch.float64))
     return [float("inf"), *sorted(set(grid.tolist()), reverse=True)]
+
+
+def fitted_path(exits: Sequence[FittedExit], depth: int) -> Iterator[PathPoint]:
+    """`threshold_path` on the rows that fit."""
+    scored = [one.fitted for one in exits]
+    return threshold_path([one.layer for one in exits], scored, depth, threshold_grid(exits))
+
+
+def held_out_path(
+    exits: Sequence[FittedExit],
+    depth: int,
+    thresholds: Sequence[float],
+    rows: Bools | None = None,
+    queries: Queries | None = None,
+) -> Iterator[PathPoint]:
+    """`threshold_path` on the held-out rows, or on `rows` of them, bool.
+
+    With `queries`, those of the held-out rows, losses are of queries.
+    """
+    scored = [one.held_out if rows is None else one.held_out.of_rows(rows) for one in exits]
+    for point in threshold_path([one.layer for one in exits], scored, depth, thresholds):
+        yield point if queries is None else replace(point, losses=queries.losses(point))
+
+
+def pair_path(
+    whole: Iterable[PathPoint], last: Iterable[PathPoint], queries: Queries | None = None
+) -> Iterator[Pair]:
+    """Both parts at each pair of thresholds, on the same rows: perhaps documents of `queries`."""
+    for both in zip(whole, last, strict=True):
+        yield Pair(*both, _largest_losses(queries, *both))
+
+
+def _largest_losses(queries: Queries | None, *points: PathPoint) -> Floats:
+    """[rows] or [queries], the largest loss of each, whichever of `points` decides it."""
+    if queries is not None:
+        return queries.losses(*points)
+    losses: Floats = np.maximum.reduce([point.losses for point in points])
+    return losses
+
+
+def pairs_of_thresholds(
+    whole: Sequence[FittedExit],
+    last: Sequence[FittedExit],
+    depth: int,
+    queries: Queries | None = None,
+) -> list[tuple[float, float]]:
+    """The pairs of thresholds (whole prompts, last token) to try, strictest first.
+
+    For each threshold on whole prompts the loosest one on the last token that is no looser and adds
+    no more than `LAST_TOKEN_SHARE` of the losses, on the rows that fit; neither ever rises.
+    `queries` are those of the rows that fit.
+    """
+    looser, place, pairs = [*fitted_path(last, depth)], 0, []
+    for point in fitted_path(whole, depth):
+        most = float(_largest_losses(queries, point, looser[0]).mean()) / (1 - LAST_TOKEN_SHARE)
+        for following in looser[place + 1 :]:
+            losses = float(_largest_losses(queries, point, following).mean())
+            if following.threshold < point.threshold or losses > most:
+                break
+            place += 1
+        pairs.append((point.threshold, looser[place].threshold))
+    return pairs

@@ -15,8 +15,7 @@ from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.fields import Adapter, LastToken, Level, Question
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.kinds import LABEL_HEADS, Candidates
-from vllm_adainfer.offline.calibration.certify.certify import held_out_path
-from vllm_adainfer.offline.calibration.certify.path import PathPoint
+from vllm_adainfer.offline.calibration.certify.path import PathPoint, held_out_path, threshold_grid
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.student import TrainedStudent
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
@@ -247,7 +246,9 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
                 "bound": bound.of(point.losses),
                 "layers_saved": point.layers_saved,
             }
-            for point in held_out_path(policy.exits, costs.depth, queries=queries)
+            for point in held_out_path(
+                policy.exits, costs.depth, threshold_grid(policy.exits), queries=queries
+            )
         ],
         "provenance": provenance(),
     }
