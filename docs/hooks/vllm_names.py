@@ -5,10 +5,11 @@ Both sides are parsed, never imported, so any version of vLLM can be checked wit
     python docs/hooks/vllm_names.py                     # the installed version
     python docs/hooks/vllm_names.py DIR [DIR ...]       # also those whose `vllm/` lies in DIR
 
-A name is found where its type can be told: imports, attributes of what is imported, attributes of
-arguments annotated with a class of vLLM (and of what these hold, by vLLM's own annotations),
-methods overridden, attributes replaced, and names that docstrings of our compat files give as
-`Class.name`. The columns of versions that are not at hand stay as the page has them.
+A name is found where its type can be told: imports (also as text, "module:name"), attributes of
+what is imported, attributes of arguments annotated with a class of vLLM (and of what these hold, by
+vLLM's own annotations), methods overridden, attributes replaced, and names that docstrings of our
+compat files give as `Class.name`. The columns of versions that are not at hand stay as the page has
+them.
 """
 
 from __future__ import annotations
@@ -118,6 +119,8 @@ class Touches:
                 case ast.Call(args=[owner, ast.Constant(str(name)), *_]):
                     if ast.unparse(child.func) == "mock.patch.object":
                         self.touch(owner, name, "replaced", scope)
+                case ast.Constant(str(text)) if re.fullmatch(r"vllm\.[\w.]+:\w+", text):
+                    self.note(Name(*text.split(":")), "imported")
                 case ast.Attribute():
                     how = "set" if isinstance(child.ctx, ast.Store) else "used"
                     self.touch(child.value, child.attr, how, scope)

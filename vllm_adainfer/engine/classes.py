@@ -7,34 +7,36 @@ from typing import Any
 CPU_WORKER = "vllm_adainfer.engine.worker.cpu_worker.AdaInferCPUWorker"
 GPU_WORKER = "vllm_adainfer.engine.worker.gpu_worker.AdaInferGPUWorker"
 SCHEDULER = "vllm_adainfer.engine.scheduler.scheduler.build_scheduler"
-# The architectures that have exit points, by the module of their classes.
-ARCHITECTURES = {
-    "gemma": (
-        *("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma4ForCausalLM"),
-        "Gemma4ForConditionalGeneration",
-    ),
-    "granite": ("GraniteForCausalLM",),
-    "llama": (
-        *("Ernie4_5ForCausalLM", "Glm4ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"),
-        "Phi3ForCausalLM",
-    ),
-    "mixtures": (
-        *("Glm4MoeForCausalLM", "GptOssForCausalLM", "MixtralForCausalLM", "OlmoeForCausalLM"),
-        "Qwen3MoeForCausalLM",
-    ),
-    "opt": ("OPTForCausalLM",),
-    "qwen": ("Qwen2ForCausalLM", "Qwen3ForCausalLM"),
-    "delta_net": (
-        *("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"),
-        *("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"),
-    ),
-}
+# vLLM's classes that have exit points.
+STOCK_CLASSES = (
+    "vllm.model_executor.models.ernie45:Ernie4_5ForCausalLM",
+    "vllm.model_executor.models.gemma:GemmaForCausalLM",
+    "vllm.model_executor.models.gemma2:Gemma2ForCausalLM",
+    "vllm.model_executor.models.gemma3:Gemma3ForCausalLM",
+    "vllm.model_executor.models.gemma4:Gemma4ForCausalLM",
+    "vllm.model_executor.models.gemma4_mm:Gemma4ForConditionalGeneration",
+    "vllm.model_executor.models.glm4:Glm4ForCausalLM",
+    "vllm.model_executor.models.glm4_moe:Glm4MoeForCausalLM",
+    "vllm.model_executor.models.gpt_oss:GptOssForCausalLM",
+    "vllm.model_executor.models.granite:GraniteForCausalLM",
+    "vllm.model_executor.models.llama:LlamaForCausalLM",
+    "vllm.model_executor.models.mistral:MistralForCausalLM",
+    "vllm.model_executor.models.mixtral:MixtralForCausalLM",
+    "vllm.model_executor.models.olmoe:OlmoeForCausalLM",
+    "vllm.model_executor.models.opt:OPTForCausalLM",
+    "vllm.model_executor.models.phi3:Phi3ForCausalLM",
+    "vllm.model_executor.models.qwen2:Qwen2ForCausalLM",
+    "vllm.model_executor.models.qwen3:Qwen3ForCausalLM",
+    "vllm.model_executor.models.qwen3_5:Qwen3_5ForCausalLM",
+    "vllm.model_executor.models.qwen3_5:Qwen3_5ForConditionalGeneration",
+    "vllm.model_executor.models.qwen3_5:Qwen3_5MoeForCausalLM",
+    "vllm.model_executor.models.qwen3_5:Qwen3_5MoeForConditionalGeneration",
+    "vllm.model_executor.models.qwen3_moe:Qwen3MoeForCausalLM",
+    "vllm.model_executor.models.qwen3_next:Qwen3NextForCausalLM",
+)
+STOCK = {name.rpartition(":")[2]: name for name in STOCK_CLASSES}
 # Stock architecture -> our model class, which vLLM imports only for an engine with our switch.
-MODELS = {
-    name: f"vllm_adainfer.engine.model.families.{module}:AdaInfer{name}"
-    for module, names in ARCHITECTURES.items()
-    for name in names
-}
+MODELS = {name: f"vllm_adainfer.engine.model.families:AdaInfer{name}" for name in STOCK}
 # Other names under which vLLM 0.32 builds the same classes.
 SAME_AS = {
     "IQuestCoderForCausalLM": "LlamaForCausalLM",

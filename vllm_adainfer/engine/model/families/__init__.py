@@ -1,1 +1,0 @@
-"""Model classes of vLLM with exit points, by family."""
