@@ -180,9 +180,9 @@ def short_sequences(patch: Patch) -> None:
     """A compacted batch does not attend to the last tokens."""
     metadata_of = attention.metadata_of
 
-    def shortened(groups: Any, queries: Any, *rest: Any) -> Any:
-        lens = (queries.seq_lens - 1).clamp(min=1)
-        return metadata_of(groups, replace(queries, seq_lens=lens, seq_lens_cpu=lens), *rest)
+    def shortened(*groups: Any, seq_lens: Any, seq_lens_cpu: Any, **rest: Any) -> Any:
+        lens = (seq_lens - 1).clamp(min=1)
+        return metadata_of(*groups, seq_lens=lens, seq_lens_cpu=lens, **rest)
 
     patch.setattr(attention, "metadata_of", shortened)
 

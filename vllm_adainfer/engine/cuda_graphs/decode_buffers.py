@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from vllm_adainfer.arrays import AnyArray, Ints
 from vllm_adainfer.engine.compat.attention import NO_SLOT, slots_of
-from vllm_adainfer.engine.segments.attention import Queries, StepAttention
+from vllm_adainfer.engine.segments.attention import Groups, StepAttention, metadata_of
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.batch.state_memory import StateMemory
@@ -90,9 +91,14 @@ class DecodeBuffers:
             *(positions % size for size in block_sizes),
         ]
 
-    def queries(self, rows: int, max_seq_len: int) -> Queries:
-        """The staged batch, padded to `rows`."""
-        return Queries(
+    def metadata(
+        self, groups: Groups, rows: int, max_seq_len: int, for_capture: bool = False
+    ) -> dict[str, Any]:
+        """Attention metadata of the staged batch, padded to `rows`; see `metadata_of`."""
+        return metadata_of(
+            groups,
+            [table[:rows] for table in self._tables],
+            self.slots_of(rows),
             starts=self._starts[: rows + 1],
             starts_cpu=self._starts_cpu[: rows + 1],
             seq_lens=self._seq_lens[:rows],
@@ -100,11 +106,8 @@ class DecodeBuffers:
             positions=self.positions[:rows],
             max_query_len=1,
             max_seq_len=max_seq_len,
+            for_capture=for_capture,
         )
-
-    def tables_of(self, rows: int) -> list[Tensor]:
-        """int32 [rows, blocks] by KV cache group: the block tables."""
-        return [table[:rows] for table in self._tables]
 
     def slots_of(self, rows: int) -> list[Tensor]:
         """int64 [rows] by KV cache group: the cache slots."""

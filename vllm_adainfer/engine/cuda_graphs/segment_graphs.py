@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,6 @@ from vllm_adainfer.engine.segments.attention import (
     Groups,
     StepAttention,
     by_layer,
-    metadata_of,
     with_own_builders,
 )
 from vllm_adainfer.engine.segments.segments import Stack
@@ -97,7 +95,9 @@ class SegmentGraphs:
         if graph.cg_mode != CUDAGraphMode.FULL:
             return None
         self._buffers.stage(layout, attention, graph.num_tokens)
-        self._metadata(graph.num_tokens, int(layout.last_positions[layout.present].max()) + 1)
+        # Building metadata updates what graphs read from builders.
+        longest = int(layout.last_positions[layout.present].max()) + 1
+        self._buffers.metadata(self._groups, graph.num_tokens, longest)
         return Replay(self._managers, self._buffers, graph, layout.num_rows)
 
     def _graph_for(self, layout: RowLayout) -> BatchExecutionDescriptor:
@@ -106,18 +106,13 @@ class SegmentGraphs:
         uniform = 1 if rows == requests else None
         return self._managers[0].dispatch(requests, rows, uniform, num_active_loras=0)
 
-    def _metadata(self, rows: int, max_seq_len: int, for_capture: bool = False) -> dict[str, Any]:
-        """Attention metadata of the buffers. Building it updates what graphs read from builders."""
-        queries = self._buffers.queries(rows, max_seq_len)
-        tables, slots = self._buffers.tables_of(rows), self._buffers.slots_of(rows)
-        return metadata_of(self._groups, queries, tables, slots, for_capture)
-
     def _forward_of(self, index: int) -> Callable[..., Callable[[CUDAGraphMode], None]]:
         """The function that prepares a segment's inputs for capture and returns its forward."""
 
         def prepare(graph: BatchExecutionDescriptor, warmup: bool) -> Callable[..., None]:
             rows, buffers = graph.num_tokens, self._buffers
-            metadata = self._metadata(rows, self._config.model_config.max_model_len, True)
+            longest = self._config.model_config.max_model_len
+            metadata = buffers.metadata(self._groups, rows, longest, for_capture=True)
             slots = by_layer(self._groups, buffers.slots_of(rows))
 
             def forward(mode: CUDAGraphMode) -> None:

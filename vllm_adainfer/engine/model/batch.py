@@ -66,15 +66,15 @@ class CompiledBatch(Batch):
         attention = self.attention
         if last_layer_only:
             attention = attention.of_layer(self.stack.last_layer)
-        rows, attn_metadata = attention.metadata(layout)
+        positions, slots, attn_metadata = attention.metadata(layout)
         context = replace(
             without_graphs(self.context),
             attn_metadata=attn_metadata,
-            slot_mapping=rows.slots,
+            slot_mapping=slots,
             is_padding=None,  # no row is padding here, and the step's mask describes other rows
         )
         adapters = None if self.adapters is None else self.adapters.step.of_rows(layout)
-        return replace(self, positions=rows.positions, context=context, adapters=adapters)
+        return replace(self, positions=positions, context=context, adapters=adapters)
 
     def replayed(self, layout: RowLayout) -> Batch | None:
         """A batch of the rows in `layout` that replays CUDA graphs; None if no graphs fit them."""

@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_adainfer.arrays import AnyArray, Bools, Ints
+from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.engine.compat.attention import share_workspace, slots_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.layout import RowLayout
@@ -56,25 +56,26 @@ def with_own_builders(
     return copies
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a batch in their sequences and in the KV cache.
+def metadata_of(
+    groups: Groups,
+    block_tables: Sequence[Tensor],
+    slots: Sequence[Tensor],
+    *,
+    starts: Tensor,
+    starts_cpu: Tensor,
+    seq_lens: Tensor,
+    seq_lens_cpu: Tensor,
+    positions: Tensor,
+    max_query_len: int,
+    max_seq_len: int,
+    for_capture: bool = False,
+) -> dict[str, Any]:
+    """Attention metadata by layer name.
 
-    Attributes:
-        positions: int64 [rows], each row's position in its sequence.
-        slots: int64 [rows] by layer name, the cache slot of each row's keys and values.
-
-    """
-
-    positions: Tensor
-    slots: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Rows grouped by request, as input to metadata builders.
-
-    Attributes:
+    Args:
+        groups: attention groups from `with_own_builders`.
+        block_tables: int32 [requests, blocks] of these requests, by KV cache group.
+        slots: int64 [rows] by KV cache group, the cache slots of keys and values.
         starts: int32 [requests + 1], the first row of each request, then the number of rows.
         starts_cpu: the same on the host.
         seq_lens: int32 [requests], the tokens of each request up to its last row.
@@ -82,60 +83,27 @@ class Queries:
         positions: int64 [rows], each row's position in its sequence.
         max_query_len: the largest number of rows of a request.
         max_seq_len: the largest number of tokens of a request, or an upper bound on it.
-
-    """
-
-    starts: Tensor
-    starts_cpu: Tensor
-    seq_lens: Tensor
-    seq_lens_cpu: Tensor
-    positions: Tensor
-    max_query_len: int
-    max_seq_len: int
-
-    @property
-    def starts_sequence(self) -> Tensor:
-        """bool [requests] on the host: whether the request's first token is among these rows.
-
-        A recurrent state starts from zero there. This is all that vLLM 0.32 reads of
-        ``is_prefilling`` for recurrent layers (`gdn_attn.py`).
-        """
-        begins: Bools = self.seq_lens_cpu.numpy() <= np.diff(self.starts_cpu.numpy())
-        return torch.from_numpy(begins)
-
-
-def metadata_of(
-    groups: Groups,
-    queries: Queries,
-    block_tables: Sequence[Tensor],
-    slots: Sequence[Tensor],
-    for_capture: bool = False,
-) -> dict[str, Any]:
-    """Attention metadata by layer name.
-
-    Args:
-        groups: attention groups from `with_own_builders`.
-        queries: the rows, by request.
-        block_tables: int32 [requests, blocks] of these requests, by KV cache group.
-        slots: int64 [rows] by KV cache group, the cache slots of keys and values.
         for_capture: whether a CUDA graph is about to be captured.
 
     """
+    # A recurrent state starts from zero where the request's first token is among these rows. This
+    # is all that vLLM 0.32 reads of ``is_prefilling`` for recurrent layers (`gdn_attn.py`).
+    starts_sequence: Bools = seq_lens_cpu.numpy() <= np.diff(starts_cpu.numpy())
     metadata: dict[str, Any] = {}
     for kv_group, table, group_slots in zip(groups, block_tables, slots, strict=True):
         common = CommonAttentionMetadata(
-            query_start_loc=queries.starts,
-            query_start_loc_cpu=queries.starts_cpu,
-            seq_lens=queries.seq_lens,
-            seq_lens_cpu_upper_bound=queries.seq_lens_cpu,
-            num_reqs=len(queries.seq_lens),
-            num_actual_tokens=len(queries.positions),
-            max_query_len=queries.max_query_len,
-            max_seq_len=queries.max_seq_len,
+            query_start_loc=starts,
+            query_start_loc_cpu=starts_cpu,
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=seq_lens_cpu,
+            num_reqs=len(seq_lens),
+            num_actual_tokens=len(positions),
+            max_query_len=max_query_len,
+            max_seq_len=max_seq_len,
             block_table_tensor=table,
             slot_mapping=group_slots,
-            positions=queries.positions,
-            is_prefilling=queries.starts_sequence,
+            positions=positions,
+            is_prefilling=torch.from_numpy(starts_sequence),
         )
         for group in kv_group:
             built = (
@@ -212,52 +180,43 @@ class StepAttention:
         table, size = self.block_tables[index], self.block_sizes[index]
         return StepAttention([[kept]], [table], [size], self.device)
 
-    def metadata(self, layout: RowLayout) -> tuple[Rows, dict[str, Any]]:
-        """The rows of `layout`, and their attention metadata by layer name."""
-        requests = layout.present
+    def metadata(self, layout: RowLayout) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
+        """What layers need to run the rows of `layout`.
+
+        Returns:
+            int64 [rows], the position of each in its sequence; int64 [rows] by layer name, the
+            cache slot of its keys and values; and attention metadata by layer name.
+
+        """
+        requests, positions, sizes = layout.present, layout.positions, self.block_sizes
         lens = layout.query_lens[requests]
         starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
         seq_lens = (layout.last_positions[requests] + 1).astype(np.int32)
-        positions, slots, kept, device_starts, device_seq_lens = self._on_device(
-            layout, requests, starts, seq_lens
+        arrays = layout.row_requests, positions, requests, starts, seq_lens
+        places = [*(positions // size for size in sizes), *(positions % size for size in sizes)]
+        owners, there, kept, device_starts, device_seq_lens, *rest = upload(
+            (*arrays, *places), self.device
         )
-        queries = Queries(
+        blocks, offsets = rest[: len(sizes)], rest[len(sizes) :]
+        slots = [
+            slots_of(table[owners, block], size, offset)
+            for table, size, block, offset in zip(
+                self.block_tables, sizes, blocks, offsets, strict=True
+            )
+        ]
+        metadata = metadata_of(
+            self.groups,
+            [table[kept] for table in self.block_tables],
+            slots,
             starts=device_starts,
             starts_cpu=torch.from_numpy(starts),
             seq_lens=device_seq_lens,
             seq_lens_cpu=torch.from_numpy(seq_lens),
-            positions=positions,
+            positions=there,
             max_query_len=int(lens.max()),
             max_seq_len=int(seq_lens.max()),
         )
-        tables = [table[kept] for table in self.block_tables]
-        metadata = metadata_of(self.groups, queries, tables, slots)
-        return Rows(positions, by_layer(self.groups, slots)), metadata
-
-    def rows(self, layout: RowLayout) -> Rows:
-        """The rows of `layout`, without metadata."""
-        positions, slots = self._on_device(layout)
-        return Rows(positions, by_layer(self.groups, slots))
-
-    def _on_device(self, layout: RowLayout, *others: AnyArray) -> tuple[Any, ...]:
-        """The position of each row, by KV cache group its cache slot, and `others`, in one copy."""
-        positions, sizes = layout.positions, self.block_sizes
-        blocks = [positions // size for size in sizes]
-        offsets = [positions % size for size in sizes]
-        arrays = layout.row_requests, positions, *others, *blocks, *offsets
-        owners, there, *rest = upload(arrays, self.device)
-        others_there, places = rest[: len(others)], rest[len(others) :]
-        slots = [
-            slots_of(table[owners, block], size, offset)
-            for table, size, block, offset in zip(
-                self.block_tables,
-                sizes,
-                places[: len(sizes)],
-                places[len(sizes) :],
-                strict=True,
-            )
-        ]
-        return there, slots, *others_there
+        return there, by_layer(self.groups, slots), metadata
 
 
 def _last_block_everywhere(table: Tensor, blocks: Ints) -> Tensor:
