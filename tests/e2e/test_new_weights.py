@@ -14,7 +14,6 @@ from vllm import SamplingParams
 from tests.e2e.scripted import parts, running_of
 from tests.tiny import FROM_ZERO, LAYERS
 from vllm_adainfer import stats
-from vllm_adainfer.exits.accounting.report import Reporter
 
 PROMPTS = [[7, 8, 9], [10, 11, 12, 13], [14, 15]]
 NAME = "model.layers.4.mlp.down_proj.weight"
@@ -60,9 +59,9 @@ def answers(llm: Any) -> tuple[list[list[int]], float, bool]:
     for at, count in before["exit_histogram"].items():
         depths[int(at)] -= count
     _, runner, _ = parts(llm)
-    report = Reporter().report(running_of(runner).idle_note().counted)
+    counted = running_of(runner).idle_note().counted
     mean = sum(at * count for at, count in depths.items()) / len(PROMPTS)
-    return [list(output.outputs[0].token_ids) for output in found], mean, report["weights_differ"]
+    return [list(output.outputs[0].token_ids) for output in found], mean, counted["weights_differ"]
 
 
 @torch.inference_mode()

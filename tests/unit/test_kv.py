@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
-from vllm_adainfer.exits.kv.policies import ExactKV, LeavingRows, RecurrentKV
+from vllm_adainfer.exits.kv.policies import ExactKV, RecurrentKV
 
 NAMES = [f"request {place}" for place in range(3)]
 
@@ -32,7 +32,7 @@ def leave(
     rows = layout.rows_of(np.array(requests))
     leaving = layout.only(np.array(requests))
     policies = np.full(len(rows), policy)
-    kv.leave(LeavingRows(exit_index, NAMES, leaving, rows, policies, states))
+    kv.leave(exit_index, NAMES, leaving, rows, policies, states)
     return states
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from tests.unit.readings import Compared, compare
+from vllm_adainfer.engine.scheduler.counters import Counters
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.accounting.layers import LayerAccounting
-from vllm_adainfer.exits.accounting.report import Reporter, snapshot_of
+from vllm_adainfer.exits.accounting.report import StepNote, snapshot_of
 from vllm_adainfer.policy.answers import LabelScores
 from vllm_adainfer.settings.engine import NO_POLICY
 from vllm_adainfer.watch.watch import Watch
@@ -90,14 +92,20 @@ class Traffic:
             self.totals["shadow_disagreed", name, f"{EPSILONS[level]:g}"] += int(differs)
 
 
+def reported(counters: Counters, stats: ExitStats) -> dict[str, Any]:
+    """What is told of a step after which a worker sends its counters."""
+    counters.stepped(SimpleNamespace(note=StepNote(None, snapshot_of(stats))))
+    return dict(counters.report())
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_reports_at_any_moments_add_up_to_everything_counted_and_take_nothing_back(seed):
-    traffic, reporter = Traffic(seed), Reporter()
+    traffic, counters = Traffic(seed), Counters()
     received: Counter[Any] = Counter()
     for _ in range(50):
         for _ in range(traffic.generator.integers(0, 4)):
             traffic.update()
-        for *key, added in reporter.report(snapshot_of(traffic.stats))["added"]:
+        for *key, added in reported(counters, traffic.stats)["added"]:
             assert added > 0
             received[tuple(key)] += added
         assert received == +traffic.totals
@@ -105,13 +113,13 @@ def test_reports_at_any_moments_add_up_to_everything_counted_and_take_nothing_ba
 
 
 def test_what_was_sent_is_not_sent_again():
-    traffic, reporter = Traffic(0), Reporter()
+    traffic, counters = Traffic(0), Counters()
     traffic.update()
-    assert reporter.report(snapshot_of(traffic.stats))["added"]
-    assert reporter.report(snapshot_of(traffic.stats))["added"] == []
+    assert reported(counters, traffic.stats)["added"]
+    assert reported(counters, traffic.stats)["added"] == []
     before = Counter(traffic.totals)
     traffic.update()
-    report = reporter.report(snapshot_of(traffic.stats))
+    report = reported(counters, traffic.stats)
     assert {tuple(key): count for *key, count in report["added"]} == traffic.totals - before
 
 
@@ -129,7 +137,7 @@ def test_a_snapshot_stays_as_it_was_taken_while_the_worker_goes_on_counting():
 
 
 def test_before_anything_ran_a_report_is_empty():
-    assert Reporter().report(snapshot_of(ExitStats())) == {
+    assert reported(Counters(), ExitStats()) == {
         "added": [],
         "serving": [NO_POLICY],
         "shadow": {},
@@ -140,10 +148,10 @@ def test_before_anything_ran_a_report_is_empty():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_shadow_requests_show_is_told_in_all_each_time(seed):
-    traffic, reporter = Traffic(seed), Reporter()
+    traffic, counters = Traffic(seed), Counters()
     for _ in range(20):
         traffic.update()
-        shadow = reporter.report(snapshot_of(traffic.stats))["shadow"]
+        shadow = reported(counters, traffic.stats)["shadow"]
         for name, monitor in traffic.monitors.items():
             for told, reading in zip(shadow[name], monitor.as_dict().values(), strict=True):
                 key = name, f"{told['epsilon']:g}"
@@ -157,14 +165,14 @@ def test_what_shadow_requests_show_is_told_in_all_each_time(seed):
 
 
 def test_artifacts_read_again_take_nothing_from_what_was_counted():
-    traffic, reporter = Traffic(3), Reporter()
+    traffic, counters = Traffic(3), Counters()
     received: Counter[Any] = Counter()
     for _ in range(10):
         for _ in range(5):
             traffic.update()
         for name in traffic.monitors:
             traffic.monitors[name] = Watch(EPSILONS, alpha=0.1)
-        for *key, added in reporter.report(snapshot_of(traffic.stats))["added"]:
+        for *key, added in reported(counters, traffic.stats)["added"]:
             assert added > 0
             received[tuple(key)] += added
     assert received == +traffic.totals
@@ -174,6 +182,6 @@ def test_a_report_is_made_of_plain_values_which_cross_a_process_border():
     traffic = Traffic(1)
     for _ in range(5):
         traffic.update()
-    report = Reporter().report(snapshot_of(traffic.stats))
+    report = reported(Counters(), traffic.stats)
     report["added"] = [list(entry) for entry in report["added"]]
     assert json.loads(json.dumps(report)) == report

@@ -143,11 +143,11 @@ class ModelHead(_Model):
         count, device = hidden_states.shape[0], hidden_states.device
         if not scored:
             return self._head(hidden_states, np.arange(count))
-        early = [one.requests for one in scored]
+        early = [requests for requests, _ in scored]
         at_full_depth = np.setdiff1d(np.arange(count), np.concatenate(early))
         deep, *places = upload([at_full_depth, *early], device)
         # bfloat16 is too coarse for probabilities; vLLM's sampler reads logits in fp32 anyway.
-        exact = any(isinstance(one.answers, LabelLogits) for one in scored)
+        exact = any(isinstance(answers, LabelLogits) for _, answers in scored)
         size, dtype = self._text_config.vocab_size, torch.float32 if exact else hidden_states.dtype
         deep_logits = None
         if at_full_depth.size:
@@ -156,8 +156,8 @@ class ModelHead(_Model):
         logits = hidden_states.new_full((count, size), -torch.inf, dtype=dtype)
         if deep_logits is not None:
             logits[deep] = deep_logits.to(dtype)
-        for one, place in zip(scored, places, strict=True):
-            answers = replace(one.answers, values=broadcast_from_rank0(one.answers.values))
+        for (_, answers), place in zip(scored, places, strict=True):
+            answers = replace(answers, values=broadcast_from_rank0(answers.values))
             if isinstance(answers, LabelLogits):
                 logits[place] = answers.rest.expand(-1, size)
                 # A label that the request does not name counts among its other tokens.

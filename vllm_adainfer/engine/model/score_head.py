@@ -47,9 +47,9 @@ class EarlyScoreHead(nn.Module):
             return scores
         for shadow in output.shadows:
             shadow.compare(as_labels(scores), self._score)
-        for one in output.scored:
-            answers = replace(one.answers, values=broadcast_from_rank0(one.answers.values))
-            [places] = upload([one.requests], scores.device)
+        for requests, answers in output.scored:
+            answers = replace(answers, values=broadcast_from_rank0(answers.values))
+            [places] = upload([requests], scores.device)
             early = answers.scores.to(scores.dtype)
             if scores.shape[1] == 1:
                 scores[places, 0] = early[:, 1] - early[:, 0]

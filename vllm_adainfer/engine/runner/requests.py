@@ -267,16 +267,17 @@ class RunningRequests:
 
     def _decided(self, step: StepContext) -> Iterator[Provenance]:
         """Where the tokens of a step came from."""
-        for token in self._loop.decided(step):
+        for place, policy, layers, outcome in self._loop.decided(step):
+            request_id = step.request_ids[place]
             yield Provenance(
-                step.request_ids[token.place],
-                token.policy,
-                self.digests.get(token.policy, ""),
-                self.admission.epsilon_of(int(step.threshold_rows[token.place])),
-                token.layers,
-                token.outcome,
-                self._requests[step.request_ids[token.place]].not_covered,
-                self._why.get(token.place),
+                request_id,
+                policy,
+                self.digests.get(policy, ""),
+                self.admission.epsilon_of(int(step.threshold_rows[place])),
+                layers,
+                outcome,
+                self._requests[request_id].not_covered,
+                self._why.get(place),
             )
 
     def _complete(self, step: StepContext) -> dict[str, int]:

@@ -8,15 +8,18 @@ from typing import Any
 from typing_extensions import override
 
 from vllm_adainfer.engine.scheduler.observer import Observer, Step
-from vllm_adainfer.exits.accounting.report import Reporter, Snapshot
+from vllm_adainfer.exits.accounting.report import Key, Snapshot
 
 
 class Counters(Observer):
-    """Reports what was counted since the last report, once a worker has sent it."""
+    """Reports what was counted since the last report, once a worker has sent it.
+
+    A report is an increment because it goes to one of several frontends, which add them up.
+    """
 
     def __init__(self) -> None:
         self._counted: Snapshot | None = None
-        self._reporter = Reporter()
+        self._sent: dict[Key, float] = {}
 
     @override
     def stepped(self, step: Step) -> None:
@@ -26,4 +29,9 @@ class Counters(Observer):
     @override
     def report(self) -> Mapping[str, Any]:
         counted, self._counted = self._counted, None
-        return {} if counted is None else self._reporter.report(counted)
+        if counted is None:
+            return {}
+        before, self._sent = self._sent, counted["counts"]
+        added = [(*key, count - before.get(key, 0)) for key, count in self._sent.items()]
+        state = {key: value for key, value in counted.items() if key != "counts"}
+        return {"added": [entry for entry in added if entry[-1]], **state}

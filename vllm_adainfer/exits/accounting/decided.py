@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from vllm_adainfer.artifact.kinds import NotCovered
 
@@ -16,23 +16,10 @@ WhyFullDepth = Literal[
 ]
 
 
-@dataclass(frozen=True)
-class DecidedToken:
-    """How one token was decided.
-
-    Attributes:
-        place: the place of its request in the step's batch.
-        policy: the policy that its request came under, or `NO_POLICY`.
-        layers: how many layers its last row ran.
-        outcome: whether a probe gave the answer, the full model, or the full model for a shadow
-            request, whose early answer was only compared.
-
-    """
-
-    place: int
-    policy: str
-    layers: int
-    outcome: Outcome
+# How one token was decided: the place of its request in the step's batch, the policy that this came
+# under (or `NO_POLICY`), how many layers its last row ran, and what gave the answer: a probe, the
+# full model, or the full model for a shadow request, whose early answer was only compared.
+DecidedToken: TypeAlias = tuple[int, str, int, Outcome]
 
 
 @dataclass(frozen=True)
@@ -41,7 +28,7 @@ class Provenance:
 
     Attributes:
         request_id: vLLM's id.
-        policy: see `DecidedToken`.
+        policy: the policy that the request came under, or `NO_POLICY`.
         artifact: the digest of the policy's files; empty without a policy.
         epsilon: the bound that the policy kept; None without a policy.
         layers: see `DecidedToken`.

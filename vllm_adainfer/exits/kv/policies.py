@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from typing_extensions import override
@@ -20,28 +20,6 @@ from vllm_adainfer.exits.kv.row_pool import RowPool
 
 # The most rows that may wait. Above it requests run the next step at full depth, oldest first.
 CAPACITY = 4096
-
-
-@dataclass(frozen=True)
-class LeavingRows:
-    """Rows of requests that continue to another token and are about to leave the batch.
-
-    Attributes:
-        exit_index: the exit point at which they leave.
-        request_ids: vLLM's ids of the step's requests.
-        layout: the rows that leave, and no others.
-        rows: [rows], their places in the batch.
-        policies: [rows], the policy that each is accounted to.
-        states: those of the whole batch at the exit point.
-
-    """
-
-    exit_index: int
-    request_ids: Sequence[str]
-    layout: RowLayout
-    rows: Ints
-    policies: Ints
-    states: HiddenStates
 
 
 class ExactKV:
@@ -70,19 +48,35 @@ class ExactKV:
     def _pool(self, exit_index: int) -> RowPool:
         return self._pools[min(exit_index, 1)]
 
-    def leave(self, leaving: LeavingRows) -> None:
-        """Rows are about to leave: all that their requests have in the batch."""
-        layout, states, pool = leaving.layout, leaving.states, self._pool(leaving.exit_index)
+    def leave(
+        self,
+        exit_index: int,
+        request_ids: Sequence[str],
+        layout: RowLayout,
+        rows: Ints,
+        policies: Ints,
+        states: HiddenStates,
+    ) -> None:
+        """Rows are about to leave: all that some requests have, which continue to another token.
+
+        Args:
+            exit_index: the exit point at which they leave.
+            request_ids: vLLM's ids of the step's requests.
+            layout: the rows that leave, and no others.
+            rows: [rows], their places in the batch.
+            policies: [rows], the policy that each is accounted to.
+            states: those of the whole batch at the exit point.
+
+        """
+        pool = self._pool(exit_index)
         places = pool.free_places(layout.num_rows)
-        rows_on_device, places_on_device = upload((leaving.rows, places), states.device)
+        rows_on_device, places_on_device = upload((rows, places), states.device)
         pool.put(states.rows(rows_on_device), places_on_device)
         requests = layout.present
-        by_request = np.split(
-            np.stack([places, leaving.policies]), layout.ends[requests[:-1]], axis=1
-        )
+        by_request = np.split(np.stack([places, policies]), layout.ends[requests[:-1]], axis=1)
         for request, chunk in zip(requests.tolist(), by_request, strict=True):
-            below = self._waiting.setdefault(leaving.request_ids[request], {})
-            below.setdefault(leaving.exit_index, []).append(chunk)
+            below = self._waiting.setdefault(request_ids[request], {})
+            below.setdefault(exit_index, []).append(chunk)
 
     def waiting(self, exit_index: int, request_ids: Sequence[str], wanted: Bools) -> Ints | None:
         """The number of rows that wait below an exit point, [requests]; None if none do.
@@ -155,12 +149,13 @@ class RecurrentKV(ExactKV):
         self._first: dict[str, int] = {}  # by request, the first position that has left
 
     @override
-    def leave(self, leaving: LeavingRows) -> None:
-        super().leave(leaving)
-        layout = leaving.layout
+    def leave(
+        self, exit_index: int, request_ids: Sequence[str], layout: RowLayout, *rows: Any
+    ) -> None:
+        super().leave(exit_index, request_ids, layout, *rows)
         firsts = layout.last_positions - layout.query_lens + 1
         for request in layout.present.tolist():
-            self._first.setdefault(leaving.request_ids[request], int(firsts[request]))
+            self._first.setdefault(request_ids[request], int(firsts[request]))
 
     @override
     def missing(self, request_id: str, end: int) -> int:

@@ -40,7 +40,7 @@ class Decisions:
         """Decide requests of `forward`; see `ExitLoop` for `carried` and `read`."""
         self._policies = policies
         self._forward = forward
-        self._step, self._owners = forward.step, forward.owners
+        self._step = forward.step
         self._read = read
         self._prompts = PooledPrompts(forward.step, carried)
         # By policy, for all requests of the step; answers are valid where settled.
@@ -58,12 +58,12 @@ class Decisions:
         policies = self._policies.policies
         asked = [
             (part, self._asked(undecided[part.rows], part.read))
-            for part in self._policies.rows_by_policy(exit_index, self._owners[undecided])
+            for part in self._policies.rows_by_policy(exit_index, step.owners[undecided])
         ]
         waiting = self._prompts.chunks
         chunks = [
             (part, waiting[part.rows])
-            for part in self._policies.rows_by_policy(exit_index, self._owners[waiting])
+            for part in self._policies.rows_by_policy(exit_index, step.owners[waiting])
         ]
         prompt, last_token = ProbeInput.PROMPT, ProbeInput.LAST_TOKEN
         states = {  # once for all policies
@@ -74,7 +74,7 @@ class Decisions:
         requests = asked[0][1] if len(asked) == 1 else _who_read(None, asked)
         if not requests.size:
             return
-        own_rows = self._policies.own_rows(step.threshold_rows[requests], self._owners[requests])
+        own_rows = self._policies.own_rows(step.threshold_rows[requests], step.owners[requests])
         subsets = () if step.subsets is None else (step.subsets[requests],)
         places, threshold_rows, *bits = step.on_device(requests, own_rows, *subsets)
         start = 0
@@ -193,12 +193,12 @@ class Decisions:
         exited, answered, scored = step.exited, step.answered(), []
         for index, answers in self._answers.items():
             requests = answered if self._policies.answers_stand[index] else exited
-            requests = requests[self._owners[requests] == index]
+            requests = requests[step.owners[requests] == index]
             if not requests.size:
                 continue
             if isinstance(answers, EarlyScores):
                 [places] = step.on_device(requests)
-                scored.append(ScoredRequests(requests, answers.subset(places)))
+                scored.append((requests, answers.subset(places)))
             else:
                 places, rows = step.on_device(requests, step.layout.last_rows(requests))
                 hidden[rows] = answers.values[places]
@@ -215,7 +215,7 @@ class Decisions:
         if step.shadow is None:
             return
         names, undecidable = self._policies.names, step.shadow_at_full_depth()
-        owners = self._owners[step.shadow]
+        owners = step.owners[step.shadow]
         seen = set(owners.tolist())
         if undecidable.size:
             of_queries = {name for name, watch in monitors.items() if watch.queries is not None}
@@ -223,7 +223,7 @@ class Decisions:
         for index in sorted(seen):
             name, own = names[index], step.shadow[owners == index]
             monitor = monitors[name]
-            own_rows = self._policies.own_rows(step.threshold_rows[own], self._owners[own])
+            own_rows = self._policies.own_rows(step.threshold_rows[own], step.owners[own])
             shadow, levels = own, monitor.levels_of(own_rows)
             if monitor.queries is not None:
                 shadow = np.concatenate([own, undecidable])

@@ -119,7 +119,7 @@ class ExitLoop(Loop):
     @override
     def decided(self, step: StepContext) -> Iterator[DecidedToken]:
         names, depth = self.policies.names, self._shape.depth
-        owners = self.policies.owners(step.threshold_rows)
+        owners = step.owners
         early = set(step.exited.tolist())
         answered = step.answered()  # some may have stayed
         early.update(answered[self.policies.answers_stand[owners[answered]]].tolist())
@@ -130,16 +130,15 @@ class ExitLoop(Loop):
             outcome: Outcome = "early" if place in early else "full_depth"
             if place in shadow:
                 outcome = "shadow"
-            yield DecidedToken(place, names[owners[place]], layers, outcome)
+            yield place, names[owners[place]], layers, outcome
 
     @override
     def run(self, batch: Batch, input_ids: Tensor, step: StepContext) -> StepOutput:
         start = time.perf_counter()
-        owners = self.policies.owners(step.threshold_rows)
+        step.owners = self.policies.owners(step.threshold_rows)
         forward = ForwardPass(
             self._shape,
             step,
-            owners,
             batch,
             input_ids,
             self.kv,
@@ -200,7 +199,7 @@ class ExitLoop(Loop):
         answers stand. Shadow requests are probed, too: their answers are compared though they stay.
         """
         step = forward.step
-        if step.num_shadow or self.policies.answers_stand[forward.owners].any():
+        if step.num_shadow or self.policies.answers_stand[step.owners].any():
             return True
         rows = int(forward.layout.query_lens[step.may_leave()].sum())
         if rows == forward.layout.num_rows:

@@ -12,7 +12,7 @@ from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.batch.batch import Batch, StackShape
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
-from vllm_adainfer.exits.kv.policies import ExactKV, LeavingRows
+from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
 
 # Compacting a batch (new rows, new attention metadata) takes as long as running so many
@@ -29,7 +29,6 @@ class ForwardPass:
 
     Attributes:
         step: the requests.
-        owners: [requests], the policy that each comes under, as an index into the policy set.
         batch: runs the rows that are left.
         layout: those rows.
         compaction_cost: the token-layers that a smaller batch must save to be faster.
@@ -41,7 +40,6 @@ class ForwardPass:
         self,
         shape: StackShape,
         step: StepContext,
-        owners: Ints,
         batch: Batch,
         input_ids: Tensor,
         kv: ExactKV,
@@ -49,12 +47,12 @@ class ForwardPass:
         compaction_cost: int = COMPACTION_COST,
     ) -> None:
         """Begin with the rows that the step came with, as given to `Loop.run`."""
-        self.step, self.owners = step, owners
+        self.step = step
         self.batch, self.layout, self.states = batch, step.layout, HiddenStates(input_ids)
         self._shape, self._kv, self._accounting = shape, kv, accounting
         self.compaction_cost = compaction_cost
         self._padded_rows = len(input_ids)
-        self._policies = accounting.numbers(owners)  # [requests]
+        self._policies = accounting.numbers(step.owners)  # [requests]
         # Of each row the original row, negative for one that rejoined, and the policy; known once
         # the rows have changed.
         self._origin = self._row_policies = NOBODY
@@ -114,8 +112,7 @@ class ForwardPass:
             continuing = requests[continues]
             rows = self.layout.rows_of(continuing)
             policies, layout = self._row_policies[rows], self.layout.only(continuing)
-            leaving = LeavingRows(exit_index, step.request_ids, layout, rows, policies, self.states)
-            self._kv.leave(leaving)
+            self._kv.leave(exit_index, step.request_ids, layout, rows, policies, self.states)
             self._accounting.deferred(self._accounting.tokens(policies), below)
             requests = requests[~continues]
         skipped = self._row_policies[self.layout.rows_of(requests)]

@@ -21,19 +21,8 @@ from vllm_adainfer.exits.loop.step import RecordedRequests, StepContext
 from vllm_adainfer.policy.answers import EarlyScores
 from vllm_adainfer.watch.watch import Watch
 
-
-@dataclass(frozen=True)
-class ScoredRequests:
-    """Requests whose answers are scores, for `compute_logits`.
-
-    Attributes:
-        requests: [answered], their places in the step's batch.
-        answers: the answer of each, in the same order.
-
-    """
-
-    requests: Ints
-    answers: EarlyScores
+# Requests whose answers are scores: their places in the step's batch, [answered], and the answers.
+ScoredRequests: TypeAlias = tuple[Ints, EarlyScores]
 
 
 @dataclass(frozen=True)
