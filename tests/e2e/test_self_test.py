@@ -44,7 +44,7 @@ from vllm_adainfer.engine.segments import attention
 from vllm_adainfer.engine.segments.attention import StepAttention, with_own_builders
 from vllm_adainfer.engine.segments.segments import Stack
 from vllm_adainfer.engine.self_test.kernels import wrong_kernels
-from vllm_adainfer.engine.self_test.passed import Passed
+from vllm_adainfer.engine.self_test.passed import configuration_of, record_of
 from vllm_adainfer.engine.self_test.scripted_steps import ScriptedSteps
 from vllm_adainfer.engine.self_test.self_test import Failure, self_test
 from vllm_adainfer.engine.worker.gpu_worker import AdaInferGPUWorker
@@ -536,4 +536,4 @@ def test_a_device_that_has_passed_is_not_tested_again(tested, monkeypatch, tmp_p
         ("vllm_adainfer.engine.self_test.passed.digest_of", lambda _: 7),
     ):
         monkeypatch.setattr(name, value)
-        assert not Passed.of(runner).exists
+        assert not record_of(configuration_of(runner)).exists()

@@ -262,7 +262,7 @@ def test_a_policy_is_checked_beside_those_of_before_or_after_a_step_that_replace
 
     monkeypatch.setattr(Admission, "from_config", lambda *_: None)
     monkeypatch.setattr(served_policies, "PolicySet", policies_of)
-    found: list[served_policies.Composed] = []
+    found: list[Any] = []
     loop = SimpleNamespace(policies=policies_of({}, (1, 2)), monitors={})
     model = SimpleNamespace(artifacts={}, loop=loop, settings=SimpleNamespace(compares=False))
     running: Any = SimpleNamespace(use_admission=lambda _: None)
@@ -277,4 +277,4 @@ def test_a_policy_is_checked_beside_those_of_before_or_after_a_step_that_replace
     loop.use_policies = use_policies
     served.replace(built("a"))
     builds.join()
-    assert [list(one.artifacts) for one in found] == [["a", "b"]]
+    assert [list(artifacts) for artifacts, *_ in found] == [["a", "b"]]

@@ -17,7 +17,7 @@ import pytest
 
 from tests.waiting import wait_for
 from vllm_adainfer.engine.scheduler import line_files
-from vllm_adainfer.engine.scheduler.line_files import Form, LineFiles, check_directory, whole_lines
+from vllm_adainfer.engine.scheduler.line_files import LineFiles, check_directory, whole_lines
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Capture
 
@@ -31,8 +31,8 @@ def files_in(
     queued: int = QUEUED,
     tells_lost: bool = False,
 ) -> LineFiles:
-    form = Form("capture", queued, tells_lost)
-    return LineFiles(form, Capture(directory=str(directory), limit=limit), engine)
+    settings = Capture(directory=str(directory), limit=limit)
+    return LineFiles("capture", settings, engine, queued, tells_lost)
 
 
 def write(directory: Path, numbers: range, limit: int = 100, engine: int = 0) -> None:
@@ -134,10 +134,10 @@ def test_a_file_that_another_server_deletes_meanwhile_is_no_error(tmp_path, monk
 
 WRITER = """
 import sys
-from vllm_adainfer.engine.scheduler.line_files import CAPTURE, LineFiles
+from vllm_adainfer.engine.scheduler.line_files import LineFiles
 from vllm_adainfer.settings.engine import Capture
 
-files = LineFiles(CAPTURE, Capture(directory=sys.argv[1], limit=10**6), 0)
+files = LineFiles("capture", Capture(directory=sys.argv[1], limit=10**6), 0, queued=256)
 print("started", flush=True)
 while True:
     files.put({"numbers": list(range(2000))})

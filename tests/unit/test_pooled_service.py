@@ -153,14 +153,15 @@ def test_policies_monitors_and_admission_number_threshold_rows_alike(tiny_model,
         loop=SimpleNamespace(policies=policies, monitors=dict.fromkeys(policies.names[:-1])),
     )
     new = built({"z": artifact(**ALONE), "b": artifact(**POOLED)})
-    found = ServedPolicies(model, None, SimpleNamespace())._composed(new)
+    served = ServedPolicies(model, None, SimpleNamespace())
+    _, chosen, monitors, admission = served._composed(new)
     names = ["z", "a", "b", "b:last-token"]
-    assert [*found.policies.names[:-1]] == [*found.monitors] == names
-    assert [*found.admission._rows.first.items()] == list(zip(names, (0, 2, 4, 6), strict=True))
-    assert found.policies.owners(np.arange(8)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert found.monitors["a"] is None  # it stays
-    loop: Any = SimpleNamespace(monitors=found.monitors | {"a": found.monitors["b"]})
-    loop.policies = found.policies
+    assert [*chosen.names[:-1]] == [*monitors] == names
+    assert [*admission._rows.first.items()] == list(zip(names, (0, 2, 4, 6), strict=True))
+    assert chosen.owners(np.arange(8)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert monitors["a"] is None  # it stays
+    loop: Any = SimpleNamespace(monitors=monitors | {"a": monitors["b"]})
+    loop.policies = chosen
     assert ExitLoop.tightened(loop).tolist() == [False] * 8
 
 

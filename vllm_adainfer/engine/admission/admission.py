@@ -21,9 +21,10 @@ from vllm_adainfer.engine.admission.running import (
     UNLIMITED,
     Running,
 )
-from vllm_adainfer.engine.admission.threshold_rows import RowsOfRequest, ThresholdRows
+from vllm_adainfer.engine.admission.threshold_rows import Rows, ThresholdRows
 from vllm_adainfer.engine.compat.config import serves_prompt_logprobs
 from vllm_adainfer.engine.pinned_artifacts import served_configs
+from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.promise.output import Output
 from vllm_adainfer.settings.engine import NO_POLICY, Settings
 
@@ -136,19 +137,19 @@ class Admission:
         name = self.policies.select(request, self.policies.for_adapter(adapter, fingerprint))
         config = None if name is None else self.policies.configs[name]
         record_row = request.settings.adainfer_row if self.is_recording else None
-        rows = self._rows_of(request, name, prompt)
-        row, pooled_from = rows.whole, self.settings.record_pooled_from
+        row, last_token_row, not_covered = self._rows_of(request, name, prompt)
+        pooled_from = self.settings.record_pooled_from
         if config is not None:
             pooled_from = config.pooled_from
         if pooled_from is not None and pooled_from >= len(prompt):
-            row, pooled_from = rows.last_token, None
+            row, pooled_from = last_token_row, None
         return request.changed(
             prompt=prompt,
             adapter=adapter,
             policy=name or NO_POLICY,
-            not_covered=rows.not_covered if request.may_exit else None,
+            not_covered=not_covered if request.may_exit else None,
             threshold_row=row,
-            last_token_row=rows.last_token,
+            last_token_row=last_token_row,
             pooled_from=NOT_POOLED if pooled_from is None else pooled_from,
             subset=ALL if config is None else _subset(request.output, config),
             certified_tokens=UNLIMITED if config is None else config.max_tokens,
@@ -162,13 +163,11 @@ class Admission:
         """The bound that a threshold row keeps; None at full depth."""
         return self._rows.epsilon_of(threshold_row)
 
-    def _rows_of(
-        self, request: Running, policy: str | None, prompt: Sequence[int]
-    ) -> RowsOfRequest:
+    def _rows_of(self, request: Running, policy: str | None, prompt: Sequence[int]) -> Rows:
         if self.settings.exit_script is not None:
-            return RowsOfRequest(request.threshold_row)
+            return request.threshold_row, FULL_DEPTH, None
         if policy is None:
-            return RowsOfRequest()
+            return FULL_DEPTH, FULL_DEPTH, None
         epsilon = request.settings.adainfer_epsilon
         return self._rows.of(policy, self.settings.epsilon if epsilon is None else epsilon, prompt)
 

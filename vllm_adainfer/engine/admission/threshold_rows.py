@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import TypeAlias
 
 from vllm_adainfer.artifact.artifact import all_parts
 from vllm_adainfer.artifact.config import ArtifactConfig
@@ -17,20 +17,8 @@ from vllm_adainfer.policy.questions import KnownQuestions
 
 logger = get_logger(__name__)
 
-
-class RowsOfRequest(NamedTuple):
-    """The rows of the thresholds that apply to a request.
-
-    Attributes:
-        whole: `Running.threshold_row`.
-        last_token: `Running.last_token_row`.
-        not_covered: `Running.not_covered`.
-
-    """
-
-    whole: int = FULL_DEPTH
-    last_token: int = FULL_DEPTH
-    not_covered: NotCovered | None = None
+# `threshold_row`, `last_token_row` and `not_covered` of a `Running`.
+Rows: TypeAlias = tuple[int, int, NotCovered | None]
 
 
 class ThresholdRows:
@@ -69,12 +57,12 @@ class ThresholdRows:
             if part.by_question or only_known
         }
 
-    def of(self, policy: str, epsilon: float | None, prompt: Sequence[int]) -> RowsOfRequest:
+    def of(self, policy: str, epsilon: float | None, prompt: Sequence[int]) -> Rows:
         """Those of a request for a policy, by its bound and its prompt."""
         if policy in self._shared and not self._shared[policy].are_in(prompt):
-            return RowsOfRequest(not_covered="other_prompt")
+            return FULL_DEPTH, FULL_DEPTH, "other_prompt"
         if policy in self._known and self._known[policy].asked_by(prompt) is None:
-            return RowsOfRequest(not_covered="unknown_question")
+            return FULL_DEPTH, FULL_DEPTH, "unknown_question"
         whole, *last_token = self._names[policy]
         row = last_token_row = FULL_DEPTH
         try:
@@ -89,7 +77,7 @@ class ThresholdRows:
         for part in last_token:
             with suppress(AdaInferError):  # it may certify fewer epsilons
                 last_token_row = self._of_part(part, epsilon, prompt)
-        return RowsOfRequest(row, last_token_row)
+        return row, last_token_row, None
 
     def epsilon_of(self, row: int) -> float | None:
         """The bound that a row keeps; None for `FULL_DEPTH`."""

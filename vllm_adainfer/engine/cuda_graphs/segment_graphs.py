@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -89,8 +88,8 @@ class SegmentGraphs:
         """Whether there are graphs for a batch with the rows of `layout`."""
         return self._graph_for(layout).cg_mode == CUDAGraphMode.FULL
 
-    def stage(self, layout: RowLayout, attention: StepAttention) -> Replay | None:
-        """Put the rows of `layout` into the buffers; None if there are no graphs for them."""
+    def stage(self, layout: RowLayout, attention: StepAttention) -> BatchExecutionDescriptor | None:
+        """Put the rows of `layout` into the buffers; the graphs to replay, None if none fit."""
         graph = self._graph_for(layout)
         if graph.cg_mode != CUDAGraphMode.FULL:
             return None
@@ -98,7 +97,20 @@ class SegmentGraphs:
         # Building metadata updates what graphs read from builders.
         longest = int(layout.last_positions[layout.present].max()) + 1
         self._buffers.metadata(self._groups, graph.num_tokens, longest)
-        return Replay(self._managers, self._buffers, graph, layout.num_rows)
+        return graph
+
+    def replay(
+        self, segment: int, graph: BatchExecutionDescriptor, rows: int, states: HiddenStates
+    ) -> HiddenStates:
+        """The hidden states after a segment, in buffers that the next segment overwrites.
+
+        `rows` is the number of staged rows without padding, and `graph` what `stage` returned.
+        """
+        self._buffers.load(segment, states.rows(slice(0, rows)))
+        self._managers[segment].run_fullgraph(graph)
+        if segment == len(self._managers) - 1:
+            return HiddenStates(self._buffers.final_of(rows))
+        return self._buffers.states_after(segment, rows)
 
     def _graph_for(self, layout: RowLayout) -> BatchExecutionDescriptor:
         """The smallest graph that holds the batch. All segments have the same sizes."""
@@ -134,32 +146,6 @@ class SegmentGraphs:
             return forward
 
         return prepare
-
-
-@dataclass(frozen=True)
-class Replay:
-    """The segments' graphs of one size, with a batch in their buffers.
-
-    Attributes:
-        managers: the graphs of each segment.
-        buffers: the buffers, staged with the batch.
-        graph: the size to replay, of each manager.
-        rows: the number of rows without padding, one for each request.
-
-    """
-
-    managers: Sequence[CudaGraphManager]
-    buffers: DecodeBuffers
-    graph: BatchExecutionDescriptor
-    rows: int
-
-    def run(self, segment: int, states: HiddenStates) -> HiddenStates:
-        """The hidden states after a segment, in buffers that the next segment overwrites."""
-        self.buffers.load(segment, states.rows(slice(0, self.rows)))
-        self.managers[segment].run_fullgraph(self.graph)
-        if segment == len(self.managers) - 1:
-            return HiddenStates(self.buffers.final_of(self.rows))
-        return self.buffers.states_after(segment, self.rows)
 
 
 def why_not_captured(vllm_config: VllmConfig, groups: Groups) -> str | None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from typing_extensions import override
 from vllm.forward_context import ForwardContext, override_forward_context
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
-from vllm_adainfer.engine.cuda_graphs.segment_graphs import Replay, SegmentGraphs
+from vllm_adainfer.engine.cuda_graphs.segment_graphs import SegmentGraphs
 from vllm_adainfer.engine.runner.adapters import RowAdapters
 from vllm_adainfer.engine.segments.attention import StepAttention
 from vllm_adainfer.engine.segments.segments import Stack, without_graphs
@@ -78,8 +79,9 @@ class CompiledBatch(Batch):
 
     def replayed(self, layout: RowLayout) -> Batch | None:
         """A batch of the rows in `layout` that replays CUDA graphs; None if no graphs fit them."""
-        replay = None if self.graphs is None else self.graphs.stage(layout, self.attention)
-        return None if replay is None else ReplayedBatch(self, layout, replay)
+        if self.graphs is None or (graph := self.graphs.stage(layout, self.attention)) is None:
+            return None
+        return ReplayedBatch(self, layout, self.graphs, graph)
 
 
 @dataclass(frozen=True)
@@ -89,17 +91,19 @@ class ReplayedBatch(Batch):
     Attributes:
         compiled: the batch that this one replaces.
         layout: the rows.
-        replay: the graphs, with these rows in their buffers.
+        graphs: with these rows in their buffers.
+        graph: the size to replay, of each segment.
 
     """
 
     compiled: CompiledBatch
     layout: RowLayout
-    replay: Replay
+    graphs: SegmentGraphs
+    graph: BatchExecutionDescriptor
 
     @override
     def run(self, segment: int, states: HiddenStates) -> HiddenStates:
-        return self.replay.run(segment, states)
+        return self.graphs.replay(segment, self.graph, self.layout.num_rows, states)
 
     @override
     def write_last_kv(self, states: HiddenStates) -> None:

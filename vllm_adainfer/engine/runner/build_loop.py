@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 from vllm.config import VllmConfig
 
 from vllm_adainfer.artifact.artifact import Artifact, all_parts, digest_of
@@ -15,7 +14,6 @@ from vllm_adainfer.engine.compat.requests import request_group
 from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, read_from_rank0, same_on_all_ranks
 from vllm_adainfer.engine.segments.segments import Stack
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.exits.batch.batch import StackShape
 from vllm_adainfer.exits.kv.policies import ExactKV, RecurrentKV
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
@@ -26,7 +24,6 @@ from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
 from vllm_adainfer.exits.recording.state_files import StateFiles
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
-from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.script import ScriptedPolicy
 from vllm_adainfer.promise.kinds import promise_of
 from vllm_adainfer.promise.promise import Unit
@@ -40,43 +37,8 @@ from vllm_adainfer.watch.watch import Watch
 COMPACTION_PRODUCTS = 50_000_000_000
 
 
-class LoadedModel(Protocol):
-    """A model with exit points, such as `EarlyExit`.
-
-    Attributes:
-        settings: the engine switch.
-        artifacts: the artifact of each policy, by name.
-        stack: the model's layers, once `cut_stack` has cut them.
-        fingerprint: the fingerprint of the weights; None if they did not pass `load_weights`.
-
-    """
-
-    settings: Settings
-    artifacts: Mapping[str, Artifact]
-    stack: Stack
-    fingerprint: str | None
-
-    @property
-    def exit_points(self) -> tuple[int, ...]:
-        """The layers after which the stack is cut."""
-
-    @property
-    def hidden_size(self) -> int:
-        """The width of the states that probes read."""
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the policies."""
-
-    def logit_lens(self, head_rows: Tensor | None = None) -> Probe:
-        """The model's final norm and LM head as a probe, with all rows or `head_rows`."""
-
-    def cut_stack(self, cuts: tuple[int, ...], vllm_config: VllmConfig) -> StackShape:
-        """Cut the stack after each of `cuts`."""
-
-
-def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
-    """The loop of a model whose weights are loaded.
+def build_loop(model: Any, vllm_config: VllmConfig) -> Loop:
+    """The loop of a model, an `EarlyExit` whose weights are loaded.
 
     Raises:
         AdaInferError: ranks have read different artifacts, or the weights cannot be compared with
@@ -130,7 +92,7 @@ def kv_policy_of(vllm_config: VllmConfig) -> ExactKV:
     return RecurrentKV() if vllm_config.model_config.is_hybrid else ExactKV()
 
 
-def policies_of(model: LoadedModel, cuts: tuple[int, ...]) -> PolicySet:
+def policies_of(model: Any, cuts: tuple[int, ...]) -> PolicySet:
     """The policies of a model whose stack is cut after `cuts`."""
     exit_script = model.settings.exit_script
     if exit_script is not None:
@@ -139,9 +101,7 @@ def policies_of(model: LoadedModel, cuts: tuple[int, ...]) -> PolicySet:
     return PolicySet(policies_of_artifacts(model.artifacts, model), cuts)
 
 
-def policies_of_artifacts(
-    artifacts: Mapping[str, Artifact], model: LoadedModel
-) -> dict[str, Policy]:
+def policies_of_artifacts(artifacts: Mapping[str, Artifact], model: Any) -> dict[str, Policy]:
     """The policies of all parts of `artifacts`, by name."""
     return {
         name: Policy(artifact, model.device, model.logit_lens)
@@ -149,7 +109,7 @@ def policies_of_artifacts(
     }
 
 
-def monitors_of(model: LoadedModel) -> dict[str, Watch]:
+def monitors_of(model: Any) -> dict[str, Watch]:
     """The monitor of each policy, by name; empty without a shadow rate."""
     if not model.settings.compares:
         return {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from vllm_adainfer.engine.compat.requests import short_id
-from vllm_adainfer.engine.scheduler.line_files import AUDIT, LineFiles
+from vllm_adainfer.engine.scheduler.line_files import LineFiles
 from vllm_adainfer.engine.scheduler.observer import Observer, Step
 from vllm_adainfer.exits.accounting.decided import Provenance
 from vllm_adainfer.settings.engine import NO_POLICY
@@ -19,6 +19,7 @@ from vllm_adainfer.settings.engine import Audit as AuditSettings
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+QUEUED = 65_536  # lines that may wait for the disk
 LONGEST_ANSWER = 32  # tokens or scores that a line quotes
 LONGEST_TRACE = 64  # characters of a `traceparent` of W3C; a client may send any text
 
@@ -73,7 +74,7 @@ class Audit(Observer):
         """
         self._trails: dict[str, Trail] = {}
         self._depth = depth
-        self._lines = LineFiles(AUDIT, settings, engine)
+        self._lines = LineFiles("audit", settings, engine, QUEUED, tells_lost=True)
 
     @override
     def stepped(self, step: Step) -> None:

@@ -13,12 +13,14 @@ from vllm_adainfer.engine.admission.requested_output import changes_scores, requ
 from vllm_adainfer.engine.admission.traffic_sample import GroupSample
 from vllm_adainfer.engine.compat.requests import request_group, short_id
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
-from vllm_adainfer.engine.scheduler.line_files import CAPTURE, LineFiles
+from vllm_adainfer.engine.scheduler.line_files import LineFiles
 from vllm_adainfer.engine.scheduler.observer import Observer
 from vllm_adainfer.settings.engine import Capture as CaptureSettings
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
+
+QUEUED = 256  # lines that may wait for the disk: whole prompts
 
 
 class Capture(Observer):
@@ -38,7 +40,7 @@ class Capture(Observer):
         """
         self._sample = GroupSample(settings.rate, "capture")
         self._model = model
-        self._lines = LineFiles(CAPTURE, settings, engine)
+        self._lines = LineFiles("capture", settings, engine, QUEUED)
 
     @override
     def arrived(self, request: Request) -> None:

@@ -11,7 +11,6 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import BufferedRandom, FileIO
 from pathlib import Path
 from queue import Full, Queue
@@ -29,26 +28,6 @@ FILES = 10  # files per engine: the oldest tenth of the lines is deleted at a ti
 CLOSE_SECONDS = 5.0  # how long a stopping engine waits for the disk
 
 
-@dataclass(frozen=True)
-class Form:
-    """What the lines of a kind are.
-
-    Attributes:
-        kind: the key of the engine switch that asks for them.
-        queued: lines that may wait for the disk; further ones are lost.
-        tells_lost: whether a line ``{"lost": n}`` stands where lines are lost.
-
-    """
-
-    kind: str
-    queued: int
-    tells_lost: bool
-
-
-CAPTURE = Form("capture", 256, tells_lost=False)  # whole prompts; the lines of a batch file alone
-AUDIT = Form("audit", 65_536, tells_lost=True)
-
-
 class LineFiles:
     """Keeps the latest lines of one engine in files ``KIND-ENGINE-NUMBER.jsonl``.
 
@@ -58,27 +37,36 @@ class LineFiles:
     neither count, nor cut, nor delete a locked file.
     """
 
-    def __init__(self, form: Form, settings: Audit | Capture, engine: int) -> None:
+    def __init__(
+        self,
+        kind: str,
+        settings: Audit | Capture,
+        engine: int,
+        queued: int,
+        tells_lost: bool = False,
+    ) -> None:
         """Enforce the limit on what earlier runs left, and start the thread.
 
         Args:
-            form: what the lines are.
+            kind: the key of the engine switch that asks for the lines.
             settings: where to write, and the most lines to keep there.
             engine: the number of this engine among those that write to the directory.
+            queued: lines that may wait for the disk; further ones are lost.
+            tells_lost: whether a line ``{"lost": n}`` stands where lines are lost.
 
         Raises:
             AdaInferError: this process cannot write to the directory.
 
         """
-        self._kind, self._directory = form.kind, Path(settings.directory)
-        self._prefix = f"{form.kind}-{engine}-"
+        self._kind, self._directory = kind, Path(settings.directory)
+        self._prefix = f"{kind}-{engine}-"
         self._limit = settings.limit
         self._lines_per_file = max(1, settings.limit // FILES)
-        self._tells_lost = form.tells_lost
+        self._tells_lost = tells_lost
         self._lost = self._told = 0  # one thread counts, the other tells
         self._file: FileIO | None = None
         self._lines = 0  # in that file
-        check_directory(form.kind, settings.directory)
+        check_directory(kind, settings.directory)
         found = _numbered(self._directory, self._prefix)
         self._next_number = max(found, default=0) + 1
         try:
@@ -86,10 +74,10 @@ class LineFiles:
             self._full = deque((path, lines) for path, lines in counted if lines is not None)
             self._make_room(0)
         except OSError as error:
-            raise _not_writable(form.kind, settings.directory, error) from None
+            raise _not_writable(kind, settings.directory, error) from None
         self._failed = False
-        self._queue: Queue[dict[str, Any] | None] = Queue(form.queued)
-        self._thread = Thread(target=self._write_all, name=f"adainfer-{form.kind}", daemon=True)
+        self._queue: Queue[dict[str, Any] | None] = Queue(queued)
+        self._thread = Thread(target=self._write_all, name=f"adainfer-{kind}", daemon=True)
         self._thread.start()
 
     def put(self, line: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import Request, RequestStatus
@@ -219,7 +218,7 @@ def _complete(request: Request) -> None:
     """Run the prompt at full depth; the worker learns of the request only in this step."""
     resolved = resolved_of(request)
     assert resolved is not None, "only what may exit is completed"
-    attach_resolved(request, replace(resolved, force_full_depth_prefill=True))
+    attach_resolved(request, resolved.changed(force_full_depth_prefill=True))
 
 
 def refuse_kv_connector(vllm_config: VllmConfig) -> None:

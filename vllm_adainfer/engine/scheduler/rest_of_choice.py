@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 from typing_extensions import override
@@ -33,20 +32,9 @@ MOST_TOKENS = 64  # an answer that is still ambiguous after these is left to vLL
 LONGEST_REST = 1024
 
 
-@dataclass(frozen=True)
-class Choices:
-    """The choices of a request, prepared on arrival.
-
-    Attributes:
-        texts: the texts, sorted.
-        tokens: the canonical token ids of each text.
-        end: id of the token that ends the answer.
-
-    """
-
-    texts: tuple[str, ...]
-    tokens: tuple[tuple[int, ...], ...]
-    end: int
+# The choices of a request, prepared on arrival: the texts, sorted; the canonical token ids of each;
+# and the id of the token that ends the answer.
+Choices: TypeAlias = tuple[tuple[str, ...], tuple[tuple[int, ...], ...], int]
 
 
 class RestOfChoice(Observer):
@@ -72,7 +60,7 @@ class RestOfChoice(Observer):
             return
         choices, end = requested_choices(params), params.eos_token_id
         if choices and end is not None:
-            self._choosing[request] = Choices(*self._written(choices), end)
+            self._choosing[request] = (*self._written(choices), end)
 
     @override
     def stepped(self, step: Step) -> None:
@@ -104,8 +92,8 @@ class RestOfChoice(Observer):
             del self._choosing[request]
             return []
         text = self._decode(tokens)
-        place = bisect_left(choices.texts, text)  # texts with this prefix are adjacent
-        left = [one for one in choices.texts[place : place + 2] if one.startswith(text)]
+        place = bisect_left(choices[0], text)  # texts with this prefix are adjacent
+        left = [one for one in choices[0][place : place + 2] if one.startswith(text)]
         if len(left) != 1:
             return []
         del self._choosing[request]  # once only
@@ -115,11 +103,12 @@ class RestOfChoice(Observer):
         self, request: Request, choices: Choices, place: int, text: str, tokens: list[int]
     ) -> list[int]:
         """The tokens after `tokens` (as text: `text`), when only the choice at `place` is left."""
-        only, canonical = choices.texts[place], choices.tokens[place]
+        texts, written, end = choices
+        only, canonical = texts[place], written[place]
         if canonical[: len(tokens)] == tuple(tokens):
-            rest = [*canonical[len(tokens) :], choices.end]
+            rest = [*canonical[len(tokens) :], end]
         elif len(only) - len(text) <= LONGEST_REST:
-            rest = [*self._encode(only[len(text) :]), choices.end]
+            rest = [*self._encode(only[len(text) :]), end]
         else:
             return []
         room = min(
@@ -136,7 +125,7 @@ class RestOfChoice(Observer):
     def _write(
         self, choices: frozenset[str]
     ) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
-        """The texts and tokens of `Choices`."""
+        """The first two parts of `Choices`."""
         texts = tuple(sorted(choices))
         return texts, tuple(map(self._encode, texts))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +103,7 @@ class ObservedScheduler(_Scheduler):
             request.request_id, params_of(request), request.lora_request, request.resumable
         )
         if self._prompt_texts is not None:
-            resolved = replace(resolved, texts=self._prompt_texts.of(request, resolved))
+            resolved = resolved.changed(texts=self._prompt_texts.of(request, resolved))
         attach_resolved(request, resolved)
 
     @override

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,30 +42,6 @@ class ScriptedExits(ExitPolicy):
 
 
 @dataclass
-class NotedStep:
-    """The states that a step has computed.
-
-    Attributes:
-        ids: the ids of its requests, in order.
-        after: by exit point (an index; `FULL_DEPTH` for the last layer), the states that the next
-            token of each request is read from there: fp32 [requests, head size], on the host.
-        exited: where each request has exited; None if all ran all layers.
-
-    """
-
-    ids: Sequence[str]
-    after: dict[int, Tensor]
-    exited: list[int] | None
-
-    def states_of(self, request_id: str) -> dict[int, Tensor]:
-        """The states of a request, by exit point: one, or all if it ran all layers."""
-        place = self.ids.index(request_id)
-        if self.exited is None:
-            return {exit_index: states[place] for exit_index, states in self.after.items()}
-        return {self.exited[place]: self.after[FULL_DEPTH][place]}
-
-
-@dataclass
 class NotingLoop:
     """Runs steps, and notes the states that tokens are read from.
 
@@ -73,34 +49,42 @@ class NotingLoop:
         loop: runs them; None to run all layers for all rows.
         segments: the number of the stack's segments.
         head_size: the width of the LM head's input.
-        steps: what was noted.
+        noted: of the last step, by request and exit point (an index; `FULL_DEPTH` for the last
+            layer), the state that its next token is read from, fp32 [head size], on the host: one
+            state, or that of each exit point if all ran all layers.
 
     """
 
     loop: ExitLoop | None
     segments: int
     head_size: int
-    steps: list[NotedStep] = field(default_factory=list)
+    noted: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
     def run(self, batch: Batch, input_ids: Tensor, step: StepContext) -> StepOutput:
         """Run one step, as `Loop.run`."""
         [rows] = step.on_device(step.layout.last_rows(step.layout.present))
-        after, exited = {}, None
         if self.loop is None:
-            states = HiddenStates(input_ids)
+            states, read = HiddenStates(input_ids), {}
             for segment in range(self.segments):
                 states = batch.run(segment, states)
-                read = states.rows(rows).combined()[:, : self.head_size]
-                after[segment] = read.float().cpu()
-            after[FULL_DEPTH] = after.pop(self.segments - 1)
-            output = StepOutput(states.hidden)
-        else:
-            output = self.loop.run(batch, input_ids, step)
-            after[FULL_DEPTH] = output.hidden.index_select(0, rows).float().cpu()
-            places = np.full(step.num_requests, FULL_DEPTH)
-            places[step.exited] = step.threshold_rows[step.exited]
-            exited = places.tolist()
-        self.steps.append(NotedStep(list(step.request_ids), after, exited))
+                after = states.rows(rows).combined()[:, : self.head_size]
+                read[segment] = after.float().cpu()
+            read[FULL_DEPTH] = read.pop(self.segments - 1)
+            self.noted = {
+                request_id: {exit_index: after[place] for exit_index, after in read.items()}
+                for place, request_id in enumerate(step.request_ids)
+            }
+            return StepOutput(states.hidden)
+        output = self.loop.run(batch, input_ids, step)
+        final = output.hidden.index_select(0, rows).float().cpu()
+        exited = np.full(step.num_requests, FULL_DEPTH)
+        exited[step.exited] = step.threshold_rows[step.exited]
+        self.noted = {
+            request_id: {exit_index: final[place]}
+            for place, (request_id, exit_index) in enumerate(
+                zip(step.request_ids, exited.tolist(), strict=True)
+            )
+        }
         return output
 
 
@@ -131,5 +115,5 @@ class ScriptedRequests(RunningRequests):
         for request_id, length in zip(request_ids, computed + query_lens, strict=True):
             place = self._scripted[request_id]
             row = script.exits[place, length - len(script.prompts[place])]
-            self._put(request_id, replace(self._requests[request_id], threshold_row=int(row)))
+            self._put(request_id, self._requests[request_id].changed(threshold_row=int(row)))
         return super().describe(request_ids, query_lens, computed, *rest, **more)

@@ -77,7 +77,7 @@ class ScriptedSteps:
                 else:
                     runner.sample_tokens(None)
                 for place, token in tokens:
-                    for exit_index, state in loop.steps[-1].states_of(ids[place]).items():
+                    for exit_index, state in loop.noted[ids[place]].items():
                         states[place, token, exit_index] = state
         return states
 

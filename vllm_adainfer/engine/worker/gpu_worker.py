@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_adainfer.engine.compat.warm_up import WarmedUp
 from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0, same_on_all_ranks
-from vllm_adainfer.engine.self_test.passed import Passed
+from vllm_adainfer.engine.self_test.passed import configuration_of, record_of, remember
 from vllm_adainfer.engine.self_test.self_test import self_test
 from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.engine.worker.worker import ExitWorker
@@ -58,8 +58,9 @@ class AdaInferGPUWorker(ExitWorker, WarmedUp, Worker):
     def self_test(self) -> None:
         """Check the fast paths; once for the same device, versions and model."""
         runner = self.model_runner
-        passed = Passed.of(runner)
-        if same_on_all_ranks(passed.exists) and passed.exists:
+        tested = configuration_of(runner)
+        has_passed = record_of(tested).exists()
+        if same_on_all_ranks(has_passed) and has_passed:
             return
         if not self_test(runner):
-            passed.remember()
+            remember(tested)

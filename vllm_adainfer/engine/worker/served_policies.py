@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from threading import Lock
 from typing import Any, TypeAlias
 
@@ -27,24 +26,6 @@ from vllm_adainfer.watch.watch import Watch
 STUDENT_READS = "how its student reads requests"
 # By name, the artifact and the policy of each of its parts.
 Built: TypeAlias = Mapping[str, tuple[Artifact, Mapping[str, Policy]]]
-
-
-@dataclass(frozen=True)
-class Composed:
-    """All that a worker decides with once some policies have come or gone.
-
-    Attributes:
-        artifacts: the artifact of each policy, by the policy's name.
-        policies: the policies, in the same order.
-        monitors: the monitor of each policy, by name; empty without shadow requests.
-        admission: admits requests to these policies.
-
-    """
-
-    artifacts: dict[str, Artifact]
-    policies: PolicySet
-    monitors: dict[str, Watch]
-    admission: Admission
 
 
 class ServedPolicies:
@@ -142,15 +123,17 @@ class ServedPolicies:
             AdaInferError: a policy does not certify the switch's epsilon; nothing has changed.
 
         """
-        new = self._composed(built, without)
+        artifacts, policies, monitors, admission = self._composed(built, without)
         with self._in_use:
-            self.model.artifacts = new.artifacts
-            self.model.loop.use_policies(new.policies, new.monitors)
-        self._running.use_admission(new.admission)
-        self._running.digests = digests_of(new.artifacts)
+            self.model.artifacts = artifacts
+            self.model.loop.use_policies(policies, monitors)
+        self._running.use_admission(admission)
+        self._running.digests = digests_of(artifacts)
 
-    def _composed(self, built: Built, without: Iterable[str] = ()) -> Composed:
-        """What `replace` puts in use."""
+    def _composed(
+        self, built: Built, without: Iterable[str] = ()
+    ) -> tuple[dict[str, Artifact], PolicySet, dict[str, Watch], Admission]:
+        """What `replace` puts in use; there are no monitors without shadow requests."""
         loop, settings = self.model.loop, self.model.settings
         with self._in_use:
             artifacts, in_use, monitors = dict(self.model.artifacts), loop.policies, loop.monitors
@@ -163,7 +146,7 @@ class ServedPolicies:
         parts = all_parts(configs)
         if settings.compares:
             monitors = monitors | {n: monitor_of(parts[n], settings) for n in new}
-        return Composed(
+        return (
             artifacts,
             PolicySet({part: policies[part] for part in parts}, in_use.exit_points),
             {part: monitors[part] for part in parts} if settings.compares else {},
