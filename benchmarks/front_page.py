@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.intervals import share_of, shares_of
+from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.reports.shares import clopper_pearson, share_in, spelled, verdict
-from vllm_adainfer.offline.tables import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 DEMO = "8-shot reviews, SmolLM2-135M-Instruct (`make demo`)"
@@ -38,7 +38,7 @@ def headlines() -> str:
         "answers that differ (95 %)",
         "accuracy, stock / ours (95 %)",
     ]
-    return f"{markdown_table(columns, rows, text_columns=2)}\n\n{latency()}"
+    return f"{markdown_grid(columns, rows, text_columns=2)}\n\n{latency()}"
 
 
 def of_evaluation(name: str, title: str) -> list[str]:
@@ -126,7 +126,7 @@ def compared() -> str:
         "exits: layers spared (95 %)",
         "MiniLM, then exits: layers spared (95 %)",
     ]
-    return markdown_table(columns, rows, text_columns=1)
+    return markdown_grid(columns, rows, text_columns=1)
 
 
 def speed(report: dict[str, Any], name: str) -> str:

@@ -39,8 +39,8 @@ from benchmarks.common.budgets import (
 )
 from benchmarks.common.report_files import write_report
 from benchmarks.offline.llama_shapes import SHAPES, VOCABULARY
+from vllm_adainfer.offline.facts.document import markdown_grid, markdown_table
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.tables import markdown_table
 
 FLOPS, BYTES = 989.4e12, 3.35e12  # per second: H100 SXM, bf16 without sparsity, HBM3
 NVLINK = 450e9  # bytes per second in one direction
@@ -257,12 +257,12 @@ def table(report: dict[str, Any]) -> str:
     ]
     columns = ["model", "batch", "stock", "nobody may exit", "asked, none leaves", "40 % saved"]
     of_prompts = [
-        [
-            name,
-            f"{case['stock']:.1f}",
-            f"{case['40 % saved']:.1f}",
-            f"{case['stock'] / case['40 % saved']:.2f}x",
-        ]
+        {
+            "model": name,
+            "stock": f"{case['stock']:.1f}",
+            "with exits": f"{case['40 % saved']:.1f}",
+            "speed-up": f"{case['stock'] / case['40 % saved']:.2f}x",
+        }
         for name, case in report["prompts"].items()
     ]
     assumed = "\n".join(f"- {name}: {value:g}" for name, value in report["assumed"].items())
@@ -277,13 +277,13 @@ def table(report: dict[str, Any]) -> str:
 saved": all requests leave together after three fifths of the layers. The last column is the share
 of the layers' time that all requests must skip together before exits pay.
 
-{markdown_table([*columns, "breaks even at"], rows)}
+{markdown_grid([*columns, "breaks even at"], rows)}
 
 ## A step of {PROMPTS} prompts of {LENGTH} tokens, milliseconds
 
 A fifth of the prompts leaves at each exit point, so that 40 % of the layers are saved.
 
-{markdown_table(["model", "stock", "with exits", "speed-up"], of_prompts)}
+{markdown_table(of_prompts)}
 
 ## Assumptions
 

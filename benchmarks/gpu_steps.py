@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # imports start at the check
 import torch
 import typer
 
-from vllm_adainfer.offline.tables import markdown_table
+from vllm_adainfer.offline.facts.document import markdown_grid
 
 ROOT = Path(__file__).parents[1]
 DEMO_MODEL = ROOT / ".demo" / "SmolLM2-135M-Instruct"
@@ -109,7 +109,7 @@ def main(
     results = [run(step, dry) for step in steps]
     device = "no device" if dry else torch.cuda.get_device_name()
     typer.echo(f"\n{device}, torch {torch.__version__}\n")
-    typer.echo(markdown_table(["step", "result", "minutes"], results, text_columns=2))
+    typer.echo(markdown_grid(["step", "result", "minutes"], results, text_columns=2))
     if any(result.startswith(FAILED) for _, result, _ in results):
         raise typer.Exit(1)
 

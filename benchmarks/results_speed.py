@@ -5,9 +5,9 @@ from __future__ import annotations
 from statistics import mean, median
 from typing import Any
 
-from benchmarks.common.intervals import share_of
+from benchmarks.common.intervals import share_of, speedups_of
 from benchmarks.front_page import load
-from vllm_adainfer.offline.tables import markdown_table
+from vllm_adainfer.offline.facts.document import markdown_grid, markdown_table
 
 
 def throughput_table() -> list[str]:
@@ -21,28 +21,27 @@ def throughput_table() -> list[str]:
     batches = {row["batch"] for rows in cases.values() for row in rows}
     cells = []
     for name, rows in cases.items():
-        speedups, shares = [[row[key] for row in rows] for key in ("speedup", "of_bound")]
+        keys = "layers_saved", "speedup", "of_bound"
+        saved, speedups, shares = ([row[key] for row in rows] for key in keys)
         cells.append(
-            [
-                name,
-                str(len(rows)),
-                f"{mean(row['layers_saved'] for row in rows):.2f}",
-                f"**{median(speedups):.2f}x** ({min(speedups):.2f} to {max(speedups):.2f})",
-                f"{median(shares):.2f} ({min(shares):.2f})",
-            ]
+            {
+                "scenario": name,
+                "cases": str(len(rows)),
+                "share of layers skipped, as scripted": f"{mean(saved):.2f}",
+                "speed-up, median (range)": speedups_of(
+                    {"speedup": median(speedups), "speedups": speedups}
+                ),
+                "share of the possible speed-up, median (lowest)": (
+                    f"{median(shares):.2f} ({min(shares):.2f})"
+                ),
+            }
         )
-    columns = [
-        "scenario",
-        "cases",
-        "share of layers skipped, as scripted",
-        "speed-up, median (range)",
-        "share of the possible speed-up, median (lowest)",
-    ]
+
     return [
         f"Scripted exits (synthetic), {min(lengths)} to {max(lengths)} prompt tokens x "
         f"{min(batches)} to {max(batches)} requests, one token out:",
         "",
-        markdown_table(columns, cells),
+        markdown_table(cells),
     ]
 
 
@@ -65,7 +64,7 @@ def generation_table() -> list[str]:
         f"{report['max_tokens']} tokens, epsilon {report['epsilon']:g} per token at delta "
         f"{report['delta']:g}:",
         "",
-        markdown_table(columns, cells, text_columns=0),
+        markdown_grid(columns, cells, text_columns=0),
     ]
     changed = {
         name: mean(row["disagreement"] for row in report["quality"] if row["variant"] == name)

@@ -10,8 +10,8 @@ from typing import Any
 from benchmarks.common.intervals import share_of
 from benchmarks.front_page import load, processor
 from benchmarks.serving.auto_report import RECENT
+from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.reports.shares import share_in
-from vllm_adainfer.offline.tables import markdown_table
 
 CHANGED = "-dirty"  # how git marks a commit with changes that were not committed
 
@@ -39,7 +39,7 @@ def summary() -> str:
         nothing_saved("nobody exits (scripted)", "scripted-exits"),
     ]
     columns = ["requests", "speed-up", "layers saved (95 %)", "what changed (95 %)", "measured on"]
-    return markdown_table(columns, rows)
+    return markdown_grid(columns, rows)
 
 
 def one_task(what: str, section: str, name: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.common.intervals import share_of, shares_of
 from benchmarks.front_page import RESULTS, load, of_bound
 from benchmarks.results_summary import middle, ratio_of
-from vllm_adainfer.offline.tables import markdown_table
+from vllm_adainfer.offline.facts.document import markdown_grid, markdown_table
 
 REPORTS = {
     "sst2_zero_shot": "SST-2, zero-shot, fine-tuned SmolLM2-135M",
@@ -30,32 +30,27 @@ def workloads() -> list[str]:
         report = load(name)
         stock, ours = report["stock"], report["adainfer"]
         rows.append(
-            [
-                title,
-                f"{report['n']} x {report['prompt_tokens_mean']:.0f} tokens",
-                f"{stock['requests_per_second']:.1f}",
-                f"{ours['requests_per_second']:.1f}",
-                f"**{report['speedup']:.2f}x**",
-                share_of(report["layers_saved"], report["n"], 0),
-                of_bound(report["disagreement"], report["n"], report["epsilon"]),
-                share_of(report["disagreement_with_stock"], report["n"]),
-                shares_of(stock["accuracy"], ours["accuracy"], report["n"]),
-                f"{report['efficiency']:.2f}",
-            ]
+            {
+                "workload": title,
+                "prompts": f"{report['n']} x {report['prompt_tokens_mean']:.0f} tokens",
+                "stock, requests/s": f"{stock['requests_per_second']:.1f}",
+                "ours, requests/s": f"{ours['requests_per_second']:.1f}",
+                "speed-up": f"**{report['speedup']:.2f}x**",
+                "layers saved (95 %)": share_of(report["layers_saved"], report["n"], 0),
+                "disagreement (95 %)": of_bound(
+                    report["disagreement"], report["n"], report["epsilon"]
+                ),
+                "differs from stock (95 %)": share_of(
+                    report["disagreement_with_stock"], report["n"]
+                ),
+                "accuracy, stock / ours (95 %)": shares_of(
+                    stock["accuracy"], ours["accuracy"], report["n"]
+                ),
+                "efficiency": f"{report['efficiency']:.2f}",
+            }
         )
-    columns = [
-        "workload",
-        "prompts",
-        "stock, requests/s",
-        "ours, requests/s",
-        "speed-up",
-        "layers saved (95 %)",
-        "disagreement (95 %)",
-        "differs from stock (95 %)",
-        "accuracy, stock / ours (95 %)",
-        "efficiency",
-    ]
-    return [markdown_table(columns, rows)]
+
+    return [markdown_table(rows)]
 
 
 def suite_table(name: str) -> list[str]:
@@ -100,7 +95,7 @@ def suite_table(name: str) -> list[str]:
         f"{SUITES[name]}, epsilon {report['epsilon']:g} at delta {report['delta']:g}, "
         f"{report['provenance']['cpu']}:",
         "",
-        markdown_table(columns, rows),
+        markdown_grid(columns, rows),
     ]
 
 
@@ -184,5 +179,5 @@ def choices_table() -> list[str]:
         "Requests with [`structured_outputs.choice`](choices.md) over HTTP, stock / ours, three "
         "policies in one server ([more](../benchmarks/README.md#requests-with-a-choice)):",
         "",
-        markdown_table(columns, rows),
+        markdown_grid(columns, rows),
     ]

@@ -11,8 +11,8 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.tables import markdown_table
 
 PAGE = Path(__file__).parents[1] / "docs" / "testing.md"
 BEGIN, END = "<!-- slowest tests: make slowest -->\n", "<!-- end of the slowest tests -->\n"
@@ -31,10 +31,14 @@ def table(runs: list[Path]) -> str:
             for case in suite.iter("testcase")
         ]
     rows = [
-        [f"{seconds:.0f}", run, f"`{place.rpartition('.')[2]}::{name}`"]
+        {
+            "seconds": f"{seconds:.0f}",
+            "run": run,
+            "test": f"`{place.rpartition('.')[2]}::{name}`",
+        }
         for seconds, run, place, name in sorted(tests, reverse=True)[:SLOWEST]
     ]
-    table = markdown_table(["seconds", "run", "test"], rows)
+    table = markdown_table(rows)
     return f"{'; '.join(lines)}; {provenance()['cpu']}, two workers.\n\n{table}\n"
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import typer
 
 from benchmarks.classifiers.label_classifier import label_classifier
-from benchmarks.common.intervals import share_of, shares_of
+from benchmarks.common.intervals import share_of, shares_of, speedups_of
 from benchmarks.common.report_files import write_report
 from benchmarks.serving.bench_choices import layer_rows
 from benchmarks.serving.sending import Sent, send
@@ -35,9 +35,9 @@ from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.calibration.data.examples import read_rows, read_template
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
+from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled
-from vllm_adainfer.offline.tables import markdown_table
 
 PATH = "/classify"
 ALONE = 100  # requests that are sent one after the other
@@ -150,33 +150,29 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: a row per task."""
     rows = []
     for one in reports:
-        stock, ours = (one["latency_alone"][name] for name in (STOCK, OURS))
-        least, most = min(one["speedups"]), max(one["speedups"])
-        rows.append(
-            [
-                one["task"],
-                share_of(one["layers_saved"], one["test"]),
-                f"**{one['speedup']:.2f}x** ({least:.2f} to {most:.2f})",
-                f"{1000 * stock['mean']:.0f} / {1000 * ours['mean']:.0f} ms",
-                f"{1000 * stock['p99']:.0f} / {1000 * ours['p99']:.0f} ms",
-                spelled(one["changed"], tuple(one["changed_95"])),
-                shares_of(one["accuracy"][STOCK], one["accuracy"][OURS], one["test"]),
-            ]
+        stock, ours = (
+            {key: 1000 * seconds for key, seconds in one["latency_alone"][name].items()}
+            for name in (STOCK, OURS)
         )
-    columns = [
-        "task",
-        "layers saved (95 %)",
-        "speed-up, all at once (rounds)",
-        "alone, mean, stock / ours",
-        "p99",
-        "other label (95 %)",
-        "accuracy, stock / ours (95 %)",
-    ]
+        rows.append(
+            {
+                "task": one["task"],
+                "layers saved (95 %)": share_of(one["layers_saved"], one["test"]),
+                "speed-up, all at once (rounds)": speedups_of(one),
+                "alone, mean, stock / ours": f"{stock['mean']:.0f} / {ours['mean']:.0f} ms",
+                "p99": f"{stock['p99']:.0f} / {ours['p99']:.0f} ms",
+                "other label (95 %)": spelled(one["changed"], tuple(one["changed_95"])),
+                "accuracy, stock / ours (95 %)": shares_of(
+                    one["accuracy"][STOCK], one["accuracy"][OURS], one["test"]
+                ),
+            }
+        )
+
     first = reports[0]
     return (
         f"{first['prompts']} prompts calibrate, {first['test']} test; epsilon "
         f"{first['epsilon']:.0%}; {first['provenance']['cpu']}\n\n"
-        f"{markdown_table(columns, rows, text_columns=1)}\n"
+        f"{markdown_table(rows, text_columns=1)}\n"
     )
 
 

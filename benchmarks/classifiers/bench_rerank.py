@@ -41,10 +41,10 @@ from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.offline.calibration.calibrate import fit_and_certify, record_prompts
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import load_prompts
+from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled
-from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.promise.first_documents import loses_document, ranked
 
 STOCK = "stock"
@@ -224,30 +224,26 @@ def table(report: Mapping[str, Any]) -> str:
     for size in report["sizes"]:
         stock = size["servers"][0]
         rows = [
-            [
-                one["server"],
-                f"{1000 * one['mean']:.0f} ms",
-                f"{1000 * one['p99']:.0f} ms",
-                f"{stock['mean'] / one['mean']:.2f}x",
-                share_of(one["layers_saved"], size["queries"]),
-                spelled(one["first_changed"], tuple(one["first_changed_95"])),
-                spelled(one["lost"], tuple(one["lost_95"])),
-                share_of(one["moved"], size["queries"]),
-                f"{one['ndcg']:.3f}",
-            ]
+            {
+                "server": one["server"],
+                "mean": f"{1000 * one['mean']:.0f} ms",
+                "p99": f"{1000 * one['p99']:.0f} ms",
+                "speed-up": f"{stock['mean'] / one['mean']:.2f}x",
+                "layers saved (95 %)": share_of(one["layers_saved"], size["queries"]),
+                f"other first {report['k']} (95 %)": spelled(
+                    one["first_changed"], tuple(one["first_changed_95"])
+                ),
+                f"lost one by more than {report['margin']:g} (95 %)": spelled(
+                    one["lost"], tuple(one["lost_95"])
+                ),
+                f"scores moved by more than {report['margin']:g} (95 %)": share_of(
+                    one["moved"], size["queries"]
+                ),
+                "NDCG@10": f"{one['ndcg']:.3f}",
+            }
             for one in size["servers"]
         ]
-        columns = [
-            "server",
-            "mean",
-            "p99",
-            "speed-up",
-            "layers saved (95 %)",
-            f"other first {report['k']} (95 %)",
-            f"lost one by more than {report['margin']:g} (95 %)",
-            f"scores moved by more than {report['margin']:g} (95 %)",
-            "NDCG@10",
-        ]
+
         found = share_of(size["found_by_tf_idf"], size["queries"], 0)
         parts.append(
             f"{size['queries']} queries with {size['documents']} documents each, one at a time; "
@@ -255,7 +251,7 @@ def table(report: Mapping[str, Any]) -> str:
             f"epsilon {report['epsilon']:.0%}. NDCG@10 of TF-IDF, which found them: "
             f"{size['ndcg_tf_idf']:.3f} (it finds the right passage of "
             f"{found}); {report['provenance']['cpu']}\n\n"
-            f"{markdown_table(columns, rows, text_columns=1)}\n"
+            f"{markdown_table(rows, text_columns=1)}\n"
         )
     return "\n".join(parts)
 

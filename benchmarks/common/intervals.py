@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from scipy.stats import t
 
@@ -29,3 +32,14 @@ def mean_interval(values: Floats) -> Interval:
     reach = float(-t.ppf(TAIL, count - 1) * np.std(values, ddof=1) / count**0.5)
     middle = float(np.mean(values))
     return middle - reach, middle + reach
+
+
+def bounded(share: float, report: Mapping[str, Any]) -> str:
+    """A share of the prompts of an evaluation, beside the bound on it."""
+    return f"{share_of(share, report['n'])}, bound {report['epsilon']:.0%}"
+
+
+def speedups_of(row: Mapping[str, Any]) -> str:
+    """The median speed-up of some rounds, with their range."""
+    least, most = min(row["speedups"]), max(row["speedups"])
+    return f"**{row['speedup']:.2f}x** ({least:.2f} to {most:.2f})"

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 
 import typer
 
-from benchmarks.common.intervals import share_of, shares_of
+from benchmarks.common.intervals import bounded, share_of, shares_of
 from benchmarks.common.report_files import write_report
 from benchmarks.offline.small_models import (
     FAMILIES,
@@ -34,7 +34,7 @@ from benchmarks.offline.small_models import (
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.evaluation.evaluate import evaluate
-from vllm_adainfer.offline.tables import markdown_table
+from vllm_adainfer.offline.facts.document import markdown_table
 
 TRAIN, CALIBRATE = 1400, 700  # rows
 
@@ -94,15 +94,7 @@ def measured(
 
 def table(reports: dict[str, Any]) -> str:
     """Markdown: a row per family."""
-    columns = [
-        "family",
-        "accuracy, stock / ours (95 %)",
-        "requests that leave after each layer",
-        "layers saved (95 %)",
-        "disagreement (95 %)",
-        "speed-up",
-        "never exiting",
-    ]
+
     rows = []
     for family, report in reports.items():
         n = report["n"]
@@ -112,17 +104,19 @@ def table(reports: dict[str, Any]) -> str:
             if share
         ]
         rows.append(
-            [
-                f"{family}, {report['layers_total']} layers",
-                shares_of(report["stock"]["accuracy"], report["adainfer"]["accuracy"], n),
-                ", ".join(exits),
-                share_of(report["layers_saved"], n, 0),
-                f"{share_of(report['disagreement'], n)}, bound {report['epsilon']:.0%}",
-                f"**{report['speedup']:.2f}x**",
-                f"{report['never_exit']['speedup']:.2f}x",
-            ]
+            {
+                "family": f"{family}, {report['layers_total']} layers",
+                "accuracy, stock / ours (95 %)": shares_of(
+                    report["stock"]["accuracy"], report["adainfer"]["accuracy"], n
+                ),
+                "requests that leave after each layer": ", ".join(exits),
+                "layers saved (95 %)": share_of(report["layers_saved"], n, 0),
+                "disagreement (95 %)": bounded(report["disagreement"], report),
+                "speed-up": f"**{report['speedup']:.2f}x**",
+                "never exiting": f"{report['never_exit']['speedup']:.2f}x",
+            }
         )
-    return markdown_table(columns, rows) + "\n"
+    return markdown_table(rows) + "\n"
 
 
 if __name__ == "__main__":

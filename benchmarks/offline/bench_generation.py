@@ -32,9 +32,9 @@ from vllm_adainfer.offline.calibration.data.examples import Example, Row, make_e
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.evaluation.run import Run
 from vllm_adainfer.offline.evaluation.sequences import compare, has_number, rescore
+from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.plugin import register
 from vllm_adainfer.settings.request import EXIT_ARG
 from vllm_adainfer.stats import stats
@@ -281,7 +281,7 @@ def table(report: Mapping[str, Any]) -> str:
             ]
         )
     return "\n\n".join(
-        [head, markdown_table(SPEED, speed, 2), markdown_table(QUALITY, quality, 2) + "\n"]
+        [head, markdown_grid(SPEED, speed, 2), markdown_grid(QUALITY, quality, 2) + "\n"]
     )
 
 

@@ -25,8 +25,8 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from benchmarks.common.report_files import write_report
 from vllm_adainfer.offline.calibration.data.examples import read_rows
+from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.tables import markdown_table
 
 TEXT = {"type": "string", "maxLength": 60}
 SECTIONS = ["business", "sports", "technology", "world"]
@@ -134,16 +134,15 @@ def table(report: Mapping[str, Any]) -> str:
     """Markdown: a row per schema, with and without free whitespace."""
     return (
         markdown_table(
-            ["schema", "white space", "texts", "tokens", "one token allowed", "text forced"],
             [
-                [
-                    row["schema"],
-                    "any" if row["any_whitespace"] else "none",
-                    str(row["texts"]),
-                    str(row["tokens"]),
-                    f"{row['alone'] / row['tokens']:.0%}",
-                    f"{row['forced'] / row['tokens']:.0%}",
-                ]
+                {
+                    "schema": row["schema"],
+                    "white space": "any" if row["any_whitespace"] else "none",
+                    "texts": str(row["texts"]),
+                    "tokens": str(row["tokens"]),
+                    "one token allowed": f"{row['alone'] / row['tokens']:.0%}",
+                    "text forced": f"{row['forced'] / row['tokens']:.0%}",
+                }
                 for row in report["rows"]
             ],
             text_columns=2,

@@ -24,8 +24,8 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.common.report_files import write_report
+from vllm_adainfer.offline.facts.document import markdown_grid, markdown_table
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.watch.ledger import Ledger
 
 EPSILON, DELTA, RATE = 0.02, 0.1, 0.25
@@ -153,37 +153,33 @@ def tables(report: Mapping[str, Any]) -> str:
         for size in SIZES
     ]
     closed = [
-        [f"{share:.1%}", " / ".join(str(one["steady"][f"{share:g}"]) for one in results)]
+        {
+            "the policy would change": f"{share:.1%}",
+            "closed": " / ".join(str(one["steady"][f"{share:g}"]) for one in results),
+        }
         for share in STEADY
     ]
     changes = [
-        [
-            str(cases[0]["size"]),
-            f"{cases[0]['good']:,}",
-            f"{cases[0]['share']:.0%}",
-            " / ".join(_count(case["requests"]) for case in cases),
-            " / ".join(_count(case["changed"]) for case in cases),
-        ]
+        {
+            "first tokens in a step": str(cases[0]["size"]),
+            "good requests before": f"{cases[0]['good']:,}",
+            "then the policy would change": f"{cases[0]['share']:.0%}",
+            "closed after": " / ".join(_count(case["requests"]) for case in cases),
+            "answers changed": " / ".join(_count(case["changed"]) for case in cases),
+        }
         for cases in zip(*(one["changes"] for one in results), strict=True)
     ]
     return "\n".join(
         [
             f"Requests that exit, by how many came before, where the policy would change "
             f"{MISSES:.1%} of all answers; {' / '.join(report)}:\n",
-            markdown_table(["first tokens of the kind in a step", *ages], exits),
+            markdown_grid(["first tokens of the kind in a step", *ages], exits),
             f"\nKinds of {STEADY_RUNS} that are closed within {STEADY_REQUESTS:,} requests of "
             "traffic that never changes:\n",
-            markdown_table(["the policy would change", "closed"], closed),
+            markdown_table(closed),
             "\nTraffic that changes: requests until the kind is closed, and answers changed by "
             "then (medians):\n",
             markdown_table(
-                [
-                    "first tokens in a step",
-                    "good requests before",
-                    "then the policy would change",
-                    "closed after",
-                    "answers changed",
-                ],
                 changes,
             ),
         ]

@@ -25,8 +25,8 @@ from benchmarks.common.intervals import share_of
 from benchmarks.common.report_files import write_report
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.engine.compat.requests import request_group
+from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.watch.intervals import confidence_interval
 from vllm_adainfer.watch.units import ENDED_SINCE, Grouping
 from vllm_adainfer.watch.watch import Watch
@@ -168,11 +168,11 @@ def tables(report: Mapping[str, Any]) -> str:
 
     cells = {(row["past"], row["rate"]): answers(row) for row in report["noticed"]}
     pasts, rates = (list(dict.fromkeys(one)) for one in zip(*cells, strict=True))
-    noticed = markdown_table(
+    noticed = markdown_grid(
         ["good answers compared before", *(f"then {100 * rate:g} % wrong" for rate in rates)],
         [[f"{past:,}", *(cells[past, rate] for rate in rates)] for past in pasts],
     )
-    closed = markdown_table(
+    closed = markdown_grid(
         ["questions about one text", "wrong", "runs", "before (95 %)", "now (95 %)"],
         [
             [

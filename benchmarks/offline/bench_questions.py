@@ -24,7 +24,7 @@ import numpy as np
 import typer
 from tqdm import tqdm
 
-from benchmarks.common.intervals import share_of, shares_of
+from benchmarks.common.intervals import bounded, share_of, shares_of
 from benchmarks.common.report_files import write_report
 from vllm_adainfer.artifact.files import load_details
 from vllm_adainfer.offline.calibration.best_policy import best_policy
@@ -39,7 +39,7 @@ from vllm_adainfer.offline.calibration.options import CalibrationRequest, Policy
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
 from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.evaluation.evaluate import evaluate
-from vllm_adainfer.offline.tables import markdown_table
+from vllm_adainfer.offline.facts.document import markdown_grid, markdown_table
 
 
 def main(
@@ -120,24 +120,17 @@ def tables(reports: Sequence[dict[str, Any]]) -> str:
     """Markdown: a row per guarantee, then a row per question."""
     head = markdown_table(
         [
-            "promise",
-            "layers saved (95 %)",
-            "speed-up",
-            "never exiting",
-            "accuracy, stock / ours (95 %)",
-            "wrong (95 %)",
-            "exit points",
-        ],
-        [
-            [
-                report["promise"],
-                share_of(report["layers_saved"], report["n"], 0),
-                f"**{report['speedup']:.2f}x**",
-                f"{report['never_exit']['speedup']:.2f}x",
-                shares_of(report["stock"]["accuracy"], report["adainfer"]["accuracy"], report["n"]),
-                f"{share_of(wrong(report), report['n'])}, bound {report['epsilon']:.0%}",
-                ", ".join(map(str, report["exit_points"])),
-            ]
+            {
+                "promise": report["promise"],
+                "layers saved (95 %)": share_of(report["layers_saved"], report["n"], 0),
+                "speed-up": f"**{report['speedup']:.2f}x**",
+                "never exiting": f"{report['never_exit']['speedup']:.2f}x",
+                "accuracy, stock / ours (95 %)": shares_of(
+                    report["stock"]["accuracy"], report["adainfer"]["accuracy"], report["n"]
+                ),
+                "wrong (95 %)": bounded(wrong(report), report),
+                "exit points": ", ".join(map(str, report["exit_points"])),
+            }
             for report in reports
         ],
         text_columns=1,
@@ -160,7 +153,7 @@ def tables(reports: Sequence[dict[str, Any]]) -> str:
     columns = ["question"]
     for report in reports:
         columns += [f"{report['promise']}: saved, wrong (95 %)", "left out of calibration"]
-    return f"{head}\n\n{markdown_table(columns, rows, text_columns=1)}\n"
+    return f"{head}\n\n{markdown_grid(columns, rows, text_columns=1)}\n"
 
 
 def wrong(report: dict[str, Any]) -> float:

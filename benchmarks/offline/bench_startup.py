@@ -23,9 +23,9 @@ import typer
 from benchmarks.common.report_files import write_report
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
+from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.tables import markdown_table
 
 MAX_LENGTH = 1024
 STOCK, FOUR = "stock", "four exit points"
@@ -73,25 +73,25 @@ def start(model: str, adainfer: dict[str, Any] | None) -> tuple[float, int]:
 def table(report: dict[str, Any]) -> str:
     """Markdown: a row per engine, then the ratios."""
     rows = [
-        [
-            name,
-            f"{engine['cold_seconds']:.1f}",
-            f"{engine['warm_seconds']:.1f}",
-            f"{engine['bytes'] / 2**20:.0f}",
-        ]
+        {
+            "engine": name,
+            "start, nothing compiled, s": f"{engine['cold_seconds']:.1f}",
+            "start, compiled before, s": f"{engine['warm_seconds']:.1f}",
+            "memory, MiB": f"{engine['bytes'] / 2**20:.0f}",
+        }
         for name, engine in report["engines"].items()
     ]
     ratios = report["ratios"]
     rows.append(
-        [
-            "ratio",
-            f"{ratios['cold_seconds']:.2f}",
-            f"{ratios['warm_seconds']:.2f}",
-            f"{ratios['bytes']:.3f}",
-        ]
+        {
+            "engine": "ratio",
+            "start, nothing compiled, s": f"{ratios['cold_seconds']:.2f}",
+            "start, compiled before, s": f"{ratios['warm_seconds']:.2f}",
+            "memory, MiB": f"{ratios['bytes']:.3f}",
+        }
     )
-    columns = ["engine", "start, nothing compiled, s", "start, compiled before, s", "memory, MiB"]
-    return markdown_table(columns, rows) + "\n"
+
+    return markdown_table(rows) + "\n"
 
 
 if __name__ == "__main__":

@@ -43,9 +43,9 @@ from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.exits.loop.forward_pass import ForwardPass
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
+from vllm_adainfer.offline.facts.document import markdown_grid, markdown_table
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.script import ScriptedPolicy
 
@@ -222,7 +222,13 @@ def table(report: dict[str, Any]) -> str:
     for line in report["lines"]:
         sums = [f"{slope:.3g} x {term}" for term, slope in line["microseconds"].items() if slope]
         off = f"{line['median_error']:.0%} ({line['largest_error']:.0%})"
-        lines.append([line["part"], " + ".join(sums), off])
+        lines.append(
+            {
+                "part of a step": line["part"],
+                "microseconds": " + ".join(sums),
+                "line is off by, median (most)": off,
+            }
+        )
     steps = [
         [
             *(f"{step[count]}" for count in ("layers", "requests", "cuts")),
@@ -232,7 +238,11 @@ def table(report: dict[str, Any]) -> str:
         for step in report["steps"]
     ]
     probes = [
-        [f"{probe['vocabulary']}", f"{probe['rows']}", f"{probe['probe']:.2f}"]
+        {
+            "probe over this many tokens": f"{probe['vocabulary']}",
+            "rows": f"{probe['rows']}",
+            "ms": f"{probe['probe']:.2f}",
+        }
         for probe in report["probes"]
     ]
     step_columns = [
@@ -246,11 +256,9 @@ def table(report: dict[str, Any]) -> str:
         "cut",
     ]
     tables = [
-        markdown_table(
-            ["part of a step", "microseconds", "line is off by, median (most)"], lines, 2
-        ),
-        markdown_table(step_columns, steps, 0),
-        markdown_table(["probe over this many tokens", "rows", "ms"], probes, 0),
+        markdown_table(lines, 2),
+        markdown_grid(step_columns, steps, 0),
+        markdown_table(probes, 0),
     ]
     return "\n\n".join(tables) + "\n"
 

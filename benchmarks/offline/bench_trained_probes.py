@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 import numpy as np
 import typer
 
-from benchmarks.common.intervals import share_of, shares_of
+from benchmarks.common.intervals import share_of, shares_of, speedups_of
 from benchmarks.common.minilm import fetch_minilm
 from benchmarks.common.report_files import write_report
 from benchmarks.offline.in_turn import hold_back, measured, run_in_turn
@@ -49,11 +49,11 @@ from vllm_adainfer.offline.calibration.prompts import (
     load_prompts,
     right_tokens,
 )
+from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import say
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.reports.shares import spelled
-from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.student import Student
 from vllm_adainfer.promise.output import Form
@@ -223,32 +223,30 @@ def measure_all(
 def table(report: Mapping[str, Any]) -> str:
     """Markdown: a row per policy."""
     rows = [
-        [
-            TITLES[one["name"]],
-            ", ".join(f"{layer}{'b' * (layer in one['branches'])}" for layer in one["exit_points"]),
-            share_of(one["settled_at_0"], report["test"], 0),
-            share_of(one["layers_saved"], report["test"]),
-            f"**{one['speedup']:.2f}x** ({min(one['speedups']):.2f} to {max(one['speedups']):.2f})",
-            spelled(one["changed"] / report["test"], tuple(one["changed_95"])),
-            shares_of(one["stock_accuracy"], one["accuracy"], report["test"]),
-            ", ".join(f"{ms:.1f}" for ms in one["trained_ms"].values()) or "-",
-            {None: "-", True: "yes", False: "no"}[one["keeps_student"]],
-            f"{one['resamples_over']} of {one['resamples']}",
-        ]
+        {
+            "policy": TITLES[one["name"]],
+            "exit points (b: branch)": ", ".join(
+                f"{layer}{'b' * (layer in one['branches'])}" for layer in one["exit_points"]
+            ),
+            "settled at 0 (95 %)": share_of(one["settled_at_0"], report["test"], 0),
+            "layers saved (95 %)": share_of(one["layers_saved"], report["test"]),
+            "speed-up (rounds)": speedups_of(one),
+            "answers that differ (95 %)": spelled(
+                one["changed"] / report["test"], tuple(one["changed_95"])
+            ),
+            "accuracy, stock / ours (95 %)": shares_of(
+                one["stock_accuracy"], one["accuracy"], report["test"]
+            ),
+            "trained probes, ms a prompt": ", ".join(
+                f"{ms:.1f}" for ms in one["trained_ms"].values()
+            )
+            or "-",
+            "student kept by time": {None: "-", True: "yes", False: "no"}[one["keeps_student"]],
+            "resamples over the bound": f"{one['resamples_over']} of {one['resamples']}",
+        }
         for one in report["policies"]
     ]
-    columns = [
-        "policy",
-        "exit points (b: branch)",
-        "settled at 0 (95 %)",
-        "layers saved (95 %)",
-        "speed-up (rounds)",
-        "answers that differ (95 %)",
-        "accuracy, stock / ours (95 %)",
-        "trained probes, ms a prompt",
-        "student kept by time",
-        "resamples over the bound",
-    ]
+
     never = report["policies"][0]["never_exit"] if report["policies"] else float("nan")
     rate = report["policies"][0]["stock_prompts_per_second"] if report["policies"] else 0.0
     full = report["policies"][0]["expected_ms"]["full_depth"] if report["policies"] else 0.0
@@ -257,7 +255,7 @@ def table(report: Mapping[str, Any]) -> str:
         f"{report['task']}{slow}: {report['prompts']} prompts calibrate, {report['test']} test; "
         f"epsilon {report['epsilon']:.0%}; stock {rate:.0f} prompts/s, never exiting "
         f"{never:.2f}x; full depth {full:.1f} ms a prompt; {report['provenance']['cpu']}\n\n"
-        f"{markdown_table(columns, rows, text_columns=2)}\n"
+        f"{markdown_table(rows, text_columns=2)}\n"
     )
 
 

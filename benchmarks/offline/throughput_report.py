@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the checkout
 
 from benchmarks.common.report_files import as_png
-from vllm_adainfer.offline.tables import markdown_table
+from vllm_adainfer.offline.facts.document import markdown_grid
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -86,7 +86,7 @@ def table(report: Mapping[str, Any]) -> str:
     return (
         f"Synthetic: {report['synthetic']}. {report['model']}, {report['rounds']} rounds. Speed-up "
         "over stock vLLM, and in brackets its share of the bound, which counts time outside the "
-        f"layers as not skippable.\n\n{markdown_table(columns, cells, text_columns=0)}\n"
+        f"layers as not skippable.\n\n{markdown_grid(columns, cells, text_columns=0)}\n"
     )
 
 

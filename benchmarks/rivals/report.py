@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.reports.shares import clopper_pearson, share_in, spelled
-from vllm_adainfer.offline.tables import markdown_table
 
 TITLES = {
     "words": "TF-IDF, logistic regression",
@@ -39,23 +39,16 @@ def _shares(report: Mapping[str, Any]) -> str:
             each = report["recording_seconds"] if recorded else 1 / rate
             minutes = (row["seconds"] + row["prompts"] * each) / 60
             rows.append(
-                [
-                    title,
-                    str(row["prompts"]),
-                    share_in(row, "spared"),
-                    share_in(row, "changed"),
-                    _of_tests(row["accuracy"], report),
-                    f"{minutes:.1f}",
-                ]
+                {
+                    "method": title,
+                    "prompts": str(row["prompts"]),
+                    "model spared (95 %)": share_in(row, "spared"),
+                    "answers that differ (95 %)": share_in(row, "changed"),
+                    "accuracy (95 %)": _of_tests(row["accuracy"], report),
+                    "minutes to set up": f"{minutes:.1f}",
+                }
             )
-    columns = [
-        "method",
-        "prompts",
-        "model spared (95 %)",
-        "answers that differ (95 %)",
-        "accuracy (95 %)",
-        "minutes to set up",
-    ]
+
     alone = {row["prompts"]: row["alone"] for row in report["rows"] if row["name"] == "cut"}
     cut = "; ".join(
         f"{share_in(row, 'changed')} after {prompts} prompts" for prompts, row in alone.items()
@@ -66,7 +59,7 @@ def _shares(report: Mapping[str, Any]) -> str:
         f"{_of_tests(report['stock_accuracy'], report)}. Spared is the share of requests, or of "
         f"layers, that the model does not run. If the first {report['cut_layers']} of "
         f"{report['depth']} layers answered alone, this share of answers would differ: {cut}.\n\n"
-        f"{markdown_table(columns, rows, text_columns=1)}\n"
+        f"{markdown_table(rows, text_columns=1)}\n"
     )
 
 
@@ -84,17 +77,19 @@ def _times(report: Mapping[str, Any]) -> str:
         own = times[name]
         ups = [one / mine for one, mine in zip(stock["seconds"], own["seconds"], strict=True)]
         rows.append(
-            [
-                title,
-                f"{report['at_once'] / statistics.median(own['seconds']):.0f}",
-                f"{statistics.median(ups):.2f}x ({min(ups):.2f} to {max(ups):.2f})",
-                f"{own['p50_ms']:.1f}",
-                f"{own['p99_ms']:.1f}",
-            ]
+            {
+                "method": title,
+                "requests/s": f"{report['at_once'] / statistics.median(own['seconds']):.0f}",
+                "speed-up (rounds)": (
+                    f"{statistics.median(ups):.2f}x ({min(ups):.2f} to {max(ups):.2f})"
+                ),
+                "p50, ms": f"{own['p50_ms']:.1f}",
+                "p99, ms": f"{own['p99_ms']:.1f}",
+            }
         )
-    columns = ["method", "requests/s", "speed-up (rounds)", "p50, ms", "p99, ms"]
+
     return (
         f"After {report['timed']} prompts, {report['at_once']} prompts at once "
         f"({len(stock['seconds'])} rounds, in turn), and {report['alone']} one at a time; "
-        f"{report['provenance']['cpu']}:\n\n{markdown_table(columns, rows, text_columns=1)}\n"
+        f"{report['provenance']['cpu']}:\n\n{markdown_table(rows, text_columns=1)}\n"
     )

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.common.intervals import share_of
 from benchmarks.serving.serve_report import OURS, STOCK
-from vllm_adainfer.offline.tables import markdown_table
+from vllm_adainfer.offline.facts.document import markdown_grid
 
 GROUPS = 8  # rows of the table over time
 RECENT = 4  # blocks over which the layers saved are averaged
@@ -77,7 +77,7 @@ def by_kind(traffic: Mapping[str, Any]) -> str:
         "changed at most, by the ledger",
         "still compared",
     ]
-    return markdown_table(names, rows)
+    return markdown_grid(names, rows)
 
 
 def over_time(blocks: Sequence[Mapping[str, Any]]) -> str:
@@ -108,4 +108,4 @@ def over_time(blocks: Sequence[Mapping[str, Any]]) -> str:
         "stock p99, ms",
         "ours",
     ]
-    return markdown_table(names, rows)
+    return markdown_grid(names, rows)

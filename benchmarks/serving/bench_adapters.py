@@ -42,8 +42,8 @@ from benchmarks.serving.side_by_side import side_by_side
 from vllm_adainfer.offline.adapter import NamedAdapter, read_adapter
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.evaluation.evaluate import evaluate
+from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.tables import markdown_table
 
 
 @dataclass(frozen=True)
@@ -195,24 +195,15 @@ def table(report: Mapping[str, Any]) -> str:
     return (
         markdown_table(
             [
-                "task",
-                "layers saved",
-                "texts that differ",
-                "requests/s, stock / ours",
-                "saved, merged",
-                "differ, merged",
-                "offline, merged",
-            ],
-            [
-                [
-                    task["title"],
-                    f"{task['layers_saved']:.0%}",
-                    f"{task['differ']} of {task['compared']}",
-                    speed(task["requests_per_second"]),
-                    f"{task['merged']['layers_saved']:.0%}",
-                    f"{task['merged']['disagreement']:.1%}",
-                    f"**{task['merged']['speedup']:.2f}x**",
-                ]
+                {
+                    "task": task["title"],
+                    "layers saved": f"{task['layers_saved']:.0%}",
+                    "texts that differ": f"{task['differ']} of {task['compared']}",
+                    "requests/s, stock / ours": speed(task["requests_per_second"]),
+                    "saved, merged": f"{task['merged']['layers_saved']:.0%}",
+                    "differ, merged": f"{task['merged']['disagreement']:.1%}",
+                    "offline, merged": f"**{task['merged']['speedup']:.2f}x**",
+                }
                 for task in report["tasks"]
             ],
             text_columns=1,

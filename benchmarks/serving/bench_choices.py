@@ -41,8 +41,8 @@ from benchmarks.serving.sending import Sent, send
 from benchmarks.serving.serve_report import OURS, STOCK
 from benchmarks.serving.side_by_side import side_by_side
 from vllm_adainfer.offline.calibration.calibrate import calibrate
+from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.tables import markdown_table
 
 REPORTED = 1.0  # seconds until counters catch up with the last answer
 
@@ -169,7 +169,7 @@ def table(report: Mapping[str, Any]) -> str:
         return f"{stock:.1f} / {ours:.1f} (**{ours / stock:.2f}x**)"
 
     return (
-        markdown_table(
+        markdown_grid(
             [
                 "choices",
                 "requests/s, all at once",

@@ -34,9 +34,9 @@ from benchmarks.serving.serve_report import OURS, STOCK
 from benchmarks.serving.side_by_side import side_by_side
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.offline.calibration.data.examples import read_rows
+from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.tables import markdown_table
 
 ASKED = (
     ("What is the sentiment of this text?", ("negative", "positive")),
@@ -172,7 +172,7 @@ def table(report: dict[str, Any]) -> str:
             ]
         rows.append(cells)
     columns = ["tokens of the state", "questions", "new, ms", "", "again, ms", ""]
-    return markdown_table(columns, rows, text_columns=0) + "\n"
+    return markdown_grid(columns, rows, text_columns=0) + "\n"
 
 
 if __name__ == "__main__":

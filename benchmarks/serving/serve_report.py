@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.common.intervals import share_of
 from benchmarks.common.report_files import as_png
-from vllm_adainfer.offline.tables import markdown_table
+from vllm_adainfer.offline.facts.document import markdown_grid
 
 STOCK, OURS = "stock", "adainfer"
 # Figures of ``vllm bench serve``, under its names; E2EL is end-to-end latency.
@@ -70,7 +70,7 @@ def table(report: Mapping[str, Any]) -> str:
         f"interleaved rounds, stock / ours (ratio). Prefix cache {report['prefix_cache']}; no row "
         "repeats within a run. For one token, the time to first token (TTFT) is the total latency.",
         "",
-        markdown_table(
+        markdown_grid(
             [
                 "requests/s sent",
                 "requests/s answered",

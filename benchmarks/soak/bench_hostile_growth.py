@@ -47,8 +47,8 @@ from benchmarks.soak.hostile_growth import (
     recovers,
 )
 from benchmarks.soak.load_client import TEXT, Client, Question, Tally, client_of, quiet_pass
+from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.tables import markdown_table
 
 STOCK = "stock"
 ARGUMENTS = ("--max-model-len", "8192")
@@ -253,7 +253,7 @@ def sizes_table(servers: Mapping[str, Any], key: str) -> str:
             base = next(cells[0]["size"] for cells in found if cells)
             by_size = zip_longest(*found, [None] * len(FACTORS))
             rows.append([title, f"{base:,}", *(shown(cells[:-1], key) for cells in by_size)])
-    return markdown_table(["thing", "size", *(f"x {factor:,}" for factor in FACTORS)], rows)
+    return markdown_grid(["thing", "size", *(f"x {factor:,}" for factor in FACTORS)], rows)
 
 
 def shown(cells: Sequence[Mapping[str, Any] | None], key: str) -> str:

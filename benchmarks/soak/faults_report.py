@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.soak.soak_verdict import SETTLED_SECONDS, growth_once_settled
-from vllm_adainfer.offline.tables import markdown_table
+from vllm_adainfer.offline.facts.document import markdown_grid, markdown_table
 
 COUNTS = ("sent", "answered", "ties", "wrong", "lost", "refused", "left", "failed")
 
@@ -36,7 +36,7 @@ def growth(samples: list[Mapping[str, float]]) -> dict[str, float]:
 def table(report: Mapping[str, Any]) -> str:
     """Markdown: a row per scenario, then counters and remarks."""
     scenarios = report["scenarios"]
-    requests = markdown_table(
+    requests = markdown_grid(
         [
             "scenario",
             "sent",
@@ -63,14 +63,15 @@ def table(report: Mapping[str, Any]) -> str:
         ],
     )
     counted = markdown_table(
-        ["scenario", "tokens decided / by vLLM", "rows / by vLLM", "layers saved"],
         [
-            [
-                row["name"],
-                f"{one['tokens_decided']:,.0f} / {one['tokens_generated']:,.0f}",
-                f"{one['rows']:,.0f} / {one['rows_by_vllm']:,.0f}",
-                f"{one['layers_saved']:.0%}",
-            ]
+            {
+                "scenario": row["name"],
+                "tokens decided / by vLLM": (
+                    f"{one['tokens_decided']:,.0f} / {one['tokens_generated']:,.0f}"
+                ),
+                "rows / by vLLM": f"{one['rows']:,.0f} / {one['rows_by_vllm']:,.0f}",
+                "layers saved": f"{one['layers_saved']:.0%}",
+            }
             for row in scenarios
             if (one := row.get("counters")) is not None
         ],
@@ -101,7 +102,7 @@ def _waits(report: Mapping[str, Any]) -> list[str]:
     memory = (
         f"MiB gained after {SETTLED_SECONDS / 60:.0f} minutes: {', '.join(told) or 'too short'}."
     )
-    return [markdown_table(columns, cells), "", f"Seconds that good clients waited. {memory}", ""]
+    return [markdown_grid(columns, cells), "", f"Seconds that good clients waited. {memory}", ""]
 
 
 def _remarks(report: Mapping[str, Any]) -> list[str]:

@@ -8,8 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from vllm_adainfer.offline.calibration.options import PolicyOptions
+from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.tables import markdown_table
 
 SUITE = "adainfer"
 METHODS = {
@@ -153,7 +153,7 @@ def _measured_table(report: dict[str, Any]) -> str:
         "speed-up",
         "exit points",
     ]
-    return markdown_table(columns, rows)
+    return markdown_grid(columns, rows)
 
 
 def _methods_table(report: dict[str, Any]) -> str:
@@ -205,4 +205,4 @@ def _methods_table(report: dict[str, Any]) -> str:
         "layers saved",
         "expected speed-up",
     ]
-    return markdown_table(columns, rows, text_columns=2)
+    return markdown_grid(columns, rows, text_columns=2)

@@ -14,7 +14,7 @@ from typer.cli import get_docs_for_click
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.cli import app
 from vllm_adainfer.frontend.series import Series
-from vllm_adainfer.offline.tables import markdown_table
+from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.settings.engine import Switch
 
 
@@ -59,8 +59,15 @@ def metrics() -> str:
         [family] = metric.describe()
         suffix = "_total" if family.type == "counter" else ""
         labels = ", ".join(f"`{name}`" for name in metric._labelnames)
-        rows.append([f"`{family.name}{suffix}`", family.type, labels, family.documentation])
-    return "# Metrics\n\n" + markdown_table(["series", "type", "labels", "meaning"], rows, 4)
+        rows.append(
+            {
+                "series": f"`{family.name}{suffix}`",
+                "type": family.type,
+                "labels": labels,
+                "meaning": family.documentation,
+            }
+        )
+    return "# Metrics\n\n" + markdown_table(rows, 4)
 
 
 def _fields(model: type[BaseModel]) -> str:
@@ -79,8 +86,9 @@ def _table(schema: dict[str, Any]) -> str:
         if name in schema.get("required", ()):
             default = "required"
         text = field.get("description", "").replace("|", "\\|").replace("\n", " ")
-        rows.append([f"`{name}`", _type(field), default, text])
-    return markdown_table(["key", "type", "default", "meaning"], rows, 4)
+        kind = _type(field)
+        rows.append({"key": f"`{name}`", "type": kind, "default": default, "meaning": text})
+    return markdown_table(rows, 4)
 
 
 def _type(field: dict[str, Any]) -> str:

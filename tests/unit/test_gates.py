@@ -182,7 +182,7 @@ def test_evaluate_counts_by_gate_and_the_page_shows_both_probabilities(tiny_mode
     assert [one["differs"] for one in level["gates"]] == [side.mean() for side in sides]
     assert level["wrong"] == (sides[0] | sides[1]).mean()
     assert 0 < level["wrong"] < 0.5
-    assert "bad at 0.8" in facts_of_gates(found)[0].columns
+    assert "bad at 0.8" in facts_of_gates(found)[0].rows[0]
     panels = figures.gates({"gates": found}, 1)
     assert [panel.title for panel in panels] == [
         "Probability of bad, with a gate at 0.8",

@@ -118,7 +118,7 @@ OFFLINE = {
     "adapter": set(),
     "auto": {"calibration", "pretrained", "progress"},
     "calibration": {"facts", "adapter", "pretrained", "progress", "provenance"},
-    "facts": {"tables"},
+    "facts": set(),
     "reports": {"facts", "calibration", "adapter", "pretrained"},
     "evaluation": {"reports", "calibration", "adapter", "pretrained", "progress", "provenance"},
     "demo": {"evaluation", "reports", "calibration", "facts"},
@@ -128,7 +128,6 @@ OFFLINE = {
     "progress": set(),
     "provenance": set(),
     "push": set(),
-    "tables": set(),
 }
 """What each room of what a person runs imports of the other ones."""
 WITHOUT_VLLM = (

@@ -20,8 +20,7 @@ def kinds(
 ) -> None:
     """Print which kinds of one-answer requests a server gets, and how it serves each."""
     from vllm_adainfer.offline.facts.document import as_text
-    from vllm_adainfer.offline.reports.kind_states import label_texts, read_directory
-    from vllm_adainfer.offline.reports.kinds import facts_of_kinds
+    from vllm_adainfer.offline.reports.kinds import facts_of_kinds, label_texts, read_directory
     from vllm_adainfer.offline.reports.page import check_installed
 
     if page:

@@ -13,7 +13,7 @@ from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.auto.directory import FREE_BYTES, KEPT_SECONDS, AutoDirectory, read_json
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.doctor.finding import Finding, fail, ok, skip
-from vllm_adainfer.offline.reports.kind_states import KindState, Watched, read_directory
+from vllm_adainfer.offline.reports.kinds import KindState, Watched, read_directory
 
 OTHERS = 0o077  # bits of a mode that let other users in
 DAYS = round(KEPT_SECONDS / 86400)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 
@@ -29,16 +30,4 @@ class Finding:
         return f"{self.state:4}  {self.sentence}"
 
 
-def ok(sentence: str) -> Finding:
-    """A check that passed."""
-    return Finding("ok", sentence)
-
-
-def fail(sentence: str) -> Finding:
-    """A check that failed; the sentence says how to fix it."""
-    return Finding("FAIL", sentence)
-
-
-def skip(sentence: str) -> Finding:
-    """A check that was not made; the sentence says why."""
-    return Finding("skip", sentence)
+ok, fail, skip = (partial(Finding, state) for state in ("ok", "FAIL", "skip"))

@@ -1,21 +1,190 @@
-"""The facts about the kinds of requests that a server has counted, for the terminal."""
+"""The state of each kind of request, by the directory of a self-calibrating server."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from vllm_adainfer.auto.directory import AutoDirectory, read_json
+from vllm_adainfer.auto.kinds import Kind
+from vllm_adainfer.auto.table import KindCount
+from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.facts.document import Block, Facts, Table
-from vllm_adainfer.offline.reports.kind_states import (
-    NOT_PROMISED,
-    SHOWN_ANSWERS,
-    KindState,
-    Texts,
-    Watched,
-    day_of,
-    quoted,
-    reads_of,
+
+SHOWN_ANSWERS = 6
+SHOWN_CHARACTERS = 20  # of each answer
+CONFIDENCE = 0.9  # of a ledger that names none
+NOT_PROMISED = (
+    "This is a long-run bound over all of them: it says nothing of a single hour, a subset of the "
+    "requests, or accuracy."
 )
+Texts = Callable[[int], str]
+
+
+@dataclass(frozen=True)
+class KindState:
+    """The state of one kind.
+
+    Attributes:
+        name: its hashed name.
+        kind: what it reads.
+        count: its requests.
+        serves: number of the policy that serves it; None for none.
+        trainer: what the trainer says of it; empty if it says nothing.
+        ledger: what its ledger says; empty if it has none.
+        bad: which policy of it is quarantined, and why; empty if none is.
+        is_recordable: whether the server calibrates itself, and does not only watch.
+
+    """
+
+    name: str
+    kind: Kind
+    count: KindCount
+    serves: int | None
+    trainer: Mapping[str, Any]
+    ledger: Mapping[str, Any]
+    bad: Mapping[str, Any]
+    is_recordable: bool
+
+    def state(self) -> str:
+        """Where it stands, in words."""
+        if self.kind.why_full_depth is not None:
+            return self.kind.why_full_depth
+        status, tries = self.trainer.get("status"), len(self.trainer.get("tries") or ())
+        if self.ledger.get("closed"):
+            reason = self.ledger.get("why_closed")
+            return f"closed: {reason}" if reason else "closed"
+        if self.serves is not None and self.serves in self.bad.get("bad", ()):
+            return f"policy {self.serves} is quarantined: {self.bad.get('why')}"
+        if self.serves is not None:
+            return f"policy {self.serves} serves"
+        if status == "given up":
+            last = self.trainer["tries"][-1].get("outcome") if tries else None
+            return f"given up after {tries} tries to certify a policy: {last}"
+        if status == "certified":
+            return "certified, not yet served"
+        if status == "recording":
+            return f"recording, {tries} tries to certify a policy so far"
+        if self.ledger:
+            return "recording"
+        return "waits until it comes more often" if self.is_recordable else "watch only"
+
+    def promise(self) -> str | None:
+        """The sentence of the ledger; None if there is none."""
+        requests, most = self.ledger.get("requests"), self.ledger.get("changed_at_most")
+        if requests is None or most is None:
+            return None
+        since = self.ledger.get("since") or self.count.first
+        delta = self.ledger.get("delta")
+        confidence = CONFIDENCE if delta is None else 1 - delta
+        return (
+            f"Since {day_of(since)} this server got {requests:,} requests of kind {self.name}; at "
+            f"most {most:,.0f} ({most / max(1, requests):.1%}) were answered otherwise than at "
+            f"full depth (confidence {confidence:.0%}, at every moment, for any traffic)."
+        )
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The counts of a server.
+
+    Attributes:
+        model: name of the served model.
+        tokenizer: directory or hub id of its tokenizer.
+        since: when counting began, in seconds since 1970.
+        requests: all requests.
+        tokens: all token rows that ran.
+        kinds: the kinds that recur, the one with most token rows first.
+        pools: pool candidates, see `vllm_adainfer.auto.pools.Pool`.
+
+    """
+
+    model: str
+    tokenizer: str
+    since: float
+    requests: int
+    tokens: int
+    kinds: Sequence[KindState]
+    pools: Sequence[Mapping[str, Any]]
+
+    def share(self, tokens: int) -> str:
+        """Which share of the token rows `tokens` are."""
+        return f"{tokens / max(1, self.tokens):.1%}"
+
+
+def read_directory(root: str | Path) -> Watched:
+    """The content of the directory, without files that are still to be written.
+
+    Raises:
+        AdaInferError: no server has counted kinds there.
+
+    """
+    directory = AutoDirectory(root)
+    content = read_json(directory.kinds)
+    try:
+        counts = {name: KindCount.of_dict(one) for name, one in content["kinds"].items()}
+        totals = float(content["since"]), int(content["requests"]), int(content["tokens"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise AdaInferError(
+            f"{root} has no counts of kinds: name the directory that the engine switch has under "
+            '"auto", some seconds after its server has started'
+        ) from None
+    serving = _object(directory.current)
+    kinds = [
+        KindState(
+            name,
+            count.kind,
+            count,
+            serving.get(name),
+            _object(directory.trainer(name)),
+            _object(directory.ledger(name)),
+            _object(directory.root / name / "bad.json"),
+            directory.identity.exists(),
+        )
+        for name, count in counts.items()
+        if count.kind is not None
+    ]
+    model, tokenizer = str(content.get("model")), str(content.get("tokenizer"))
+    return Watched(model, tokenizer, *totals, kinds, content.get("pools") or [])
+
+
+@lru_cache(1)
+def label_texts(tokenizer: str) -> Texts:
+    """How to write a label: its text, or its token id if the tokenizer cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    except Exception:  # a tokenizer's files can raise anything, and ids say enough
+        return str
+
+    def text(label: int) -> str:
+        return quoted(str(loaded.decode([label]))) if 0 <= label < len(loaded) else str(label)
+
+    return text
+
+
+def reads_of(kind: Kind, texts: Texts) -> str:
+    """The output of a kind, in words."""
+    if kind.choices:
+        return f"choice: {_few([quoted(text) for text in kind.choices[:SHOWN_ANSWERS]], kind)}"
+    return f"{kind.reads}: {_few([texts(label) for label in kind.labels[:SHOWN_ANSWERS]], kind)}"
+
+
+def quoted(text: str) -> str:
+    """A client's text, cut, with control characters escaped."""
+    cut = text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+    return repr(cut)
+
+
+def day_of(moment: float) -> str:
+    """A day such as 3 May 2026."""
+    day = time.localtime(moment)
+    return f"{day.tm_mday} {time.strftime('%B %Y', day)}"
 
 
 def facts_of_kind(one: KindState, watched: Watched, texts: Texts) -> Facts:
@@ -58,3 +227,15 @@ def _pool_candidate(pool: Mapping[str, Any], watched: Watched, texts: Texts) -> 
         f"{watched.share(pool['tokens'])} of the token rows. One policy can serve them all: "
         "vllm-adainfer calibrate --label-pool"
     )
+
+
+def _few(answers: Sequence[str], kind: Kind) -> str:
+    count = len(kind.labels or kind.choices)
+    more = f", ... ({count})" if count > len(answers) else ""
+    return ", ".join(answers) + more
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one if there is none."""
+    content = read_json(path)
+    return content if isinstance(content, dict) else {}

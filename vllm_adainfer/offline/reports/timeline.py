@@ -14,16 +14,16 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.files import replace_file
 from vllm_adainfer.offline.facts.document import Block, Table
 from vllm_adainfer.offline.reports.figures import Panel, axes, line, panel
-from vllm_adainfer.offline.reports.kind_states import (
+from vllm_adainfer.offline.reports.kinds import (
     NOT_PROMISED,
     KindState,
     Texts,
     Watched,
     day_of,
+    facts_of_kind,
     label_texts,
     read_directory,
 )
-from vllm_adainfer.offline.reports.kinds import facts_of_kind
 from vllm_adainfer.offline.reports.page import Section, html_page
 
 STATUS = "status"  # an event that has numbers and is not listed
