@@ -9,7 +9,15 @@ import pytest
 from tests import student
 from tests.tiny import tiny_config
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.fields import Gate, LabelBound, LabelRisk, Level, SharedTokens
+from vllm_adainfer.artifact.fields import (
+    Gate,
+    Label,
+    LabelBound,
+    LabelRisk,
+    Level,
+    SharedTokens,
+    TopK,
+)
 from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.facts.artifact import artifact_facts
@@ -35,6 +43,13 @@ DETAILS: dict[str, Any] = {
 PROBABILITY: dict[str, Any] = {"risk": "probability", "tolerance": 0.05}
 TEXT: dict[str, Any] = {"probe": "lens", "candidates": "shortlist", "labels": (), "max_tokens": 16}
 GATES: dict[str, Any] = {"risk": "probability", "gates": (Gate(label="bad", probability=0.8),)}
+RERANKER: dict[str, Any] = {
+    "architecture": "LlamaForSequenceClassification",
+    "score_head": "sigmoid",
+    "labels": (Label(name="no", token_id=0), Label(name="yes", token_id=1)),
+    "risk": "probability",
+    "top_k": TopK(k=5, margin=0.05),
+}
 ABOUT_LABELS: dict[str, Any] = {
     "label_bounds": (LabelBound(kind="recall", label="bad", epsilon=0.1),),
     "never_early": ("good",),
@@ -68,6 +83,7 @@ def table_with(config: ArtifactConfig, column: str, **details: Any) -> Table:
                         "% of the requests that full depth answers with bad are answered "
                         "otherwise; no early answer is good: such requests run all layers)"}),
         ({"label_pool": True}, {"serves": "requests for one token among two or more of bad, good"}),
+        (RERANKER, {"serves": "requests for the score of a prompt, its probability of yes"}),
         ({"shared": SHARED}, {"prompts": "that begin with the same 2 tokens and end with the same "
                               "1 tokens, as all those of the calibration do; others run all "
                               "layers"}),

@@ -184,11 +184,11 @@ def test_evaluate_counts_by_gate_and_the_page_shows_both_probabilities(tiny_mode
     assert 0 < level["wrong"] < 0.5
     assert "bad at 0.8" in facts_of_gates(found)[0].rows[0]
     panels = figures.gates({"gates": found}, 1)
-    assert [panel.title for panel in panels] == [
+    assert [panel["title"] for panel in panels] == [
         "Probability of bad, with a gate at 0.8",
         "Probability of the best label, with a gate at 0.6",
     ]
-    [(x, y)] = [panels[0].points[1]]
+    [(x, y)] = [panels[0]["points"][1]]
     np.testing.assert_allclose(x, wanted[:, 0], atol=1e-4)
     np.testing.assert_allclose(y, among[:, 0], atol=1e-4)
     assert figures.gates({}, 0) == []

@@ -155,12 +155,12 @@ def test_each_part_has_its_series_from_the_start(pooled):
             "Prompts of at most 4 tokens, and those of which a token from that position on is in "
             "the prefix cache, are decided by the state of their last token alone, after layers "
             "2, 3, within bounds of their own, which cover no mixture of both (calibrate again):",
-            "(those with tokens of their own in the prefix cache: label-head after 2, 3)",
+            "prefix cache are decided by the state of their last token alone, after layers 2, 3)",
         ),
         (
             {**POOLED, "last_token": last_token(one_bound=True)},
             "alone, after layers 2, 3, within the same bounds, which hold whichever heads decide",
-            "(those with tokens of their own in the prefix cache: label-head after 2, 3)",
+            "prefix cache are decided by the state of their last token alone, after layers 2, 3)",
         ),
         (
             ALONE,

@@ -16,7 +16,7 @@ demo              calibrate and evaluate on a small real model
 fetch-demo-model  write that model as a safetensors checkpoint
 """
 
-from vllm_adainfer.cli import autopilot, calibrate, check, demo, evaluate, kinds, launch
+from vllm_adainfer.cli import auto, calibrate, check, demo, evaluate, launch
 from vllm_adainfer.cli.app import app
 
-__all__ = ["app", "autopilot", "calibrate", "check", "demo", "evaluate", "kinds", "launch"]
+__all__ = ["app", "auto", "calibrate", "check", "demo", "evaluate", "launch"]

@@ -59,15 +59,19 @@ def not_seen_whole(config: ArtifactConfig) -> str:
     )
     own = config.last_token
     if own is None:
-        return f"{whose} run all layers."
-    points = ", ".join(map(str, own.exit_points))
+        return f"{whose} {if_partly_cached(config)}."
     bounds = "within the same bounds, which hold whichever heads decide a request"
     if not own.one_bound:
         bounds = "within bounds of their own, which cover no mixture of both (calibrate again)"
-    return (
-        f"{whose} are decided by the state of their last token alone, after layers {points}, "
-        f"{bounds}:"
-    )
+    return f"{whose} {if_partly_cached(config)}, {bounds}:"
+
+
+def if_partly_cached(config: ArtifactConfig) -> str:
+    """What a pooled policy makes of prompts that it does not see as a whole, as a verb."""
+    if config.last_token is None:
+        return "run all layers"
+    points = ", ".join(map(str, config.last_token.exit_points))
+    return f"are decided by the state of their last token alone, after layers {points}"
 
 
 def after_which_text(config: ArtifactConfig) -> list[str]:

@@ -24,6 +24,8 @@ def outputs_in_words(config: ArtifactConfig) -> str:
     if config.candidates != "labels":
         return tokens
     names = ", ".join(label.name.strip() for label in config.labels)
+    if config.score_head == "sigmoid":
+        return f"the score of a prompt, its probability of {config.labels[1].name}"
     if config.score_head is not None:
         what = "classes" if config.score_head == "sigmoids" else "class"
         return f"the {what} of a prompt among {names}"

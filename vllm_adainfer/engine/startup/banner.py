@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.promise.scope import if_partly_cached
 from vllm_adainfer.promise.words import (
     outputs_in_words,
     probabilities_in_words,
@@ -33,7 +34,8 @@ def policy_banner(
     if config.student is not None:
         text += f", with a student ({config.student.name}) before the first layer"
     if config.is_pooled:
-        text += _if_partly_cached(config)
+        cached = if_partly_cached(config)
+        text += f" (those with tokens of their own in the prefix cache {cached})"
     served = probabilities_in_words(config)
     if served and config.score_head is None and logprobs_mode not in PROBABILITY_MODES:
         text += (
@@ -75,15 +77,6 @@ def _with_prompts(config: ArtifactConfig, settings: Settings) -> str:
         f'with any prompt ("prompts": "any"): of those without {tokens}, nothing is promised'
         f"{student}"
     )
-
-
-def _if_partly_cached(config: ArtifactConfig) -> str:
-    """What happens to requests that a pooled policy cannot read as a whole."""
-    own = config.last_token
-    if own is None:
-        return " (those with tokens of their own in the prefix cache run all layers)"
-    points = ", ".join(map(str, own.exit_points))
-    return f" (those with tokens of their own in the prefix cache: label-head after {points})"
 
 
 def capture_notice(capture: Capture) -> str:

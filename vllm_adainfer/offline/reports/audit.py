@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -35,24 +34,6 @@ class Line(BaseModel):
     ended: str | None = None
     lost: int = 0
     not_covered: NotCovered | None = None
-
-
-@dataclass
-class Sum:
-    """The requests of one policy, under one bound.
-
-    Attributes:
-        requests: how many have ended with a token.
-        outcomes: their tokens by outcome.
-        layers_run: layers that their tokens ran.
-        layers_possible: those of full depth.
-
-    """
-
-    requests: int = 0
-    outcomes: Counter[str] = field(default_factory=Counter)
-    layers_run: int = 0
-    layers_possible: int = 0
 
 
 def read_audit(paths: Iterable[Path]) -> Iterator[Line]:
@@ -92,7 +73,7 @@ def _lines_of(file: Path) -> Iterator[Line]:
 
 def summed_up(lines: Iterable[Line]) -> str:
     """A row for each policy and bound, then what has no answer."""
-    sums: defaultdict[tuple[str, str, str], Sum] = defaultdict(Sum)
+    sums: defaultdict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
     unanswered: Counter[str] = Counter()
     not_covered: Counter[NotCovered] = Counter()
     lost = 0
@@ -108,20 +89,18 @@ def summed_up(lines: Iterable[Line]) -> str:
         name = line.policy or NO_POLICY
         epsilon = "-" if line.epsilon is None else f"{line.epsilon:g}"
         found = sums[name, (line.artifact or "-")[:SHOWN], epsilon]
-        found.requests += 1
-        found.outcomes.update(line.outcomes)
-        found.layers_run += sum(layers * count for layers, count in line.layers.items())
-        found.layers_possible += line.depth * sum(line.layers.values())
+        found.update(line.outcomes)
+        found["requests"] += 1
+        found["run"] += sum(layers * count for layers, count in line.layers.items())
+        found["possible"] += line.depth * sum(line.layers.values())
     rows = [
         {
             **dict(zip(("policy", "artifact", "epsilon"), key, strict=True)),
-            "requests": str(found.requests),
-            "tokens, early": str(found.outcomes["early"]),
-            "full depth": str(found.outcomes["full_depth"]),
-            "shadow": str(found.outcomes["shadow"]),
-            "layers saved, last token": (
-                f"{1 - found.layers_run / max(1, found.layers_possible):.1%}"
-            ),
+            "requests": str(found["requests"]),
+            "tokens, early": str(found["early"]),
+            "full depth": str(found["full_depth"]),
+            "shadow": str(found["shadow"]),
+            "layers saved, last token": f"{1 - found['run'] / max(1, found['possible']):.1%}",
         }
         for key, found in sorted(sums.items())
     ]

@@ -1,4 +1,4 @@
-"""``vllm-adainfer kinds``: which kinds of requests a server gets, and what is promised of each."""
+"""``kinds`` and ``autopilot``: the directory of a server that calibrates itself."""
 
 from __future__ import annotations
 
@@ -31,3 +31,19 @@ def kinds(
         from vllm_adainfer.offline.reports.timeline import write_page
 
         typer.echo(f"\npage: {write_page(directory)}")
+
+
+@app.command()
+@errors_as_sentences
+def autopilot(
+    directory: Annotated[
+        Path, typer.Argument(help='The directory of "auto" in the engine switch of a server.')
+    ],
+    parent: Annotated[
+        int | None, typer.Option(help="Process id: this process ends when that one does.")
+    ] = None,
+) -> None:
+    """Fit policies from what a self-calibrating server records; the server starts this itself."""
+    from vllm_adainfer.offline.auto.process import run
+
+    run(directory, parent)
