@@ -23,13 +23,7 @@ def use_torch() -> None:
 def load_backend(
     backend: Backend, device: torch.device, of: Literal["probe", "pooling"] = "probe"
 ) -> ModuleType:
-    """The module that runs on tensors of `device`; imports Triton at its first use.
-
-    Raises:
-        ValueError: the backend is unknown.
-        RuntimeError: "triton" is asked for where it cannot run.
-
-    """
+    """The module that runs on tensors of `device`, see `resolve_backend`; imports Triton late."""
     return importlib.import_module(f"adainfer_kernels.{resolve_backend(backend, device)}_{of}")
 
 

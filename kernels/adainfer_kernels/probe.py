@@ -36,14 +36,10 @@ def readout(
         norm: the final norm; None for states that are already normed.
         lens: applied before the norm; None for none.
         dtype: the dtype of the result; None means that of `hidden`.
-        backend: see `probe`.
+        backend: see `probe`, which raises the same errors.
 
     Returns:
         [rows, hidden size]; the norm and all sums are in fp32 and rounded once.
-
-    Raises:
-        ValueError: shapes or options do not fit together.
-        RuntimeError: the requested backend cannot run.
 
     """
     if hidden.dim() != 2:
@@ -125,21 +121,15 @@ def settle(
     """Only what an exit point needs: which rows are settled, and their scores.
 
     Equals ``settled`` and ``scores`` of `probe` with ``return_scores``, up to rounding of the
-    probabilities, and skips the rest of a `ProbeResult`.
+    probabilities, and skips the rest of a `ProbeResult`. It raises the same errors.
 
     Args:
         readout: [rows, hidden size], as `readout` returns it, in the dtype of the head.
         head: the rows of the LM head of the tokens to score.
-        classifier: fp32 [3], as for `probe`.
-        threshold: fp32 [rows].
-        backend: see `probe`.
+        classifier, threshold, backend: as for `probe`.
 
     Returns:
         bool [rows] and fp32 [rows, n].
-
-    Raises:
-        ValueError: shapes do not fit together.
-        RuntimeError: the requested backend cannot run.
 
     """
     _check_hidden_size("head", head.hidden_size, readout)

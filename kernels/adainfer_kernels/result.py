@@ -54,15 +54,9 @@ class ProbeResult:
 
 
 def linear_score(features: Tensor, classifier: Tensor) -> Tensor:
-    """Score of a linear classifier (SVM, logistic regression).
+    """Score of a linear classifier (SVM, logistic regression), fp32 [rows].
 
-    Args:
-        features: fp32 [rows, n].
-        classifier: fp32 [n + 1], the weights of the features, then the bias.
-
-    Returns:
-        fp32 [rows]; a row is settled if its score reaches its threshold.
-
+    `features` are fp32 [rows, n]; `classifier` has their weights, then the bias, fp32 [n + 1].
     """
     return torch.addmv(classifier[-1], features, classifier[:-1])
 
@@ -71,11 +65,7 @@ def merge(parts: Sequence[ProbeResult]) -> ProbeResult:
     """Merge results for the same rows over disjoint parts of the vocabulary, in any order.
 
     `settled` and `scores` describe a single part, so the merged result has neither: decide after
-    the merge, with `linear_score`.
-
-    Raises:
-        ValueError: there are no parts.
-
+    the merge, with `linear_score`. A ValueError if there are no parts.
     """
     if not parts:
         raise ValueError("merge needs at least one part")

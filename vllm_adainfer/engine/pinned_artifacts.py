@@ -30,12 +30,7 @@ class PinnedSwitch(dict[str, Any]):
 
 
 def pin_artifacts(vllm_config: VllmConfig, settings: Settings) -> dict[str, ArtifactConfig]:
-    """Load the configs of the artifacts, by policy name, and pin their files in `vllm_config`.
-
-    Raises:
-        AdaInferError: an artifact cannot be read.
-
-    """
+    """Load the configs of the artifacts, by policy name, and pin their files in `vllm_config`."""
     if not settings.artifacts:
         return {}
     found = {name: load_config_and_digest(source) for name, source in settings.artifacts.items()}

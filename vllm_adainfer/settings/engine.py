@@ -288,12 +288,7 @@ class Settings(Switch, SwitchInstruments):
 
 
 def read_settings(additional_config: Any) -> Settings | None:
-    """The plugin's settings; None where stock vLLM is to run.
-
-    Raises:
-        AdaInferError: a key is unknown or a value is invalid.
-
-    """
+    """The plugin's settings, if they are valid; None where stock vLLM is to run."""
     if not isinstance(additional_config, Mapping) or CONFIG_KEY not in additional_config:
         return None
     if os.environ.get(KILL_SWITCH) == "0":

@@ -37,9 +37,7 @@ class RequestSettings(RequestKeys, RequestInstruments):
 def read_request(arguments: Mapping[str, Any] | None) -> RequestSettings:
     """The settings among a request's ``extra_args``; keys that do not begin with ours are ignored.
 
-    Raises:
-        AdaInferError: a key that begins with ``adainfer`` is unknown, or its value is invalid.
-
+    An AdaInferError if one that begins with ``adainfer`` is unknown, or its value is invalid.
     """
     ours = {k: v for k, v in (arguments or {}).items() if k.startswith(CONFIG_KEY)}
     if not ours:

@@ -60,19 +60,11 @@ class Admission:
         ends_choices: bool = True,
         serves_prompt_logprobs: bool = True,
     ) -> None:
-        """Prepare to admit requests.
+        """Prepare to admit requests under `configs`; None loads those of the switch.
 
-        Args:
-            settings: the engine switch.
-            configs: the artifacts' configs, by policy name; None loads them.
-            logprobs_mode: vLLM's ``--logprobs-mode``.
-            ends_choices: whether the scheduler ends a request once one choice is left. Otherwise
-                the request's next token would run all the layers that an exit had skipped.
-            serves_prompt_logprobs: see the attribute.
-
-        Raises:
-            AdaInferError: an artifact is missing, or does not certify the switch's epsilon.
-
+        `ends_choices`: whether the scheduler ends a request once one choice is left. Otherwise the
+        request's next token would run all the layers that an exit had skipped. An AdaInferError if
+        an artifact is missing, or does not certify the switch's epsilon.
         """
         if configs is None:
             configs = {n: load_artifact_config(path) for n, path in settings.artifacts.items()}
@@ -104,12 +96,7 @@ class Admission:
         settings: Settings,
         configs: Mapping[str, ArtifactConfig] | None = None,
     ) -> Admission:
-        """The admission of an engine; `configs` default to those of its pinned artifacts.
-
-        Raises:
-            AdaInferError: see `__init__` and `served_configs`.
-
-        """
+        """The admission of an engine; `configs` default to those of its pinned artifacts."""
         return cls(
             settings,
             served_configs(vllm_config, settings) if configs is None else configs,
@@ -127,12 +114,7 @@ class Admission:
     ) -> Running:
         """Let a request into the worker, under the policies now in service.
 
-        Args:
-            request: what was resolved on its arrival.
-            prompt: token ids.
-            adapter: its LoRA adapter.
-            fingerprint: that of the adapter's weights, as vLLM has loaded them.
-
+        `fingerprint` is that of its adapter's weights, as vLLM has loaded them.
         """
         name = self.policies.select(request, self.policies.for_adapter(adapter, fingerprint))
         config = None if name is None else self.policies.configs[name]

@@ -66,15 +66,9 @@ class Arrival:
         """Settle what follows from what a client sent; see `Running`.
 
         The result stays valid when artifacts are reloaded (see `check_replaces` in
-        `engine/worker/served_policies.py`) or come with adapters.
-
-        Args:
-            request_id: vLLM's own, which clients cannot choose.
-            params: its parameters; None runs at full depth.
-            adapter: its LoRA adapter.
-            resumable: whether its prompt is still being sent. Later parts attend to earlier ones at
-                every layer, so such a request runs at full depth.
-
+        `engine/worker/served_policies.py`) or come with adapters. Without `params`, and if it is
+        `resumable`, a request runs at full depth: its prompt is still being sent then, and later
+        parts attend to earlier ones at every layer.
         """
         if params is None:
             return Running(OPTED_OUT)

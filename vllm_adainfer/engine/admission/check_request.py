@@ -14,12 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_request(params: SamplingParams, admission: Admission) -> None:
-    """Refuse a request whose settings the engine of `admission` cannot serve.
-
-    Raises:
-        AdaInferError: a setting is unknown, invalid, or not offered by this engine.
-
-    """
+    """Raise an AdaInferError that says which setting the engine of `admission` cannot serve."""
     settings, configs = admission.settings, admission.policies.configs
     if wants_prompt_logprobs(params) and not admission.serves_prompt_logprobs:
         raise AdaInferError(

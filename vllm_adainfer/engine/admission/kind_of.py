@@ -22,14 +22,7 @@ def kind_of(
 
     Called once per request, on arrival. The time is linear, and limited as in `requested_output`.
     Probabilities in the whole vocabulary count at any temperature, which does not change them;
-    anything else only if it is greedy.
-
-    Args:
-        params: the request's parameters.
-        adapter: its LoRA adapter.
-        resumable: whether its prompt is still being sent.
-        logprobs_mode: vLLM's ``--logprobs-mode``.
-
+    anything else only if it is greedy. `resumable`: whether its prompt is still being sent.
     """
     if params is None or resumable or is_for_pooling(params):
         return None

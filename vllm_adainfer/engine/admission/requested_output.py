@@ -16,17 +16,10 @@ if TYPE_CHECKING:
 def requested_output(
     params: SamplingParams, logprobs_mode: str, any_temperature: bool = False
 ) -> Output | None:
-    """What a request wants returned; None if no policy can promise it.
+    """What a request wants returned; None if no policy can promise it. Called once, on arrival.
 
-    Called once per request, on arrival.
-
-    Args:
-        params: its sampling parameters.
-        logprobs_mode: vLLM's ``--logprobs-mode``.
-        any_temperature: whether sampled tokens may come from early scores, too. Probabilities in
-            the whole vocabulary are the same at any temperature; ``/generative_scoring`` leaves it
-            at 1.
-
+    `any_temperature`: whether sampled tokens may come from early scores, too. Probabilities in the
+    whole vocabulary are the same at any temperature; ``/generative_scoring`` leaves it at 1.
     """
     if changes_scores(params):
         return None

@@ -34,11 +34,8 @@ class ThresholdRows:
     ) -> None:
         """Number the rows of `configs`.
 
-        Args:
-            configs: the policies.
-            only_known: only requests with a known question exit.
-            any_prompt: prompts exit that lack the tokens which those of the calibration share.
-
+        `only_known`: only requests with a known question exit. `any_prompt`: prompts exit that lack
+        the tokens which those of the calibration share.
         """
         self._shared = {} if any_prompt else {n: config.shared for n, config in configs.items()}
         self._parts = all_parts(configs)
@@ -84,12 +81,7 @@ class ThresholdRows:
         return None if row == FULL_DEPTH else self._epsilons[row]
 
     def _of_part(self, name: str, epsilon: float | None, prompt: Sequence[int]) -> int:
-        """The row for a prompt, in one part of a policy.
-
-        Raises:
-            AdaInferError: the part does not certify `epsilon`.
-
-        """
+        """The row for a prompt in a part; an AdaInferError if that does not certify `epsilon`."""
         part = self._parts[name]
         level = part.level_of(epsilon)
         if level < 0:

@@ -12,18 +12,11 @@ NO_SLOT = -1  # 0.32's PAD_SLOT_ID: keys and values of such a row are not writte
 
 
 def slots_of(blocks: Tensor, size: int, offsets: Tensor, out: Tensor | None = None) -> Tensor:
-    """The KV cache slot of each row, int64 [rows].
+    """The KV cache slot of each row, from its int32 block and its int64 offset there.
 
     vLLM 0.32 computes them in ``BlockTable.compute_slot_mapping`` (V1) and
     ``BlockTables.compute_slot_mappings`` (V2), as here without context parallelism. Calling those
     would overwrite the step's own mapping.
-
-    Args:
-        blocks: int32 [rows], the block of each row, from the block table of its request.
-        size: tokens per block.
-        offsets: int64 [rows], the place of each row in its block.
-        out: where to write them; None for new memory.
-
     """
     import torch
 

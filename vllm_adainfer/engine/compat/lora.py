@@ -19,9 +19,7 @@ def lora_manager_of(runner: Any) -> Any:
 def adapter_directory(path: str) -> Path:
     """The directory that vLLM 0.32 loads an adapter from, by ``lora_path``, maybe a hub id.
 
-    Raises:
-        FileNotFoundError: there is no such directory.
-
+    A FileNotFoundError if there is none.
     """
     from vllm.lora.utils import get_adapter_absolute_path
 

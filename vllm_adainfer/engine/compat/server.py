@@ -42,9 +42,7 @@ def key_check(arguments: Namespace) -> Callable[[Any], bool] | None:
 def decision_question(name: str, fields: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     """The prompt that vLLM 0.32 makes of a question of ``/v1/systemone``, and its labels.
 
-    Raises:
-        ValueError: vLLM refuses the question.
-
+    A ValueError if vLLM refuses the question.
     """
     try:
         from vllm.entrypoints.generate.structured_decisions import question_types

@@ -65,11 +65,9 @@ def scheduled(
 ) -> SchedulerOutput:
     """A step, as vLLM 0.32's scheduler describes it to a worker.
 
-    Args:
-        new: vLLM's `Request` and the blocks of each request that comes, by KV cache group.
-        going_on: of each other request its id, and how many tokens it has computed and generated.
-        rows: the rows of each, by id.
-
+    `new` has the requests that come, each with its blocks by KV cache group; `going_on` the id of
+    each other one, and how many tokens it has computed and generated; `rows` the rows of each, by
+    id.
     """
     from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 

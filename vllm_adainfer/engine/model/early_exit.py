@@ -107,12 +107,7 @@ class EarlyExit(ModelHead):
         return loaded
 
     def check_calibrated(self, config: ArtifactConfig) -> None:
-        """Check that a policy was calibrated for these weights, as this engine runs them.
-
-        Raises:
-            AdaInferError: it was not; the message says what differs.
-
-        """
+        """Check that a policy was calibrated for these weights, as this engine runs them."""
         config.check_options(self.engine_options)
         config.check_weights(self.fingerprint)
 

@@ -79,12 +79,7 @@ def head_of(score: Any) -> Head:
 
 
 def use_early_scores(model: Any, take_output: Callable[[], StepOutput | None]) -> None:
-    """Let the pooler of a classifier return early scores, and nothing but the classes of prompts.
-
-    Raises:
-        AdaInferError: its scores pass a function that no policy promises anything about.
-
-    """
+    """Let the pooler of a classifier return early scores, and only the classes of prompts."""
     score_head_of(model)
     classify_with(model, EarlyScoreHead(model.score, take_output))
 
@@ -92,9 +87,7 @@ def use_early_scores(model: Any, take_output: Callable[[], StepOutput | None]) -
 def score_head_of(model: Any) -> ScoreHead | None:
     """The function that turns a classifier's scores into probabilities; None if a model generates.
 
-    Raises:
-        AdaInferError: it is a function that no policy promises anything about.
-
+    An AdaInferError if it is a function that no policy promises anything about.
     """
     if not is_classifier(model):
         return None
@@ -111,12 +104,7 @@ def score_head_of(model: Any) -> ScoreHead | None:
 
 
 def check_scores(model: Any, name: str, config: ArtifactConfig) -> None:
-    """Check that a policy for scores has a label for each column of this model.
-
-    Raises:
-        AdaInferError: it has not.
-
-    """
+    """Check that a policy for scores has a label for each column of this model."""
     labels, columns = len(config.labels), model.score.output_size
     if (labels, config.score_head) != (max(2, columns), score_head_of(model)):
         raise AdaInferError(

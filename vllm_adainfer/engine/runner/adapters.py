@@ -127,13 +127,7 @@ class StepAdapters:
     """The adapters of a step's requests, mapped to any of the step's rows."""
 
     def __init__(self, manager: Any, adapters: Sequence[LoRARequest | None]) -> None:
-        """Prepare to map rows.
-
-        Args:
-            manager: the worker's `LRUCacheWorkerLoRAManager` of vLLM.
-            adapters: the adapter of each request of the step; None for the base model.
-
-        """
+        """`manager` is the worker's `LRUCacheWorkerLoRAManager`; None stands for the base model."""
         self._manager = manager
         self._numbers = np.array([NO_ADAPTER if a is None else a.lora_int_id for a in adapters])
         # They are loaded by now; with ``load_inplace`` vLLM would load them again.

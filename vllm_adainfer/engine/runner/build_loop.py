@@ -38,13 +38,7 @@ COMPACTION_PRODUCTS = 50_000_000_000
 
 
 def build_loop(model: Any, vllm_config: VllmConfig) -> Loop:
-    """The loop of a model, an `EarlyExit` whose weights are loaded.
-
-    Raises:
-        AdaInferError: ranks have read different artifacts, or the weights cannot be compared with
-            those of the calibration.
-
-    """
+    """The loop of a model, an `EarlyExit` whose weights are loaded."""
     settings, load_format = model.settings, vllm_config.load_config.load_format
     reads_weights = model.artifacts or settings.calibrates_itself
     if reads_weights and model.fingerprint is None and load_format != "dummy":

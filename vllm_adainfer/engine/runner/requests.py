@@ -140,14 +140,11 @@ class RunningRequests:
         yields_token: Bools,
         device: torch.device,
     ) -> StepContext:
-        """The context of the step that is about to run.
+        """The context of the step that is about to run; `request_ids` are in batch order.
 
         Args:
-            request_ids: the request ids, in batch order.
-            query_lens: [requests], the rows of each request.
+            request_ids, query_lens, yields_token, device: see `StepContext` and `RowLayout`.
             computed: [requests], the tokens of each request that earlier steps have computed.
-            yields_token: [requests], whether this step samples a token for the request.
-            device: the device of the rows.
 
         """
         if self.adapters.take_changed():
@@ -214,13 +211,8 @@ class RunningRequests:
     ) -> Iterator[tuple[WhyFullDepth, Bools]]:
         """The requests that run to full depth in a step though their policy serves them, and why.
 
-        Args:
-            request_ids: their ids.
-            own: their columns.
-            token: which of its tokens the step samples for each.
-            needs_all: those whose keys and values others need, or later tokens beyond the window.
-            tightened: see `Loop.tightened`.
-
+        `token` says which of its tokens the step samples for each, and `needs_all` whose keys and
+        values others need, or later tokens beyond the window; `tightened` as in `Loop.tightened`.
         """
         yield "beyond_bound", token > own.certified_tokens
         yield "keys_needed", needs_all

@@ -61,17 +61,7 @@ class Audit(Observer):
     """
 
     def __init__(self, settings: AuditSettings, engine: int, depth: int) -> None:
-        """Open the directory.
-
-        Args:
-            settings: the directory, and how many lines to keep there.
-            engine: the number of this engine among those that write to the directory.
-            depth: the number of layers of the model.
-
-        Raises:
-            AdaInferError: this process cannot write to it.
-
-        """
+        """Open the directory of `settings`, for this `engine` among those that write to it."""
         self._trails: dict[str, Trail] = {}
         self._depth = depth
         self._lines = LineFiles("audit", settings, engine, QUEUED, tells_lost=True)
@@ -98,16 +88,7 @@ class Audit(Observer):
 def line_of(
     request: Request, trail: Trail, depth: int, why: str | None, now: float
 ) -> dict[str, Any]:
-    """The line about a request that has ended.
-
-    Args:
-        request: vLLM's request.
-        trail: where its tokens came from.
-        depth: the number of layers of the model.
-        why: why it ended, in vLLM's words.
-        now: seconds since 1970.
-
-    """
+    """The line about a request that has ended; `why` in vLLM's words, `now` since 1970."""
     by = trail.by
     trace = (request.trace_headers or {}).get("traceparent")
     answer = list(request.output_token_ids) if trail.scores is None else trail.scores

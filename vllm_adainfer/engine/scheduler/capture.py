@@ -27,17 +27,7 @@ class Capture(Observer):
     """Captures requests; a captured one runs exactly as it would otherwise."""
 
     def __init__(self, settings: CaptureSettings, engine: int, model: str) -> None:
-        """Open the capture directory.
-
-        Args:
-            settings: the directory, which share to capture, and how many lines to keep.
-            engine: the number of this engine among those that write to the directory.
-            model: the name that the model is served under.
-
-        Raises:
-            AdaInferError: this process cannot write to the directory.
-
-        """
+        """Open the directory of `settings`, for this `engine` among those that write to it."""
         self._sample = GroupSample(settings.rate, "capture")
         self._model = model
         self._lines = LineFiles("capture", settings, engine, QUEUED)

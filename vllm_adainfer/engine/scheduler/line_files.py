@@ -54,9 +54,6 @@ class LineFiles:
             queued: lines that may wait for the disk; further ones are lost.
             tells_lost: whether a line ``{"lost": n}`` stands where lines are lost.
 
-        Raises:
-            AdaInferError: this process cannot write to the directory.
-
         """
         self._kind, self._directory = kind, Path(settings.directory)
         self._prefix = f"{kind}-{engine}-"
@@ -162,12 +159,7 @@ class LineFiles:
 
 
 def check_directory(kind: str, directory: str) -> None:
-    """Create the directory if it is missing, and check that files can be created in it.
-
-    Raises:
-        AdaInferError: the directory or a file in it cannot be created.
-
-    """
+    """Create the directory if it is missing, and check that files can be created in it."""
     try:
         Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
@@ -178,12 +170,7 @@ def check_directory(kind: str, directory: str) -> None:
 def whole_lines(path: Path) -> int | None:
     """Remove an incomplete last line from a file, and count the lines that remain.
 
-    Returns:
-        None, and leaves the file as it is, while a server writes it or if another has deleted it.
-
-    Raises:
-        OSError: the file cannot be read and written.
-
+    None, and the file stays as it is, while a server writes it or if another has deleted it.
     """
     with _unused(path) as file:
         if file is None:

@@ -222,12 +222,7 @@ def _complete(request: Request) -> None:
 
 
 def refuse_kv_connector(vllm_config: VllmConfig) -> None:
-    """Refuse a KV connector, at config time and in the scheduler: vLLM sets some in between.
-
-    Raises:
-        AdaInferError: there is one.
-
-    """
+    """Refuse a KV connector, at config time and in the scheduler: vLLM sets some in between."""
     if vllm_config.kv_transfer_config or vllm_config.cache_config.kv_offloading_size is not None:
         raise AdaInferError(
             "vllm-adainfer: a KV connector would send incomplete blocks: drop "

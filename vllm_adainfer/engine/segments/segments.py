@@ -111,12 +111,7 @@ class Stack:
         write_kv(attention, keys, values, slots[attention.layer_name])
 
     def profile(self, positions: Tensor, ids: Tensor) -> Tensor:
-        """A pass without requests, in which vLLM profiles and captures piecewise graphs.
-
-        Returns:
-            [rows, head size].
-
-        """
+        """A pass without requests, in which vLLM profiles and captures piecewise graphs."""
         states = self._run_all_but_last(positions, ids)
         if self.last_kv is not None:  # on a copy, which may be overwritten
             with override_forward_context(without_graphs(get_forward_context())):

@@ -17,12 +17,9 @@ TIES = 0.02  # the share of rows whose score may tie with the threshold
 
 @torch.inference_mode()
 def wrong_kernels(policies: PolicySet, states: Tensor) -> str | None:
-    """How a kernel's result differs from torch's; None if all agree.
+    """How a kernel's result differs from torch's, for the probes of `policies`; None if all agree.
 
-    Args:
-        policies: their probes are compared.
-        states: [max requests, hidden size] of the dtype that will be served; overwritten.
-
+    `states` [max requests, hidden size] have the dtype that will be served, and are overwritten.
     """
     states.copy_(torch.randn(states.shape, generator=torch.Generator().manual_seed(0)))
     for probe in (probe for policy in policies.policies for probe in policy.probes):

@@ -36,18 +36,10 @@ class Script:
     def drawn(
         cls, exit_points: int, vocabulary: int, max_requests: int, max_rows: int, tokens: int
     ) -> Script:
-        """Random tokens and exits, the same at each start.
+        """Random tokens and exits, the same at each start; each request generates `tokens`.
 
         The first request never exits, the second does at the first exit point. Now and then no
         token exits: deferred rows rejoin, and the next step has one row for each request.
-
-        Args:
-            exit_points: how many there are.
-            vocabulary: the number of tokens of the model.
-            max_requests: the most that may run at once.
-            max_rows: the most rows that a step may have.
-            tokens: that each request generates.
-
         """
         generator = np.random.default_rng(0)
         lengths = [length for length in LENGTHS[:max_requests] if length < max_rows / 2]

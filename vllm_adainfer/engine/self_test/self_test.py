@@ -60,13 +60,9 @@ class Failure:
 
 
 def self_test(runner: Any) -> tuple[Failure, ...]:
-    """Test a Model Runner V2 that is ready to serve, and replace parts that fail by safe ones.
+    """Test a Model Runner V2 that is ready to serve; say which parts fail, and replace them.
 
     A collective: every rank must call it, and all ranks replace the same.
-
-    Returns:
-        what failed.
-
     """
     model, failures = runner.model, []
     states = torch.empty(

@@ -36,13 +36,8 @@ logger = get_logger(__name__)
 def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> Admission:
     """Check the engine's settings and the artifacts, then select our three classes.
 
-    Returns:
-        the admission of requests, for the frontend.
-
-    Raises:
-        AdaInferError: a setting of the engine rules out early exits, or an artifact cannot be
-            served by it.
-
+    Returns the admission of requests, for the frontend. An AdaInferError if a setting of the engine
+    rules out early exits, or an artifact cannot be served by it.
     """
     refuse_unsupported(vllm_config, model_class, settings)
     configs = pin_artifacts(vllm_config, settings)
@@ -66,13 +61,7 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
 
 
 def configure_scheduler(vllm_config: VllmConfig, settings: Settings) -> None:
-    """Select our scheduler for the keys that need no policy: capture, kinds, choices ended early.
-
-    Raises:
-        AdaInferError: files cannot be made in a directory that the switch names, or the engine has
-            another scheduler.
-
-    """
+    """Select our scheduler for keys that need no policy: capture, kinds, choices ended early."""
     if settings.capture is not None:
         _select_scheduler(vllm_config, "capture")
         refuse_torn_captures(vllm_config)

@@ -16,12 +16,7 @@ if TYPE_CHECKING:
 def refuse_policy(
     name: str, config: ArtifactConfig, vllm_config: VllmConfig, settings: Settings
 ) -> None:
-    """Refuse a policy that this engine cannot serve.
-
-    Raises:
-        AdaInferError: it cannot; the sentence says why.
-
-    """
+    """Refuse a policy that this engine cannot serve, in a sentence that says why."""
     sentence = next(_why_not_served(config, vllm_config, settings), None)
     if sentence is not None:
         raise AdaInferError(f"vllm-adainfer: policy {name} {sentence}")

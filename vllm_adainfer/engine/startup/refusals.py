@@ -24,14 +24,7 @@ REQUEST_CHECK = "vllm_adainfer.frontend.request_check"
 def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Settings) -> None:
     """Refuse the first setting that rules out early exits.
 
-    Args:
-        vllm_config: the engine's config.
-        model_class: name of our model class; empty for an architecture without exit points.
-        settings: the engine switch.
-
-    Raises:
-        AdaInferError: there is such a setting.
-
+    `model_class` is the name of our model class; empty for an architecture without exit points.
     """
     refusals = chain(
         _of_model(vllm_config, model_class, settings),
@@ -53,12 +46,7 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
 
 
 def refuse_torn_captures(vllm_config: VllmConfig) -> None:
-    """Refuse to capture queries whose documents vLLM spreads over several engines.
-
-    Raises:
-        AdaInferError: the model scores documents.
-
-    """
+    """Refuse to capture queries whose documents vLLM spreads over several engines."""
     if vllm_config.model_config.runner_type == "pooling" and has_replicas(vllm_config):
         raise AdaInferError(
             'vllm-adainfer: "capture" takes a query with all its documents, and '

@@ -27,18 +27,10 @@ FOLDER = "adainfer"  # in the adapter's directory
 
 
 def bundled_policy(served: ServedPolicies, adapter: LoRARequest) -> Built:
-    """The policy bundled with `adapter`, by the adapter's name; empty if it has none.
+    """The policy bundled with an adapter that vLLM is about to load, by the adapter's name, if any.
 
     A collective: every rank must call it. It replaces an earlier one of this name. Policies of the
-    engine switch take precedence.
-
-    Args:
-        served: what serves now.
-        adapter: the adapter that vLLM is about to load.
-
-    Raises:
-        AdaInferError: this engine cannot serve the policy.
-
+    engine switch take precedence. An AdaInferError if this engine cannot serve it.
     """
     settings = served.model.settings
     name = adapter.lora_name
@@ -64,12 +56,7 @@ def bundled_policy(served: ServedPolicies, adapter: LoRARequest) -> Built:
 
 
 def _read_bundled(adapter: LoRARequest, model: Any) -> Artifact | None:
-    """The artifact bundled with an adapter; None without one, or if the switch names it already.
-
-    Raises:
-        AdaInferError: it is damaged or for another adapter, or its name is taken.
-
-    """
+    """The artifact bundled with an adapter; None without one, or if the switch names it already."""
     name, folder = adapter.lora_name, _bundled_folder(adapter)
     if folder is None:
         return None

@@ -29,12 +29,7 @@ class AdaInferGPUWorker(ExitWorker, WarmedUp, Worker):
 
     @override
     def sleep(self, level: int = 1) -> None:
-        """Allow only level 1: a deeper sleep discards policies, and no reload restores them.
-
-        Raises:
-            AdaInferError: the level is above 1.
-
-        """
+        """Allow only level 1: a deeper sleep discards policies, and no reload restores them."""
         if level > 1:
             raise AdaInferError(
                 f"vllm-adainfer: sleep at level {level} would discard policies along with the "

@@ -17,14 +17,9 @@ logger = get_logger(__name__)
 def read_again(served: ServedPolicies, pinned: Mapping[str, Pinned] | None = None) -> Built:
     """Read the artifacts of the engine switch again. A collective: every rank must call it.
 
-    Args:
-        served: what serves now.
-        pinned: by policy, where its artifact lies and the digest its files must have, so that
-            nothing is asked of the hub; None for whatever there is now.
-
-    Raises:
-        AdaInferError: an artifact cannot be served without a restart, or ranks differ.
-
+    `pinned` says by policy where its artifact lies and the digest its files must have, so that
+    nothing is asked of the hub; None for whatever there is now. An AdaInferError if an artifact
+    cannot be served without a restart, or ranks differ.
     """
     settings = served.model.settings
 
@@ -47,12 +42,7 @@ def read_again(served: ServedPolicies, pinned: Mapping[str, Pinned] | None = Non
 
 
 def reload_policies(served: ServedPolicies, built: Built) -> list[str]:
-    """Decide with the new policies from the next step on; policies of adapters stay.
-
-    Returns:
-        one line for each policy.
-
-    """
+    """Decide with the new policies from the next step on, and say so: a line for each policy."""
     served.replace(built)
     sources = served.model.settings.artifacts
     lines = [f"policy {name} was reloaded from {source}" for name, source in sources.items()]

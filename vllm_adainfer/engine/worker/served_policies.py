@@ -44,12 +44,7 @@ class ServedPolicies:
         running.digests = digests_of(model.artifacts)
 
     def build(self, artifacts: Mapping[str, Artifact]) -> Built:
-        """The policies of `artifacts`, ready for `replace`.
-
-        Raises:
-            AdaInferError: this engine cannot serve one of them.
-
-        """
+        """The policies of `artifacts`, ready for `replace`, or an AdaInferError."""
         for name, artifact in artifacts.items():
             self.check(name, artifact.config)
         built = {
@@ -63,12 +58,8 @@ class ServedPolicies:
         """The policies of the artifacts that `read` returns.
 
         A collective: every rank must call it. It succeeds only if all ranks read the same artifacts
-        and could build their policies.
-
-        Raises:
-            AdaInferError: the ranks read different artifacts, or another rank failed.
-            Exception: whatever stopped this rank.
-
+        and could build their policies; otherwise it raises what stopped this rank, or an
+        AdaInferError.
         """
         failure: Exception | None = None
         built: Built = {}
@@ -91,10 +82,6 @@ class ServedPolicies:
 
         Its stack stays cut where it is, and its scheduler goes on admitting requests by the
         policies of the engine switch that it started with.
-
-        Raises:
-            AdaInferError: it cannot; the sentence says why.
-
         """
         model = self.model
         model.check_calibrated(config)
@@ -115,13 +102,8 @@ class ServedPolicies:
     def replace(self, built: Built, without: Iterable[str] = ()) -> None:
         """Decide with other policies from the next step on; those that stay keep their monitors.
 
-        Args:
-            built: the policies to add, or to replace by name.
-            without: the names of the policies to remove.
-
-        Raises:
-            AdaInferError: a policy does not certify the switch's epsilon; nothing has changed.
-
+        Policies in `built` are added, or replaced by name; those in `without` are removed. If one
+        does not certify the switch's epsilon, this is an AdaInferError, and nothing has changed.
         """
         artifacts, policies, monitors, admission = self._composed(built, without)
         with self._in_use:
@@ -155,12 +137,7 @@ class ServedPolicies:
 
 
 def check_cuts(name: str, config: ArtifactConfig, cuts: tuple[int, ...]) -> None:
-    """Check that the stack, cut after the layers `cuts`, has the exit points of a policy.
-
-    Raises:
-        AdaInferError: it has not.
-
-    """
+    """Check that the stack, cut after the layers `cuts`, has the exit points of a policy."""
     if not set(config.all_exit_points) <= set(cuts):
         raise AdaInferError(
             f"policy {name} has exit points {list(config.all_exit_points)}, this engine only "
@@ -170,12 +147,7 @@ def check_cuts(name: str, config: ArtifactConfig, cuts: tuple[int, ...]) -> None
 
 
 def check_replaces(name: str, new: ArtifactConfig, old: ArtifactConfig) -> None:
-    """Check that the scheduler, which knows the `old` policy, admits the requests of the `new` one.
-
-    Raises:
-        AdaInferError: it does not; the sentence says what differs.
-
-    """
+    """Check that the scheduler, which knows the `old` policy, admits requests of the `new`."""
     before, after = _admitted_by(old), _admitted_by(new)
     if new.student is None:  # the scheduler may go on reading texts for one that has gone
         before.pop(STUDENT_READS, None)

@@ -178,11 +178,8 @@ class ExitWorker(_Worker):
     def adainfer_read_again(self, reload: str, pinned: Mapping[str, Sequence[str]]) -> None:
         """Phase 1 of a reload across engines: read and build, without using the result.
 
-        Args:
-            reload: the name of this reload, for phase 2.
-            pinned: by policy, the directory of its artifact and the digest of its files; all
-                engines must read the same.
-
+        `reload` names it for phase 2. `pinned` has, by policy, the directory of its artifact and
+        the digest of its files: all engines must read the same.
         """
         found = {name: Pinned(*one) for name, one in pinned.items()}  # a list after the transfer
         self._reloads[reload] = read_again(self._served, found)

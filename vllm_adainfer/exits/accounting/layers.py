@@ -48,12 +48,9 @@ class LayerAccounting:
         return numbers
 
     def tokens(self, policies: Ints, num_tokens: Ints | None = None) -> Tokens:
-        """How many tokens each policy has.
+        """How many tokens each policy has, by the policy of each token, or of each request.
 
-        Args:
-            policies: the policy of each token, or of each request.
-            num_tokens: the number of tokens of each request; None if each is one token.
-
+        `num_tokens` is then the number of tokens of each request.
         """
         counts = np.bincount(policies, num_tokens)
         return [

@@ -89,8 +89,5 @@ class Batch(Protocol):
     def side_batch(self, layout: RowLayout, last_layer_only: bool = False) -> Batch:
         """A batch of the rows in `layout`, which runs while this one's states are kept.
 
-        Args:
-            layout: the rows.
-            last_layer_only: whether it will run no layer but the last.
-
+        `last_layer_only`: it will run no layer but the last.
         """

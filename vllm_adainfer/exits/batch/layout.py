@@ -83,15 +83,10 @@ class RowLayout:
     def regroup(self, leaving: Ints, waiting: Ints | None = None) -> tuple[RowLayout, Ints]:
         """Take out the rows of `leaving`, and insert waiting rows before those of their requests.
 
-        Args:
-            leaving: requests that leave.
-            waiting: [requests], the number of rows that join each, at the positions right before
-                those present; 0 for requests that leave. None if no row joins.
-
-        Returns:
-            the new layout, and for each of its rows the row that it was before. Rows that join are
-            numbered on from the last row before, in order of their requests.
-
+        `waiting` [requests] is the number of rows that join each, at the positions right before
+        those present; 0 for requests that leave. Returns the new layout, and for each of its rows
+        the row that it was before. Rows that join are numbered on from the last row before, in
+        order of their requests.
         """
         if waiting is None:
             waiting = np.zeros_like(self.query_lens)

@@ -79,13 +79,8 @@ class ForwardPass:
     def regroup(self, exit_index: int, leaving: Ints, waiting: Ints | None, max_rows: int) -> None:
         """Requests leave at an exit point, and rows that wait below it rejoin those that stay.
 
-        Args:
-            exit_index: the exit point, at which the batch has arrived.
-            leaving: the requests that leave.
-            waiting: [requests], the number of rows that rejoin each; None if none do.
-            max_rows: the most rows that may run together: if they would be more, rows that wait
-                catch up by themselves.
-
+        `waiting` [requests] is the number of rows that rejoin each. If more than `max_rows` would
+        run together, rows that wait catch up by themselves.
         """
         self._keep_track()
         if leaving.size:
@@ -130,13 +125,9 @@ class ForwardPass:
         """Run all rows that wait for some requests through the rest of the stack.
 
         Rows below later exit points have earlier positions, so they run first. This builds
-        attention metadata, so the step's own batch needs new ones afterwards.
-
-        Args:
-            exit_index: the exit point at which the batch has arrived.
-            waiting: [requests], rows that wait below it; 0 for requests that do not catch up.
-            max_rows: the most rows that may run together.
-
+        attention metadata, so the step's own batch needs new ones afterwards. `waiting` [requests]
+        are the rows that wait below `exit_index`, where the batch has arrived; 0 for requests that
+        do not catch up.
         """
         shape, request_ids, accounting = self._shape, self.step.request_ids, self._accounting
         last = self.layout.last_positions - self.layout.query_lens

@@ -65,13 +65,9 @@ class Loop(ABC):
 
     @abstractmethod
     def run(self, batch: Batch, input_ids: Tensor, step: StepContext) -> StepOutput:
-        """Run one step.
+        """Run one step of the requests in `step`, with the rows that it came with.
 
-        Args:
-            batch: the rows that the step came with.
-            input_ids: int32 or int64 [rows], possibly with padding at the end.
-            step: the requests of these rows, and which of them may exit.
-
+        `input_ids` are int32 or int64 [rows], possibly with padding at the end.
         """
 
     @abstractmethod

@@ -87,14 +87,10 @@ class PooledPrompts:
     def read(
         self, exit_index: int, requests: Ints, chunks: Ints, layout: RowLayout, states: HiddenStates
     ) -> Tensor:
-        """The input of pooled policies for `requests` at an exit point.
+        """The input of pooled policies for `requests`, complete prompts, at an exit point.
 
-        Args:
-            exit_index: the exit point.
-            requests: complete prompts.
-            chunks: prompts with more chunks to come, whose sums are carried on.
-            layout: the rows of the batch, in which all rows of these requests still are.
-            states: theirs.
+        The sums of `chunks`, prompts with more chunks to come, are carried on. All rows of all
+        these are still in the batch, which has `layout` and `states`.
 
         Returns:
             fp32 [requests, 2 x hidden size]: the normed state of the last token, then the mean of
@@ -134,9 +130,8 @@ class PooledPrompts:
     ) -> tuple[Tensor, Ints]:
         """The input of branches for `requests`: the last `MOST_BRANCH_TOKENS` tokens of each.
 
-        Args:
-            exit_index, requests, chunks, layout, states: as for `read`.
-            project: from the states [rows, hidden size] to what is kept of them, [rows, width].
+        Arguments as for `read`; `project` maps states [rows, hidden size] to what is kept of them,
+        [rows, width].
 
         Returns:
             [tokens of all requests, width], and the tokens of each, [requests].

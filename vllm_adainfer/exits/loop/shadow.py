@@ -59,10 +59,8 @@ class ShadowAnswers:
     def compare(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> None:
         """Compare with full depth and count; warn of a broken bound.
 
-        Args:
-            logits: [requests, vocabulary] of the step, the shadow requests' at full depth.
-            head: vLLM's own `compute_logits`, which reads early answers that are states.
-
+        `logits` [requests, vocabulary] are the step's, where shadow requests are at full depth.
+        `head` is vLLM's own `compute_logits`, which reads early answers that are states.
         """
         if self.monitor.queries is not None:
             self._compare_documents(self.monitor.queries, logits, head)

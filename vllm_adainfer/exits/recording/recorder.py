@@ -112,14 +112,11 @@ class Recorder:
             self._lens.add(states, record_rows, positions, last)
 
     def take(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return everything kept, and start over.
+        """Return everything kept, and start over: decision rows, and sums.
 
-        Returns:
-            the decision rows, see `RowRecorder`: with their ``tags`` (the record rows) and
-            ``positions``, int64 [rows], and ``mean.<n>`` [rows, hidden size] if means are recorded;
-            and the sums for the lens, see `TunedLensSums.take`, with what `StateFiles.take`
-            returns.
-
+        Rows are as in `RowRecorder`, with their ``tags`` (the record rows) and ``positions``, int64
+        [rows], and ``mean.<n>`` [rows, hidden size] if means are recorded; sums those of
+        `TunedLensSums.take` and `StateFiles.take`.
         """
         sums = {} if self._lens is None else self._lens.take()
         if self.files is not None:

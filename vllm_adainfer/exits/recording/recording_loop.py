@@ -178,15 +178,9 @@ class RecordingLoop(Loop):
     ) -> None:
         """Time what an exit point does when half of the requests leave, and layers without them.
 
-        The step is over, and its first layers write the same keys and values once more. Recurrent
-        states would change, so only requests that need theirs no more take part.
-
-        Args:
-            batch: the step's.
-            before: the states before the first layers.
-            states: those after the last.
-            step: the requests.
-
+        The step is over, and its first layers write the same keys and values once more, from the
+        states `before` them. Recurrent states would change, so only requests that need theirs no
+        more take part. `states` are those after the last layer.
         """
         assert step.record_rows is not None
         requests = np.flatnonzero(step.yields_token & (step.record_rows >= 0))

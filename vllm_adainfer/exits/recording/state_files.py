@@ -15,12 +15,7 @@ GIB = 1 << 30
 
 
 def check_room(directory: str, tokens: int, hidden_size: int, layers: Sequence[int]) -> None:
-    """Check that `directory` has room for the states of so many tokens after `layers`.
-
-    Raises:
-        AdaInferError: it has not.
-
-    """
+    """Check that `directory` has room for the states of so many tokens after `layers`."""
     needed = 2 * tokens * hidden_size * len(layers)  # bytes, in bfloat16
     free = shutil.disk_usage(directory).free
     if needed > free:
