@@ -14,7 +14,9 @@ Meanwhile artifacts are reloaded, and the adapter is loaded and unloaded under a
 Then a stock server gets the same mix for as long, without the reloads. The policies for choices and
 the adapter get the first data and template, the label pool its own lines of a batch file.
 
-Answers are judged as in `bench_faults.py`, and `soak_verdict.py` judges how long clients waited,
+The right answer is the one an idle server gives to a single request. Rounding depends on the batch,
+so a request whose answer differs is sent again on its own: it is a tie if the right answer comes
+then, and wrong otherwise. `soak_verdict.py` judges how long clients waited,
 beside stock, and whether memory still grows after some minutes. Each server's cache of grammars is
 small. vLLM's memory grows with hostile grammars all the same, see `benchmarks/README.md`.
 
@@ -42,16 +44,17 @@ import aiohttp
 import typer
 
 from benchmarks.common.server import serving
-from benchmarks.soak.fault_bench import ENVIRONMENT, Bench, tasks
-from benchmarks.soak.fault_measures import of_policy
-from benchmarks.soak.fault_scenarios import AT_ONCE, RELOAD, Stage, in_background, sampled_memory
-from benchmarks.soak.faults_report import growth
 from benchmarks.soak.hostile_growth import FACTORS, THINGS
 from benchmarks.soak.hostile_requests import cheap_refused
 from benchmarks.soak.load_client import Question
+from benchmarks.soak.measures import of_policy
+from benchmarks.soak.soak import ENVIRONMENT, Bench, Stage, in_background, sampled_memory, tasks
+from benchmarks.soak.soak_report import growth
 from benchmarks.soak.soak_verdict import still_grows, worse_than_stock
 from vllm_adainfer.artifact.files import load_artifact_config
 
+AT_ONCE = 16  # clients in a closed loop
+RELOAD = "/adainfer/reload"
 GUEST = "guest"  # the adapter's second name
 # On a CPU, rows without an adapter get the update of the adapter in the last slot, and each load
 # takes a new slot, see docs/adapters.md.

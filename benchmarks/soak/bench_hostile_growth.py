@@ -35,7 +35,6 @@ import typer
 
 from benchmarks.common.report_files import write_report
 from benchmarks.common.server import Server, serving
-from benchmarks.soak.fault_bench import ENVIRONMENT, tasks
 from benchmarks.soak.hostile_growth import (
     CLIENTS,
     DEADLINE,
@@ -47,6 +46,7 @@ from benchmarks.soak.hostile_growth import (
     recovers,
 )
 from benchmarks.soak.load_client import TEXT, Client, Question, Tally, client_of, quiet_pass
+from benchmarks.soak.soak import ENVIRONMENT, tasks
 from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.provenance import provenance
 

@@ -19,8 +19,8 @@ from typing import Any
 import aiohttp
 
 from benchmarks.common.server import Server
-from benchmarks.soak.fault_measures import totals
 from benchmarks.soak.load_client import Client
+from benchmarks.soak.measures import totals
 
 PATH = "/v1/completions"
 CLIENTS = 8  # good clients, each in a closed loop

@@ -69,10 +69,9 @@ class Tally:
         ties: answered differently, but as in the quiet pass when sent again on its own.
         wrong: answered differently, also when sent again on its own.
         refused: refused with a 4xx, as expected.
-        lost: any other outcome while the engine was alive.
-        failed: any other outcome for requests in flight when the engine was killed.
+        lost: any other outcome.
         left: the client closed the connection before the end.
-        errors: counts by status or exception (lost, failed) or by kind of question (wrong).
+        errors: counts by status or exception (lost) or by kind of question (wrong).
 
     """
 
@@ -82,7 +81,6 @@ class Tally:
     wrong: int = 0
     refused: int = 0
     lost: int = 0
-    failed: int = 0
     left: int = 0
     errors: dict[str, int] = field(default_factory=dict)
 
@@ -115,7 +113,6 @@ class Client:
         tally: outcomes so far.
         doubtful: indices of questions answered differently than in the quiet pass.
         waits: how long each question waited for its answer.
-        killed: whether the engine is known to be dead.
 
     """
 
@@ -130,7 +127,6 @@ class Client:
         self.tally = Tally()
         self.doubtful: list[int] = []
         self.waits: list[Wait] = []
-        self.killed = False
         self._session = session
         self.expected = expected
 
@@ -160,7 +156,7 @@ class Client:
             choice.get("prompt_logprobs") or (),
         )
 
-    async def ask(self, index: int) -> Reply:
+    async def ask(self, index: int) -> None:
         """Ask a question, and compare the answer."""
         self.tally.sent += 1
         question, asked = self.questions[index], time.monotonic()
@@ -170,7 +166,6 @@ class Client:
             self.doubtful.append(index)
         else:
             self.count(reply)
-        return reply
 
     def count(self, reply: Reply, refusable: bool = False) -> None:
         """Count a reply without comparing its answer.
@@ -182,8 +177,7 @@ class Client:
         elif refusable and 400 <= reply.status < 500:
             self.tally.refused += 1
         else:
-            self.tally.failed += self.killed
-            self.tally.lost += not self.killed
+            self.tally.lost += 1
             what = f"HTTP {reply.status}" if reply.status else reply.message
             self.tally.add_error(what)
 
@@ -194,16 +188,6 @@ class Client:
             self.count(await asyncio.wait_for(self.send(body), seconds))
         except TimeoutError:
             self.tally.left += 1
-
-    async def ask_all(self, order: Sequence[int], many: int) -> None:
-        """Ask questions by their index, `many` at a time."""
-        waiting = iter(order)
-
-        async def work() -> None:
-            for index in waiting:
-                await self.ask(index)
-
-        await asyncio.gather(*(work() for _ in range(many)))
 
     async def settle(self) -> None:
         """Ask doubtful questions again, one at a time."""

@@ -1,4 +1,4 @@
-"""Run scenarios on servers and report them; shared by the soaks."""
+"""Runs a soak on one server after another, and reports it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from functools import partial
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,16 @@ import typer
 
 from benchmarks.common.report_files import write_report
 from benchmarks.common.server import Server
-from benchmarks.soak.fault_measures import at_rest, counter_problems, counters, memory
-from benchmarks.soak.fault_scenarios import Stage, kill
-from benchmarks.soak.faults_report import table
-from benchmarks.soak.load_client import Question, Tokens, client_of, questions_of, quiet_pass
+from benchmarks.soak.load_client import (
+    Client,
+    Question,
+    Tokens,
+    client_of,
+    questions_of,
+    quiet_pass,
+)
+from benchmarks.soak.measures import at_rest, counter_problems, counters, memory
+from benchmarks.soak.soak_report import table
 from benchmarks.soak.soak_verdict import summaries
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.offline.calibration.data.examples import read_template
@@ -33,6 +38,34 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
 }
 MOST_TIES = 0.03  # share of compared answers; more ties than this are not just rounding
+SAMPLE_SECONDS = 30
+STREAM = {"max_tokens": 64, "stream": True}
+
+
+@dataclass
+class Stage:
+    """What a scenario works with.
+
+    Attributes:
+        server: a healthy server.
+        client: client that sends requests and counts the replies.
+        dice: seeded random generator.
+
+    """
+
+    server: Server
+    client: Client
+    dice: random.Random
+
+    def to_leave(self, index: int, stream: bool) -> dict[str, Any]:
+        """The body of a question, for a client that disconnects before the end."""
+        body = dict(self.client.questions[index].body)
+        if stream:
+            body.pop("allowed_token_ids", None)
+            body |= STREAM
+        return body
+
+
 Scenario = Callable[[Stage], Awaitable[dict[str, Any]]]
 
 
@@ -46,21 +79,19 @@ class Bench:
     """
 
     def __init__(self, questions: list[Question], artifact: Path) -> None:
-        """Take the questions, and an artifact that servers read and scenarios may damage."""
+        """Take the questions, and the artifact of one of the policies."""
         self.rows: list[dict[str, Any]] = []
         self._questions = questions
-        self._artifact = artifact
         self._layers = load_artifact_config(str(artifact)).layers
         self._expected: dict[int, Tokens] = {}
         self.longest = 0
-        self._doubtful: list[int] = []
 
     def quiet(self, server: Server) -> None:
         """Learn the right answers from an idle server."""
         self._expected, self.longest = asyncio.run(quiet_pass(server.url, self._questions))
 
     def run(self, name: str, server: Server, scenario: Scenario) -> dict[str, Any]:
-        """Run a scenario that keeps its server alive; returns its row of the report."""
+        """Run a scenario; returns its row of the report."""
         before, held = at_rest(server), memory(server)
         row = asyncio.run(self._play(name, server, scenario))
         after = Counter(row.pop("metrics")) + Counter(row.pop("gone", {}))
@@ -72,25 +103,14 @@ class Bench:
         self.rows.append(row)
         return row
 
-    def kill(self, server: Server, title: str) -> dict[str, Any]:
-        """Kill a process of the server under load; returns the row of the report."""
-        held = memory(server)
-        row = asyncio.run(self._play(f"kill {title}", server, partial(kill, title=title)))
-        row["memory"] = {"before": held}
-        self.rows.append(row)
-        return row
-
     async def _play(self, name: str, server: Server, scenario: Scenario) -> dict[str, Any]:
         typer.echo(f"{name} ...")
         begin = time.monotonic()
         async with client_of(server.url, self._questions, self._expected) as client:
-            client.doubtful += self._doubtful  # from a server that was killed
-            stage = Stage(server, client, self._artifact, random.Random(0))
+            stage = Stage(server, client, random.Random(0))
             row: dict[str, Any] = {"name": name, "problems": [], **await scenario(stage)}
-            if not client.killed:
-                row["metrics"] = await asyncio.to_thread(at_rest, server)
-                await client.settle()
-            self._doubtful = client.doubtful
+            row["metrics"] = await asyncio.to_thread(at_rest, server)
+            await client.settle()
         tally = client.tally
         row |= {"requests": asdict(tally), "seconds": time.monotonic() - begin}
         if client.waits:
@@ -130,6 +150,39 @@ class Bench:
         write_report(output, report, table(report))
         if problems:
             raise typer.Exit(1)
+
+
+@asynccontextmanager
+async def sampled_memory(stage: Stage) -> AsyncIterator[list[dict[str, float]]]:
+    """Sample the server's memory every half minute, and once when the context ends."""
+    begin = time.monotonic()
+    samples: list[dict[str, float]] = []
+
+    async def sample() -> None:
+        held = await asyncio.to_thread(memory, stage.server)
+        sent = stage.client.tally.sent
+        samples.append({"seconds": time.monotonic() - begin, "sent": sent, **held})
+
+    async def sample_now_and_then() -> None:
+        while True:
+            await sample()
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    async with in_background(sample_now_and_then()):
+        yield samples
+    await sample()
+
+
+@asynccontextmanager
+async def in_background(endless: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run `endless` while the context lasts; raises its error at the end."""
+    task = asyncio.create_task(endless)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 def tasks(

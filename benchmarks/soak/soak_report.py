@@ -1,4 +1,4 @@
-"""The Markdown report of `bench_faults.py` and `bench_everything.py`."""
+"""The Markdown report of `bench_everything.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.soak.soak_verdict import SETTLED_SECONDS, growth_once_settled
 from vllm_adainfer.offline.facts.document import markdown_grid, markdown_table
 
-COUNTS = ("sent", "answered", "ties", "wrong", "lost", "refused", "left", "failed")
+COUNTS = ("sent", "answered", "ties", "wrong", "lost", "refused", "left")
 
 
 EXPLAINED = (
@@ -46,7 +46,6 @@ def table(report: Mapping[str, Any]) -> str:
             "lost",
             "refused",
             "left by the client",
-            "failed when killed",
             "USS before / after, MiB",
             "RSS before / after, MiB",
         ],
@@ -121,15 +120,4 @@ def _remarks(report: Mapping[str, Any]) -> list[str]:
             done = "; ".join(f"{what}: {count:,}" for what, count in sorted(row["done"].items()))
             captured = f"Requests captured: {row.get('captured', 0):,}."
             lines += [f"Beside questions: {done}. {captured}", ""]
-        if "killed" in row:
-            errors = ", ".join(f"{n} x {what}" for what, n in row["requests"]["errors"].items())
-            again = row.get("started_again_after_seconds")
-            lines += [
-                f"{row['killed']} killed: requests in flight got {errors or 'nothing'}, "
-                f"/health {row['health_meanwhile']}; the server ended after "
-                f"{row['server_ended_after_seconds']:.1f} s with code {row['exit_code']}, leaving "
-                f"{len(row['left_behind'])} processes; started again, it "
-                + (f"answered {again:.0f} s after the kill." if again else "did not answer."),
-                "",
-            ]
     return lines[:-1] if lines else []
