@@ -41,7 +41,7 @@ from vllm_adainfer.offline.calibration.certify.certify import Terms
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.enough_rows import check_label_rows
 from vllm_adainfer.offline.calibration.fit import exits
-from vllm_adainfer.offline.calibration.fit.probes import StateProbe, Target, fit_probes
+from vllm_adainfer.offline.calibration.fit.probes import Target, fit_probes
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts, right_tokens, split_of
@@ -55,6 +55,7 @@ from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import say
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled
+from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.promise.output import Output
 
 GATES = (0.8, 0.9, 0.95)
@@ -124,16 +125,16 @@ def promises(options: PolicyOptions, labels: Sequence[str]) -> dict[str, PolicyO
     return found
 
 
-def fit_probes_once() -> Callable[..., tuple[StateProbe, Sequence[StateProbe]]]:
+def fit_probes_once() -> Callable[..., tuple[Probe, Sequence[Probe]]]:
     """`fit_probes` that fits each probe of one recording once, however many promises it serves.
 
     A probe does not depend on the promise, only on what it predicts: labels or probabilities.
     """
-    found: dict[Hashable, tuple[StateProbe, Sequence[StateProbe]]] = {}
+    found: dict[Hashable, tuple[Probe, Sequence[Probe]]] = {}
 
     def fit(
         recording: Rows, target: Target, where: Ints, layer: int, folds: Ints
-    ) -> tuple[StateProbe, Sequence[StateProbe]]:
+    ) -> tuple[Probe, Sequence[Probe]]:
         key = target.kind, target.full_depth is None, where.tobytes(), layer
         if key not in found:
             found[key] = fit_probes(recording, target, where, layer, folds)

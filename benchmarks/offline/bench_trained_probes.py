@@ -38,9 +38,8 @@ from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.offline.calibration.best_policy import best_heads, layers_to_branch
 from vllm_adainfer.offline.calibration.calibrate import calibration_of, record_prompts
 from vllm_adainfer.offline.calibration.fit import cost
-from vllm_adainfer.offline.calibration.fit.branch import branches_of
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
-from vllm_adainfer.offline.calibration.fit.student import train_student
+from vllm_adainfer.offline.calibration.fit.encoders import branches_of, train_student
 from vllm_adainfer.offline.calibration.fit.training import Lesson
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
@@ -54,8 +53,6 @@ from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import say
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.reports.shares import spelled
-from vllm_adainfer.policy.branch import Branch
-from vllm_adainfer.policy.student import Student
 from vllm_adainfer.promise.output import Form
 
 CACHE = Path(__file__).parents[2] / ".cache"
@@ -210,7 +207,7 @@ def measure_all(
                 exit.layer: 1e3
                 * (policy.choice.costs.probe_of(exit) if exit.layer else made.student_seconds)
                 for exit in policy.exits
-                if isinstance(exit.probe, (Branch, Student))
+                if exit.probe.encoder is not None
             },
             "expected_ms": {part: 1e3 * s for part, s in policy.choice.expected.items()},
             **measured(rounds, name, Form.TOKEN, rights),

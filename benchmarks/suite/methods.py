@@ -24,7 +24,7 @@ from vllm_adainfer.offline.calibration.certify.path import (
 from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.cost import STEP_ROWS, Costs, probe_seconds
-from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Judged, Scored, fit_exits, judge
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored, fit_exits, judge
 from vllm_adainfer.offline.calibration.fit.probes import Target, logit_lens
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
@@ -108,7 +108,7 @@ class TestPart:
         """The scores of an exit point on the test prompts."""
         return self.judged(exit, target).scored(exit.classifier)
 
-    def judged(self, exit: FittedExit, target: Target) -> Judged:
+    def judged(self, exit: FittedExit, target: Target) -> Scored:
         """The answers of an exit point for the test prompts."""
         return judge(exit.probe, exit.layer, self.recording, self.prompts, target=target)
 

@@ -16,7 +16,7 @@ from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.requested_output import wants_prompt_logprobs
 from vllm_adainfer.engine.admission.running import UNLIMITED, Running
 from vllm_adainfer.exits.kv.policies import ExactKV, RecurrentKV
-from vllm_adainfer.policy.answers import EarlyStates
+from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import Probe
@@ -73,9 +73,7 @@ class ScriptedPolicy(ExitPolicy):
         self.lens = lens
 
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
-        return Decision(
-            rows.threshold_rows == exit_index, EarlyStates(self.lens.readout(rows.hidden))
-        )
+        return Decision(rows.threshold_rows == exit_index, Answers(self.lens.readout(rows.hidden)))
 
 
 def only(policy: Any) -> PolicySet:

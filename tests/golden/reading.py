@@ -36,7 +36,7 @@ from vllm_adainfer.offline.calibration.certify.path import (
     threshold_grid,
 )
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Judged, Scored
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored
 from vllm_adainfer.offline.calibration.fit.probes import Target, answers_of_probe
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.evaluation.report import build_report, summary_line
@@ -44,7 +44,7 @@ from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.policy import Policy
-from vllm_adainfer.policy.probe import LabelHead, Probe, lens_of
+from vllm_adainfer.policy.probe import Probe, lens_of
 from vllm_adainfer.promise.first_documents import relevance
 from vllm_adainfer.promise.kinds import promise_of
 from vllm_adainfer.promise.probabilities import LabelProbabilities
@@ -177,7 +177,7 @@ def read_at(layer: int, read: ProbeInput, inputs: Inputs, policy: Any) -> Any:
         mean = inputs.states[f"mean{layer}"]
         return torch.cat([states, mean], dim=1)[:DECIDED], (), none
     if read is ProbeInput.OWN_STATES:
-        [branch] = policy.branches.values()
+        [branch] = [probe for probe in policy.probes if probe.encoder is not None]
         return branch.project(inputs.states["prompt"]), (), inputs.lens.numpy()
     texts = [[5 + (row * 7 + place) % 90 for place in range(1 + row % 5)] for row in range(12)]
     return torch.zeros(0, 8), texts, none
@@ -201,7 +201,7 @@ def scored(artifact: Artifact, inputs: Inputs) -> dict[str, list[Scored]]:
                 read = torch.cat([read, inputs.states[f"mean{layer}"]], dim=1)
             probe = probe_of(part, layer, inputs)
             early = answers_of_probe(probe, read, target.subsets, target.promise)
-            judged = Judged.of(early, target, rows, np.arange(2 * HALF), right)
+            judged = Scored.of(early, target, rows, np.arange(2 * HALF), right)
             one = judged.scored(part.tensors[f"exit.{layer}.classifier"].float())
             never = {config.label_ids[place] for place in config.never_settled}
             exits.append(one.never_at(never))
@@ -209,7 +209,7 @@ def scored(artifact: Artifact, inputs: Inputs) -> dict[str, list[Scored]]:
     return found
 
 
-def probe_of(part: Artifact, layer: int, inputs: Inputs) -> Probe | LabelHead:
+def probe_of(part: Artifact, layer: int, inputs: Inputs) -> Probe:
     """The probe of an exit point as calibration has it."""
     config, tensors = part.config, part.tensors
     if not config.has_label_heads:
@@ -219,9 +219,8 @@ def probe_of(part: Artifact, layer: int, inputs: Inputs) -> Probe | LabelHead:
         return replace(lens, lens=lens_of(own), token_ids=tensors.get("shortlist"))
     weight, bias = (tensors[f"exit.{layer}.head_{n}"].float() for n in ("weight", "bias"))
     ids = torch.tensor(config.label_ids)
-    if config.risk == "probability" or config.label_pool:
-        return LabelHead(weight, bias, ids)
-    return Probe(Head(weight, bias), token_ids=ids)
+    fused = config.risk != "probability" and not config.label_pool
+    return Probe(Head(weight, bias), token_ids=ids, fused=fused)
 
 
 def target_of(config: ArtifactConfig, inputs: Inputs) -> tuple[Target, Any]:

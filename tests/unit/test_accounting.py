@@ -20,7 +20,7 @@ from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.exits.loop.step import StepContext
-from vllm_adainfer.policy.answers import EarlyStates
+from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.settings.engine import NO_POLICY
@@ -38,7 +38,7 @@ class ExitByRow(ExitPolicy):
     probe_inputs = (ProbeInput.LAST_TOKEN,) * len(FROM_ZERO)
 
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
-        return Decision(rows.threshold_rows == exit_index, EarlyStates(rows.hidden))
+        return Decision(rows.threshold_rows == exit_index, Answers(rows.hidden))
 
 
 class EmptyBatch:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adainfer_kernels import rows_to_compile_for
+from adainfer_kernels import Head, rows_to_compile_for
 from torch import Tensor
 
 from tests.tiny import tiny_config, tiny_tensors
@@ -32,11 +32,10 @@ from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
 from vllm_adainfer.exits.recording.state_files import StateFiles
 from vllm_adainfer.offline.calibration import best_policy as best
 from vllm_adainfer.offline.calibration.best_policy import best_policy, with_trained_probes
-from vllm_adainfer.offline.calibration.fit import branch as training
-from vllm_adainfer.offline.calibration.fit import cost
-from vllm_adainfer.offline.calibration.fit.branch import branches_of
+from vllm_adainfer.offline.calibration.fit import cost, encoders
 from vllm_adainfer.offline.calibration.fit.choose import choose_exits, one_per_layer
 from vllm_adainfer.offline.calibration.fit.distil import Taught, distil
+from vllm_adainfer.offline.calibration.fit.encoders import branches_of, train_branch
 from vllm_adainfer.offline.calibration.fit.exits import with_trained
 from vllm_adainfer.offline.calibration.fit.training import Lesson
 from vllm_adainfer.offline.calibration.record import collect
@@ -49,19 +48,20 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_tensors,
 )
 from vllm_adainfer.offline.reports.views import views_of
-from vllm_adainfer.policy.branch import Branch, StateEncoder
+from vllm_adainfer.policy.branch import StateEncoder
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
-from vllm_adainfer.policy.probe import LabelHead
+from vllm_adainfer.policy.probe import Probe
 
 EPSILON = 0.05
 
 
-def random_branch(hidden_size: int = HIDDEN, dtype: torch.dtype = torch.float32) -> Branch:
+def random_branch(hidden_size: int = HIDDEN, dtype: torch.dtype = torch.float32) -> Probe:
     torch.manual_seed(0)
-    head = LabelHead(torch.randn(2, 2 * BRANCH_WIDTH), torch.zeros(2), LABEL_IDS)
-    return Branch(StateEncoder(hidden_size).to(dtype).eval(), head)
+    head = Head(torch.randn(2, 2 * BRANCH_WIDTH), torch.zeros(2))
+    encoder = StateEncoder(hidden_size).to(dtype).eval()
+    return Probe(head, token_ids=LABEL_IDS, encoder=encoder, fused=False)
 
 
 def prompts_of(*lens: int, seed: int = 0) -> list[Tensor]:
@@ -69,12 +69,12 @@ def prompts_of(*lens: int, seed: int = 0) -> list[Tensor]:
     return [torch.randn(length, HIDDEN, generator=generator) for length in lens]
 
 
-def scores(branch: Branch, prompts: list[Tensor]) -> Tensor:
+def scores(branch: Probe, prompts: list[Tensor]) -> Tensor:
     lens = np.array([len(one) for one in prompts])
-    return branch.score(branch.project(torch.cat(prompts)), lens)
+    return branch.label_scores(branch.project(torch.cat(prompts)), lens=lens)
 
 
-def definition(branch: Branch, states: Tensor) -> Tensor:
+def definition(branch: Probe, states: Tensor) -> Tensor:
     """One `nn.TransformerEncoderLayer` over the normed states of a prompt."""
     own = branch.encoder
     layer = torch.nn.TransformerEncoderLayer(
@@ -102,7 +102,7 @@ def definition(branch: Branch, states: Tensor) -> Tensor:
     layer.self_attn.dropout = 0.0
     normed = states / (states.square().mean(1, keepdim=True) + 1e-6).sqrt()
     rows = layer(own.project(normed).unsqueeze(0))[0]
-    return branch.head.score(torch.cat([rows[-1], rows.mean(0)]).unsqueeze(0))[0]
+    return branch.head.weight @ torch.cat([rows[-1], rows.mean(0)]) + branch.head.bias
 
 
 def test_its_scores_are_those_of_a_transformer_layer_over_the_normed_states():
@@ -231,7 +231,7 @@ def test_an_artifact_is_read_back_as_it_was_written(tiny_model, tmp_path):
     assert last.config.branches == ()
     assert not [name for name in last.tensors if "branch" in name]
     policy = Policy(whole, torch.device("cpu"))
-    assert [*policy.branches] == [1, 2]
+    assert [isinstance(one.encoder, StateEncoder) for one in policy.probes] == [False, True, True]
 
 
 def test_before_the_first_request_each_branch_has_read_states(tiny_model):
@@ -239,8 +239,9 @@ def test_before_the_first_request_each_branch_has_read_states(tiny_model):
     tensors = {name: one.bfloat16() if "branch" in name else one for name, one in
                tiny_tensors(config).items()}  # fmt: skip
     policy = Policy(Artifact(config, tensors).parts("a")["a"], torch.device("cpu"))
-    read, score = [], policy.branches[1].score
-    policy.branches[1].score = lambda rows, lens, _: read.append(rows) or score(rows, lens)
+    read, encoder = [], policy.probes[1].encoder
+    own = encoder.read
+    encoder.read = lambda rows, lens, _: read.append(rows) or own(rows, lens)
     warm_up(PolicySet({"a": policy}), torch.zeros(20, 64, dtype=torch.bfloat16))
     assert {(rows.dtype, rows.shape[1]) for rows in read} == {(torch.bfloat16, BRANCH_WIDTH)}
     assert {len(rows) for rows in read} == {*rows_to_compile_for(20)}
@@ -353,7 +354,7 @@ def test_it_learns_what_no_head_on_the_mean_can(capsys):
     read = torch.stack([torch.cat([one[-1], one.mean(0)]) for one in prompts])
     taught = Taught(read, labels)
     lesson = Lesson(taught, everyone, everyone % 2, LABEL_IDS, seed=0)
-    found = training.train_branch(2, states, lesson)
+    found = train_branch(2, states, lesson)
     assert "training a branch after layer 2 on 300 prompts, for up to 1 minute" in (
         capsys.readouterr().err
     )
@@ -371,7 +372,7 @@ def branched(monkeypatch) -> Any:
     """A pooled policy whose heads know little, and the same with the branches that pay."""
     monkeypatch.setattr(cost, "probe_seconds", lambda *_: 1e-6)
     monkeypatch.setattr(cost, "trained_seconds", lambda *_: 1e-6)
-    monkeypatch.setattr(training, "EPOCHS", 2)
+    monkeypatch.setattr(encoders, "BRANCH_EPOCHS", 2)
     recording = recording_of_prompts(mean_noise=1.0)
     heads = best_policy(calibration(recording), "pooled-label-head")
     layers = [exit.layer for exit in heads.exits if exit.layer > 0]
@@ -408,9 +409,9 @@ def test_what_is_served_of_branches_is_what_was_certified(branched, tmp_path):
     rows = torch.full((len(held_out),), part.config.level_of(None))
     exits = np.full(len(held_out), len(found.exits))
     for index, layer in enumerate(serving.exit_points):
-        if index in serving.branches:
+        if serving.probes[index].encoder is not None:
             own = states.of(layer, held_out)
-            hidden = serving.branches[index].project(torch.cat(own))
+            hidden = serving.probes[index].project(torch.cat(own))
             undecided = UndecidedRows(hidden, rows, lens=np.array([len(one) for one in own]))
         else:
             undecided = UndecidedRows(recording.read_by_probe(layer, held_out, pooled=True), rows)
@@ -428,7 +429,7 @@ def test_all_are_judged_by_what_they_have_not_seen(branched):
     calibrated = heads.calibration
     recording, split = calibrated.rows, calibrated.split
     own = branches_of(calibrated, states)
-    student = replace(own[0], layer=0, states=replace(states, rows={0: states.rows[own[0].layer]}))
+    student = replace(own[0], layer=0)
     found = with_trained(replace(calibrated, trained=(student, *own)), heads.heads)
     layers = sorted([*(one.layer for one in heads.heads), *(one.layer for one in own)])
     assert [exit.layer for exit in found] == layers

@@ -28,8 +28,7 @@ from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import certify
 from vllm_adainfer.offline.calibration.certify.path import threshold_grid, threshold_path
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
-from vllm_adainfer.offline.calibration.fit.outcomes import full_depth_labels
-from vllm_adainfer.offline.calibration.fit.probes import Target
+from vllm_adainfer.offline.calibration.fit.probes import Target, full_depth_labels
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.record.rows import Rows

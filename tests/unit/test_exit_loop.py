@@ -26,7 +26,7 @@ from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.exits.loop.step import StepContext
 from vllm_adainfer.exits.recording.recorder import Recorder
 from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
-from vllm_adainfer.policy.answers import EarlyStates
+from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.settings.engine import NO_POLICY
@@ -99,7 +99,7 @@ class ExitByRow(ExitPolicy):
         self.probe_inputs = (ProbeInput.LAST_TOKEN,) * len(exit_points)
 
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
-        return Decision(rows.threshold_rows == exit_index, EarlyStates(rows.hidden))
+        return Decision(rows.threshold_rows == exit_index, Answers(rows.hidden))
 
 
 class InPlace(ToyBatch):

@@ -30,7 +30,7 @@ from vllm_adainfer.offline.calibration.enough_rows import check_label_rows, chec
 from vllm_adainfer.offline.calibration.fit.exits import Scored
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import split_of
-from vllm_adainfer.policy.answers import LabelScores
+from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.promise.scope import about_labels
@@ -273,7 +273,7 @@ def shadowed(
     logits, answered = (
         torch.nn.functional.one_hot(one, 2).float() for one in (torch.tensor(full), columns)
     )
-    answers = LabelScores(answered, torch.tensor([0, 1]))
+    answers = Answers(answered, torch.tensor([0, 1]))
     return compare(monitor, Compared(), answers, logits, [0] * len(full), settled, ids)
 
 

@@ -15,7 +15,7 @@ from vllm_adainfer.engine.scheduler.counters import Counters
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.accounting.report import StepNote, snapshot_of
-from vllm_adainfer.policy.answers import LabelScores
+from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.settings.engine import NO_POLICY
 from vllm_adainfer.watch.watch import Watch
 
@@ -83,7 +83,7 @@ class Traffic:
 
     def compare(self, name: str, levels: Any) -> None:
         disagreed = self.generator.random(len(levels)) < 0.3
-        answers = LabelScores(torch.tensor([[0.0, 1.0]] * len(levels)), torch.tensor([0, 1]))
+        answers = Answers(torch.tensor([[0.0, 1.0]] * len(levels)), torch.tensor([0, 1]))
         logits = torch.tensor([[float(d), 0.5] for d in disagreed])
         monitor, stats = self.monitors[name], self.stats.by_policy[name]
         compare(monitor, Compared(), answers, logits, levels, stats=stats)

@@ -14,7 +14,7 @@ from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.engine.runner.build_loop import grouping_of, monitor_of
 from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.exits.loop.shadow import warn
-from vllm_adainfer.policy.answers import LabelLogits, LabelScores, ShortlistScores
+from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.promise.probabilities import answers_of
 from vllm_adainfer.settings.engine import Settings
@@ -23,9 +23,9 @@ from vllm_adainfer.watch.watch import Watch
 POLICY = Compared()
 
 
-def labels(*scores: float) -> LabelScores:
+def labels(*scores: float) -> Answers:
     """The answer of one row."""
-    return LabelScores(torch.tensor([scores]), token_ids=torch.tensor([7, 3]))
+    return Answers(torch.tensor([scores]), torch.tensor([7, 3]), of_labels=True)
 
 
 def disagreed_of(logits: torch.Tensor, answers: Any, settled: Sequence[bool]) -> int:
@@ -68,13 +68,13 @@ def test_labels_are_compared_as_the_sampler_chooses_among_them(early, full, disa
     ("full", "disagreed"), [({7: 5.0}, False), ({3: 5.0}, True), ({7: 5.0, 1: 9.0}, True)]
 )
 def test_a_shortlists_answer_is_compared_with_any_token(full, disagreed):
-    answers = ShortlistScores(torch.tensor([[1.0, 2.0]]), token_ids=torch.tensor([3, 7]))
+    answers = Answers(torch.tensor([[1.0, 2.0]]), token_ids=torch.tensor([3, 7]))
     assert disagreed_of(scores_of(full), answers, [True]) == disagreed
 
 
 @pytest.mark.parametrize(
     "answers",
-    [None, LabelScores(torch.empty(0, 2), torch.tensor([7, 3]))],
+    [None, Answers(torch.empty(0, 2), torch.tensor([7, 3]), of_labels=True)],
     ids=["of nobody", "of others only"],
 )
 def test_what_no_exit_point_settles_agrees(answers):
@@ -107,7 +107,7 @@ def test_probabilities_are_compared_within_the_tolerance(
     logits[0, ids] = (mass * torch.stack(labels)).log()
     *labels, mass = torch.tensor(early)
     scores = torch.stack([*(label.log() for label in labels), mass.logit()]).unsqueeze(0)
-    answers = LabelLogits(answers_of(scores, vocabulary), ids)
+    answers = Answers(answers_of(scores, vocabulary), ids, of_labels=True, has_rest=True)
     logits = logits.repeat(2, 1)
     stats = compare(watching(), policy, answers, logits, [1, 0], [True, False])
     assert stats.shadow_checked == {0.05: 1, 0.02: 1}
@@ -127,7 +127,7 @@ def test_of_a_pool_the_labels_of_the_request_alone_are_compared(
     logits = torch.zeros(1, artifact.config.vocab_size)
     logits[0, [10, 12]] = torch.tensor([1.0, 0.5])
     logits[0, best] = 5
-    answers = LabelScores(torch.tensor([[-1.0, -torch.inf, 3.0]]), policy.answer_ids)
+    answers = Answers(torch.tensor([[-1.0, -torch.inf, 3.0]]), policy.answer_ids, of_labels=True)
     stats = compare(watching(), policy, answers, logits, [1])
     assert stats.shadow_disagreed.total() == disagreed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from vllm_adainfer.engine.runner import ranks
 from vllm_adainfer.policy.probe import Probe
-from vllm_adainfer.policy.shards import VocabularyShards
 
 
 @pytest.mark.parametrize("bounds", [[0, 50, 101], [0, 2, 40, 101]], ids=["two ranks", "three"])
@@ -26,15 +26,15 @@ def test_probes_of_shards_join_to_the_probe_of_all(bounds):
     spans = list(itertools.pairwise(bounds))
     parts: list[Tensor] = []
 
-    def on_rank(gather: VocabularyShards, first: int, end: int):
+    def on_rank(gather: Callable[[Tensor], Tensor], first: int, end: int):
         return Probe(
-            Head(head[first:end]), token_ids=torch.arange(first, end), shards=gather
+            Head(head[first:end]), token_ids=torch.arange(first, end), gather=gather
         ).score(hidden)
 
     for first, end in spans:  # what each rank would send
-        on_rank(VocabularyShards(lambda part: parts.append(part) or part[None]), first, end)
+        on_rank(lambda part: parts.append(part) or part[None], first, end)
     for first, end in spans:
-        joined = on_rank(VocabularyShards(lambda _: torch.stack(parts)), first, end)
+        joined = on_rank(lambda _: torch.stack(parts), first, end)
         assert joined.top1_id.tolist() == whole.top1_id.tolist()
         torch.testing.assert_close(joined.features, whole.features)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adainfer_kernels import rows_to_compile_for
+from adainfer_kernels import Head, rows_to_compile_for
 from tokenizers import decoders
 from torch import Tensor
 from vllm import SamplingParams
@@ -38,9 +38,8 @@ from vllm_adainfer.policy.own_text import (
 )
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
-from vllm_adainfer.policy.probe import LabelHead
+from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.student import BATCH, TextEncoder
-from vllm_adainfer.policy.student import Student as ServedStudent
 from vllm_adainfer.settings.engine import Settings
 
 CPU = torch.device("cpu")
@@ -48,7 +47,7 @@ WITH_STUDENT: dict[str, Any] = {"exit_points": (0, 3), **student.asked_with()}
 AROUND = SharedTokens(start=(1, 2, 3), end=(4, 5))
 
 
-def scores_by_hand(encoder: Any, text: tuple[int, ...], head: LabelHead) -> Tensor:
+def scores_by_hand(encoder: Any, text: tuple[int, ...], head: Head) -> Tensor:
     """The definition: the mean of the states of one text, and a linear map."""
     states = encoder(torch.tensor([text])).last_hidden_state[0]
     return head.weight @ states.mean(0) + head.bias
@@ -118,27 +117,31 @@ def test_what_a_prompt_costs_on_arrival_has_a_cap():
 # What it makes of texts
 
 
-def head(labels: int = 2, rows: int | None = None) -> LabelHead:
+def student_of(encoder: Encoder, labels: int = 2) -> Probe:
     generator = torch.Generator().manual_seed(5)
-    count = labels if rows is None else rows
-    weight = torch.randn(count, student.WIDTH, generator=generator)
-    return LabelHead(weight, torch.randn(count, generator=generator), torch.arange(labels))
+    weight = torch.randn(labels, student.WIDTH, generator=generator)
+    head = Head(weight, torch.randn(labels, generator=generator))
+    built = TextEncoder.of(encoder, CPU)
+    return Probe(head, token_ids=torch.arange(labels), encoder=built, fused=False)
+
+
+def scores_of(probe: Probe, texts: Any, subsets: Tensor | None = None) -> Tensor:
+    return probe.label_scores(torch.empty(0), subsets, texts=texts)
 
 
 @pytest.mark.parametrize("count", [1, BATCH, 2 * BATCH + 3])
 def test_each_text_is_scored_as_if_it_were_alone(count):
     generator = np.random.default_rng(count)
     texts = [tuple(words(int(n), seed=n)) for n in generator.integers(1, student.LONGEST, count)]
-    model, own = student.bert(), head()
-    scores = ServedStudent(TextEncoder.of(student.encoder(), CPU), own).score(texts)
-    wanted = torch.stack([scores_by_hand(model, text, own) for text in texts])
+    model, own = student.bert(), student_of(student.encoder())
+    scores = scores_of(own, texts)
+    wanted = torch.stack([scores_by_hand(model, text, own.head) for text in texts])
     torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_labels_that_a_request_does_not_name_score_nothing():
     subsets = torch.tensor([[True, True, False], [False, True, True]])
-    encoder = TextEncoder.of(student.encoder(), CPU)
-    scores = ServedStudent(encoder, head(3)).score([(101, 102), (103,)], subsets)
+    scores = scores_of(student_of(student.encoder(), 3), [(101, 102), (103,)], subsets)
     assert torch.equal(scores.isneginf(), ~subsets)
 
 
@@ -196,15 +199,11 @@ def test_a_policy_decides_before_the_first_layer_by_the_text(artifact):
     )
     decision, view = policy.decide(0, rows), policy.view(0, rows)
     assert decision.settled.shape == (2,)
-    own = LabelHead(
-        artifact.tensors["exit.0.head_weight"],
-        artifact.tensors["exit.0.head_bias"],
-        torch.tensor(config.label_ids),
-    )
+    own = Head(*(artifact.tensors[f"exit.0.head_{name}"] for name in ("weight", "bias")))
     model = student.bert()
     wanted = torch.stack([scores_by_hand(model, text, own) for text in texts])
     labels = wanted[:, : len(config.label_ids)]
-    assert view.tokens.tolist() == own.token_ids[labels.argmax(1)].tolist()
+    assert view.tokens.tolist() == policy.answer_ids[labels.argmax(1)].tolist()
     best = labels.softmax(1).max(1).values
     torch.testing.assert_close(view.top_prob, best, rtol=1e-4, atol=1e-4)
     answered = decision.answers.values[:, : len(config.label_ids)].argmax(1)
@@ -214,13 +213,13 @@ def test_a_policy_decides_before_the_first_layer_by_the_text(artifact):
 
 def test_it_is_warmed_up(artifact, monkeypatch):
     asked: list[int] = []
-    score = ServedStudent.score
+    read = TextEncoder.read
 
-    def noting(self: Any, texts: Any, *subsets: Any) -> Tensor:
+    def noting(self: Any, hidden: Any, lens: Any, texts: Any) -> Tensor:
         asked.append(len(texts))
-        return score(self, texts, *subsets)
+        return read(self, hidden, lens, texts)
 
-    monkeypatch.setattr(ServedStudent, "score", noting)
+    monkeypatch.setattr(TextEncoder, "read", noting)
     policies = PolicySet({"a": Policy(artifact, CPU)})
     warm_up(policies, torch.zeros(3, artifact.config.hidden_size))
     assert asked == list(rows_to_compile_for(3))
@@ -238,11 +237,8 @@ def test_an_artifact_keeps_its_student(saved):
     loaded = load_artifact(str(saved))
     assert loaded.config.student == student.described()
     assert loaded.encoder is not None
-    own = head()
-    texts = [(101, 102)]
     before, after = (
-        ServedStudent(TextEncoder.of(one, CPU), own).score(texts)
-        for one in (student.encoder(), loaded.encoder)
+        scores_of(student_of(one), [(101, 102)]) for one in (student.encoder(), loaded.encoder)
     )
     assert torch.equal(before, after)
     assert loaded.digest != load_artifact(str(saved)).digest[::-1]
@@ -254,7 +250,7 @@ def test_both_parts_share_one_encoder(tiny_model):
     config = tiny_config(tiny_model, **WITH_STUDENT, **pooled)
     parts = Artifact(config, tiny_tensors(config), encoder=student.encoder()).parts("a")
     own, other = (Policy(part, CPU) for part in parts.values())
-    pair = zip(*(p._probes[0].encoder.state_dict().values() for p in (own, other)), strict=True)
+    pair = zip(*(p.probes[0].encoder.state_dict().values() for p in (own, other)), strict=True)
     assert all(one.data_ptr() == two.data_ptr() for one, two in pair)
     without = config.model_copy(
         update={"last_token": last.model_copy(update={"exit_points": (3,)})}

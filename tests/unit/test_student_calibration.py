@@ -30,17 +30,17 @@ from vllm_adainfer.offline.calibration.data.student_base import (
     StudentBase,
     load_student_base,
 )
-from vllm_adainfer.offline.calibration.fit import cost, exits, training
-from vllm_adainfer.offline.calibration.fit import student as students
+from vllm_adainfer.offline.calibration.fit import cost, encoders, exits, training
+from vllm_adainfer.offline.calibration.fit.calibration import TrainedProbe
 from vllm_adainfer.offline.calibration.fit.distil import Taught
-from vllm_adainfer.offline.calibration.fit.student import train_student
+from vllm_adainfer.offline.calibration.fit.encoders import train_student
 from vllm_adainfer.offline.calibration.fit.training import Lesson
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.facts.artifact import artifact_facts
 from vllm_adainfer.offline.facts.document import as_text
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy import Policy
-from vllm_adainfer.policy.student import Student, TextEncoder
+from vllm_adainfer.policy.student import TextEncoder
 
 HINTS = (101, 202)  # a word for each label
 DESCRIBED = student.described(SharedTokens())
@@ -49,9 +49,9 @@ CLEAR = 0.03  # a lead that no rounding to bfloat16 turns, on any processor
 
 def learn_fast(patch: pytest.MonkeyPatch) -> None:
     """An encoder of random weights has more to learn than one that knows the language."""
-    patch.setattr(students, "LEARNING_RATE", 1e-2)
+    patch.setattr(encoders, "STUDENT_LEARNING_RATE", 1e-2)
     patch.setattr(training, "HEAD_LEARNING_RATE", 1e-2)
-    patch.setattr(students, "EPOCHS", 6)
+    patch.setattr(encoders, "STUDENT_EPOCHS", 6)
 
 
 @pytest.fixture(autouse=True)
@@ -89,16 +89,20 @@ def found(recording) -> Any:
         return best_policy(calibration(recording), "auto", base_of(recording, unreadable=4))
 
 
+def scores_of(trained: TrainedProbe, texts: Any) -> torch.Tensor:
+    return trained.probe.label_scores(torch.empty(0), texts=texts)
+
+
 def test_a_student_learns_what_the_words_say_and_half_students_of_the_other_half(recording):
     trained = train_student(base_of(recording), Lesson.of(calibration(recording)))
     fit, certify = recording.of(SPLIT.fit), recording.of(SPLIT.certify)
     texts = [trained.base.texts[row] for row in certify]
-    own = LABEL_IDS[trained.probe.score(texts).argmax(1)].numpy()
+    own = LABEL_IDS[scores_of(trained, texts).argmax(1)].numpy()
     assert np.mean(own == recording.tokens[certify]) > 0.75
     halves = LABEL_IDS[trained.unseen.argmax(1)].numpy()
     assert 0.6 < np.mean(halves == recording.tokens[fit]) < 0.95, "they know half as much"
     again = train_student(base_of(recording), Lesson.of(calibration(recording)))
-    assert torch.equal(again.probe.score(texts), trained.probe.score(texts))
+    assert torch.equal(scores_of(again, texts), scores_of(trained, texts))
     assert torch.equal(again.unseen, trained.unseen)
 
 
@@ -118,9 +122,10 @@ def test_training_goes_to_its_end_unless_the_student_overfits(monkeypatch, error
     taught = Taught(torch.empty(40, 0), torch.eye(2).repeat(20, 1))
     words, rows = [(400 + number % 7,) for number in range(40)], np.arange(40)
     net = training.Net(TextEncoder(student.bert()), student.WIDTH, taught)
-    how = training.Training("a student", len(errors), 1e-3, seed=0)
+    lesson = Lesson(taught, rows, rows % 2, LABEL_IDS, seed=0)
     bar = SimpleNamespace(update=lambda: None)
-    found, epochs = training._Trainer(words, taught, how, bar).until_it_overfits(net, rows, rows)
+    trainer = training._Trainer(words, lesson, 1e-3, bar)
+    found, epochs = trainer.until_it_overfits(net, rows, rows, len(errors))
     assert epochs == kept
     assert torch.equal(found.head.bias, biases[kept - 1])
     assert len({tuple(bias.tolist()) for bias in biases}) == len(biases)
@@ -133,7 +138,7 @@ def test_sure_answers_stay_apart_where_the_answer_alone_is_promised(recording, m
     softer = train_student(base_of(recording), Lesson.of(calibration(recording)))
     texts = [plain.base.texts[row] for row in recording.of(SPLIT.fit)]
     for scores in (
-        [one.probe.score(texts) for one in (plain, softer)],
+        [scores_of(one, texts) for one in (plain, softer)],
         [one.unseen for one in (plain, softer)],
     ):
         leads = [(one[:, 0] - one[:, 1]).abs() for one in scores]
@@ -156,7 +161,7 @@ def test_held_out_rows_change_no_weight(recording):
 
 def test_what_is_said_of_a_half_is_learned_from_the_other_one(recording, monkeypatch):
     """Rows that judge a net only tell when it overfits: never after one epoch."""
-    monkeypatch.setattr(students, "EPOCHS", 1)
+    monkeypatch.setattr(encoders, "STUDENT_EPOCHS", 1)
     base, rows = base_of(recording), np.arange(200)
     halves = rows % 2
     labels = torch.eye(2)[torch.from_numpy(halves)]
@@ -173,9 +178,9 @@ def test_what_is_said_of_a_half_is_learned_from_the_other_one(recording, monkeyp
 
 def test_the_policy_asks_it_first_and_its_bound_covers_all_exits(found, recording):
     assert found.exits[0].layer == 0
-    assert isinstance(found.exits[0].probe, Student)
+    assert isinstance(found.exits[0].probe.encoder, TextEncoder)
     assert found.last_token is not None
-    assert isinstance(found.last_token.exits[0].probe, Student)
+    assert isinstance(found.last_token.exits[0].probe.encoder, TextEncoder)
     point = found.points[EPSILON]
     held = recording.of(SPLIT.certify)
     where = np.full(len(held), len(found.exits))
@@ -356,7 +361,7 @@ def test_minilm_learns_the_sentiment_of_reviews_from_a_few_hundred_of_them(monke
     right = torch.tensor([names.index(row["label"]) for row in rows])
     halves = np.arange(len(rows)) % 2
     taught = Taught(torch.empty(len(rows), 0), one_hot(right, len(names)).float())
-    monkeypatch.setattr(students, "EPOCHS", 3)
+    monkeypatch.setattr(encoders, "STUDENT_EPOCHS", 3)
     lesson = Lesson(taught, np.arange(len(rows)), halves, torch.arange(len(names)), seed=0)
     trained = train_student(base, lesson)
     assert trained.asked(np.arange(len(rows))).all()

@@ -7,7 +7,7 @@ from adainfer_kernels import rows_to_compile_for
 
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.engine.worker.warm_up import warm_up
-from vllm_adainfer.policy.answers import EarlyStates
+from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicySet
 
@@ -28,7 +28,7 @@ class Chain(ExitPolicy):
         memory = None if rows.memory is None else float(rows.memory[0])
         self.decided.append((exit_index, count, memory))
         memory_after = torch.full((count,), float(exit_index))
-        return Decision(rows.threshold_rows > 0, EarlyStates(rows.hidden), memory_after)
+        return Decision(rows.threshold_rows > 0, Answers(rows.hidden), memory_after)
 
 
 def test_every_policy_decides_at_its_exit_points_with_the_memory_of_the_last():

@@ -17,7 +17,6 @@ from typing_extensions import override
 
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.branch_shapes import BRANCH_HEADS, BRANCH_MLP, BRANCH_WIDTH
-from vllm_adainfer.policy.probe import LabelHead
 
 DROPOUT = 0.1  # in training
 # Attention is on padded batches of prompts of about the same length.
@@ -56,10 +55,10 @@ class StateEncoder(nn.Module):
         lens = np.array([len(states) for states in prompts])
         # Autocasting, which training does, cannot join float16.
         dtype = self.project.weight.dtype
-        return self.encode(self.projected(torch.cat([one.to(dtype) for one in prompts])), lens)
+        return self.read(self.projected(torch.cat([one.to(dtype) for one in prompts])), lens)
 
     def projected(self, states: Tensor) -> Tensor:
-        """[rows, width], of each token's state [rows, hidden size] what `encode` reads.
+        """[rows, width], of each token's state [rows, hidden size] what `read` reads.
 
         The states are RMS-normed, as `adainfer_kernels.pool` norms them; here the quotient is taken
         last, on fewer numbers.
@@ -69,13 +68,11 @@ class StateEncoder(nn.Module):
         read = linear(states.to(weight.weight.dtype), weight.weight)
         return (read * scale + weight.bias).to(weight.weight.dtype)
 
-    def encode(self, rows: Tensor, lens: Ints) -> Tensor:
+    def read(self, rows: Tensor, lens: Ints, _texts: object = ()) -> Tensor:
         """fp32 [prompts, 2 x width]: the state of the last token, and the mean of all.
 
-        Args:
-            rows: [tokens of all prompts, width], what `projected` makes of their states.
-            lens: [prompts], the tokens of each; at least one.
-
+        `rows` [tokens of all prompts, width] is what `projected` makes of their states; `lens` are
+        the tokens of each prompt, at least one.
         """
         attended = self._attend(self.attention_in(self.attention_norm(rows)), lens)
         rows = rows + self.dropout(self.attention_out(attended))
@@ -108,42 +105,3 @@ class StateEncoder(nn.Module):
             parts.append(found.index_select(0, kept))
         places = np.argsort(np.concatenate(order))
         return torch.cat(parts).index_select(0, torch.from_numpy(places).to(rows.device))
-
-
-class Branch:
-    """An encoder of states with a label head: the probe of an exit point that has a branch.
-
-    Attributes:
-        encoder: reads the states.
-        head: scores the labels from what the encoder makes of a prompt.
-
-    """
-
-    def __init__(self, encoder: StateEncoder, head: LabelHead) -> None:
-        """Put `head` on `encoder`; calibration and serving both use this."""
-        self.encoder = encoder
-        self.head = head
-
-    @property
-    def fitted_tensors(self) -> dict[str, Tensor]:
-        """The tensors that calibration has fitted, by their names in an artifact."""
-        encoder = {f"branch.{name}": one for name, one in self.encoder.state_dict().items()}
-        return self.head.fitted_tensors | encoder
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that the branch stores."""
-        return sum(tensor.nbytes for tensor in self.fitted_tensors.values())
-
-    @torch.no_grad()
-    def project(self, states: Tensor) -> Tensor:
-        """[rows, width], what is kept of each token's state [rows, hidden size] to be scored."""
-        return self.encoder.projected(states)
-
-    @torch.no_grad()
-    def score(self, rows: Tensor, lens: Ints, subsets: Tensor | None = None) -> Tensor:
-        """Scores fp32 [prompts, labels or labels + 1], see `LabelHead.score`.
-
-        `rows` and `lens` are as for `StateEncoder.encode`.
-        """
-        return self.head.score(self.encoder.encode(rows, lens), subsets)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
-import numpy as np
 from torch import Tensor
 
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.policy.answers import Answers
-from vllm_adainfer.policy.branch import Branch
-from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.policy.probe import NO_LENS, Probe
 from vllm_adainfer.policy.score import is_chain, score
 from vllm_adainfer.promise.changed import Changed
 from vllm_adainfer.promise.promise import Outcome, Promise
@@ -74,7 +71,7 @@ class UndecidedRows:
     memory: Tensor | None = None
     subsets: Tensor | None = None
     texts: Sequence[Sequence[int]] = ()
-    lens: Ints = field(default_factory=lambda: np.arange(0))
+    lens: Ints = field(default_factory=lambda: NO_LENS)
 
 
 class ExitPolicy(ABC):
@@ -84,8 +81,7 @@ class ExitPolicy(ABC):
         exit_points: layers after which the exit loop calls `decide`, ascending.
         num_threshold_rows: the number of threshold rows: one per level, or per level and question.
         probe_inputs: what it reads at each exit point.
-        branches: by index of the exit point, the branch of each that has one.
-        probes: those that the kernels run.
+        probes: the probe of each exit point; none of a policy without probes.
         promise: what is promised of the answers.
         answers_stand: whether what it has settled is answered early even where the request stays
             to full depth: what it promises holds only so (see `ArtifactConfig.answers_stand`), or
@@ -96,7 +92,6 @@ class ExitPolicy(ABC):
     exit_points: tuple[int, ...]
     num_threshold_rows: int
     probe_inputs: tuple[ProbeInput, ...]
-    branches: Mapping[int, Branch] = MappingProxyType({})
     probes: Sequence[Probe] = ()
     promise: Promise = Changed()
     answers_stand: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TypeAlias
+from functools import partial
 
 import torch
 from adainfer_kernels import Head
@@ -15,22 +15,14 @@ from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.kinds import FEATURES, ProbeInput
 from vllm_adainfer.artifact.label_subsets import mask_of, restrict
 from vllm_adainfer.artifact.tensors import served_shape
-from vllm_adainfer.policy.answers import (
-    Answers,
-    EarlyScores,
-    EarlyStates,
-    LabelLogits,
-    LabelScores,
-    ShortlistScores,
-    best_token,
-)
-from vllm_adainfer.policy.branch import Branch, StateEncoder
+from vllm_adainfer.policy.answers import Answers, best_token
+from vllm_adainfer.policy.branch import StateEncoder
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.first_tokens import FirstTokens
-from vllm_adainfer.policy.probe import LabelHead, Probe, lens_of
-from vllm_adainfer.policy.reading import ProbeView
+from vllm_adainfer.policy.probe import Probe, lens_of
+from vllm_adainfer.policy.probe_view import ProbeView
 from vllm_adainfer.policy.score import score
-from vllm_adainfer.policy.student import Student
+from vllm_adainfer.policy.student import TextEncoder
 from vllm_adainfer.promise.kinds import promise_of
 from vllm_adainfer.promise.probabilities import (
     features_among,
@@ -40,7 +32,6 @@ from vllm_adainfer.promise.probabilities import (
 from vllm_adainfer.promise.promise import Outcome
 
 LINEAR_SHAPE = served_shape("svm", len(FEATURES))
-ScoringProbe: TypeAlias = LabelHead | Student | Branch  # scores the labels, without a kernel
 
 
 class Policy(ExitPolicy):
@@ -65,7 +56,7 @@ class Policy(ExitPolicy):
         [n, head size]; label heads need none.
 
         Raises:
-            AdaInferError: a student cannot be built, see `Student.of`.
+            AdaInferError: a student cannot be built, see `TextEncoder.of`.
 
         """
         config = artifact.config
@@ -75,10 +66,12 @@ class Policy(ExitPolicy):
         self.probe_inputs = config.probe_inputs
         self.promise = promise_of(config)
         self.answer_ids = tensors.get("shortlist")
-        self._answers: type[EarlyScores] = ShortlistScores
-        if config.candidates == "labels":
+        of_labels, has_rest = config.candidates == "labels", self.promise.reads_probabilities
+        if of_labels:
             self.answer_ids = torch.tensor(config.label_ids, device=device)
-            self._answers = LabelLogits if self.promise.reads_probabilities else LabelScores
+        self._scored = partial(
+            Answers, token_ids=self.answer_ids, of_labels=of_labels, has_rest=has_rest
+        )
         self.answers_stand = config.answers_stand or "shortlist" in tensors
         self._pool = config.label_pool
         self._columns = torch.arange(len(config.labels), device=device)
@@ -99,13 +92,11 @@ class Policy(ExitPolicy):
             lens = logit_lens(artifact.tensors.get("head_rows"))
             if "head_rows" in tensors:
                 head = Head(tensors["head_rows"])
-                lens = replace(lens, head=head, token_ids=self.answer_ids, shards=None)
-        self._probes = [
+                lens = replace(lens, head=head, token_ids=self.answer_ids, gather=None)
+        self.probes = [
             self._probe(artifact, layer, read, tensors_of(tensors, f"exit.{layer}."), lens)
             for layer, read in zip(self.exit_points, self.probe_inputs, strict=True)
         ]
-        self.branches = {i: one for i, one in enumerate(self._probes) if isinstance(one, Branch)}
-        self.probes = [probe for probe in self._probes if isinstance(probe, Probe)]
 
     def _probe(
         self,
@@ -114,29 +105,21 @@ class Policy(ExitPolicy):
         read: ProbeInput,
         own: Mapping[str, Tensor],
         lens: Probe | None,
-    ) -> Probe | ScoringProbe:
+    ) -> Probe:
         """The probe of an exit point, whose tensors are `own`."""
         if lens is not None:
             return replace(lens, lens=lens_of(own))
-        ids = self.answer_ids
-        assert ids is not None, "label heads score labels"
         weight, bias = own["head_weight"], own["head_bias"]
-        trained = read in (ProbeInput.TEXT, ProbeInput.OWN_STATES)
-        if not (trained or self._pool or self.promise.reads_probabilities):
-            return Probe(Head(weight, bias), token_ids=ids)
-        head = LabelHead(weight.float(), bias.float(), ids)
-        if read is ProbeInput.TEXT:
-            return Student.of(artifact, head, ids.device)
-        if read is ProbeInput.OWN_STATES:
-            encoder = tensors_of(artifact.tensors, f"exit.{layer}.branch.")
-            return Branch(StateEncoder.of(encoder, ids.device), head)
-        return head
+        encoder = _encoder(artifact, layer, read, weight.device)
+        fused = encoder is None and not (self._pool or self.promise.reads_probabilities)
+        head = Head(weight, bias) if fused else Head(weight.float(), bias.float())
+        return Probe(head, token_ids=self.answer_ids, encoder=encoder, fused=fused)
 
     @override
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
-        probe, classifier = self._probes[exit_index], self._classifiers[exit_index]
+        probe, classifier = self.probes[exit_index], self._classifiers[exit_index]
         threshold = self._thresholds[exit_index][rows.threshold_rows]
-        if isinstance(probe, Probe):
+        if probe.fused:
             decision = self._read_by_kernel(probe, classifier, threshold, rows)
         else:
             scores = self._scores(probe, rows)
@@ -146,7 +129,6 @@ class Policy(ExitPolicy):
             )
         if self._never_early is None:
             return decision
-        assert isinstance(decision.answers, EarlyScores)
         scores = decision.answers.scores
         best = scores >= scores.amax(dim=1, keepdim=True)  # the sampler breaks ties
         runs_on = (best & self._never_early).any(dim=1)
@@ -166,7 +148,7 @@ class Policy(ExitPolicy):
             threshold=threshold if is_linear else None,
             return_scores=self.answer_ids is not None,
         )
-        answers: Answers = EarlyStates(readout)
+        answers = Answers(readout)
         if self.answer_ids is not None:
             assert result.scores is not None
             answers = self._scored(result.scores)
@@ -174,18 +156,9 @@ class Policy(ExitPolicy):
             return Decision(result.settled, answers)
         return Decision.by_score(result.features, classifier, threshold, rows.memory, answers)
 
-    def _scored(self, values: Tensor) -> Answers:
-        assert self.answer_ids is not None
-        return self._answers(values, self.answer_ids)
-
-    def _scores(self, probe: ScoringProbe, rows: UndecidedRows) -> Tensor:
-        """The scores of a probe for `rows`, see `LabelHead.score`."""
-        subsets = self._named(rows.subsets)
-        if isinstance(probe, Student):
-            return probe.score(rows.texts, subsets)
-        if isinstance(probe, Branch):
-            return probe.score(rows.hidden, rows.lens, subsets)
-        return probe.score(rows.hidden, subsets)
+    def _scores(self, probe: Probe, rows: UndecidedRows) -> Tensor:
+        """All scores of a label head for `rows`."""
+        return probe.label_scores(rows.hidden, self._named(rows.subsets), rows.lens, rows.texts)
 
     def _named(self, subsets: Tensor | None) -> Tensor | None:
         """bool [rows, labels], the labels that each row names; None if all name all."""
@@ -196,8 +169,8 @@ class Policy(ExitPolicy):
 
     def view(self, exit_index: int, rows: UndecidedRows) -> ProbeView:
         """The basis of the decision of `decide`."""
-        probe, ids = self._probes[exit_index], self.answer_ids
-        if isinstance(probe, Probe):
+        probe, ids = self.probes[exit_index], self.answer_ids
+        if probe.fused:
             result = probe.score(probe.readout(rows.hidden))
             tokens, features = result.top1_id, result.features
             shown = features
@@ -218,7 +191,7 @@ class Policy(ExitPolicy):
     def early(self, answers: Answers, head: Callable[[Tensor], Tensor]) -> Outcome:
         if self._first_tokens is not None:  # choices, by their places
             return Outcome(answers.values.argmax(dim=1))
-        if not isinstance(answers, LabelLogits):
+        if not answers.has_rest:
             return super().early(answers, head)
         labels = None
         if self.promise.reads_values:
@@ -235,7 +208,7 @@ class Policy(ExitPolicy):
             return super().full_depth(logits, answers)
         subsets = None
         if self._pool:
-            assert isinstance(answers, EarlyScores)
+            assert answers is not None
             subsets = answers.scores.isfinite()
         ids = self.answer_ids
         assert ids is not None
@@ -257,3 +230,25 @@ class Policy(ExitPolicy):
 def tensors_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Those of `tensors` whose names begin with `prefix`, by the rest of the name."""
     return {n.removeprefix(prefix): one for n, one in tensors.items() if n.startswith(prefix)}
+
+
+def _encoder(
+    artifact: Artifact, layer: int, read: ProbeInput, device: torch.device
+) -> StateEncoder | TextEncoder | None:
+    """What makes the state that the head after a layer reads: a branch's encoder, or a student's.
+
+    Raises:
+        AdaInferError: see `TextEncoder.of` and `TextEncoder.check_reads`.
+
+    """
+    if read is ProbeInput.OWN_STATES:
+        own = tensors_of(artifact.tensors, f"exit.{layer}.branch.")
+        return StateEncoder.of(own, device)
+    if read is not ProbeInput.TEXT:
+        return None
+    student, built = artifact.config.student, artifact.encoder
+    assert student is not None, "a student decides at this exit point"
+    assert built is not None, "its files are part of the artifact"
+    encoder = TextEncoder.of(built, torch.device("cpu"))
+    encoder.check_reads(student, built.largest_token)
+    return encoder.to(device)

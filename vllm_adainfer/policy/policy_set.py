@@ -27,14 +27,14 @@ class PolicyRows:
     Attributes:
         policy: index of the policy in the set.
         exit_index: index of this exit point among the policy's own.
-        read: what the policy reads there.
+        probe_input: what the policy reads there.
         rows: int64 [rows of this policy], indices into all rows.
 
     """
 
     policy: int
     exit_index: int
-    read: ProbeInput
+    probe_input: ProbeInput
     rows: Ints
 
 
@@ -76,9 +76,9 @@ class PolicySet:
         """[names], whether the answers of each policy do, see `ExitPolicy`."""
         return np.array([*(policy.answers_stand for policy in self.policies), False])
 
-    def read(self, read: ProbeInput) -> bool:
+    def reads(self, probe_input: ProbeInput) -> bool:
         """Whether any policy reads this of a request."""
-        return any(read in policy.probe_inputs for policy in self.policies)
+        return any(probe_input in policy.probe_inputs for policy in self.policies)
 
     def owners(self, threshold_rows: Ints) -> Ints:
         """The policy of each threshold row, as an index into `names`."""
@@ -95,5 +95,5 @@ class PolicySet:
         at = self._at[exit_index]
         for policy in np.unique(owners).tolist():  # a step has few of all policies
             if policy in at:
-                read = self.policies[policy].probe_inputs[at[policy]]
-                yield PolicyRows(policy, at[policy], read, np.flatnonzero(owners == policy))
+                probe_input = self.policies[policy].probe_inputs[at[policy]]
+                yield PolicyRows(policy, at[policy], probe_input, np.flatnonzero(owners == policy))

@@ -1,40 +1,49 @@
-"""Probes: how an intermediate hidden state becomes next-token scores and features.
+"""Probes: how an exit point scores tokens from what it reads.
 
 Calibration and serving both use `Probe`, so a feature means the same in both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import adainfer_kernels
+import numpy as np
 import torch
 from adainfer_kernels import Head, Lens, Norm, NormKind, ProbeResult
 from torch import Tensor
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.label_subsets import restrict
-from vllm_adainfer.policy.shards import VocabularyShards
+from vllm_adainfer.policy.branch import StateEncoder
+from vllm_adainfer.policy.student import TextEncoder
+
+NO_LENS: Ints = np.arange(0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Probe:
-    """How an exit point reads a hidden state.
+    """How an exit point scores tokens: perhaps an encoder, then a head.
 
-    A `label-head` is just a head with a bias, fitted to map the state straight to the labels' final
-    scores. A `logit-lens` is the model's own final norm and head. A `lens` is a tuned lens (Belrose
-    et al. 2023, arXiv 2303.08112), which puts a fitted affine map before those; a map that would be
-    too large to store is kept as the product of two thin matrices.
+    A `label-head` is a head with a bias, fitted to map what is read straight to the labels' final
+    scores: the state of the last token, or of a whole prompt; or what the encoder of a branch or of
+    a student makes of it. A `logit-lens` is the model's own final norm and head. A `lens` is a
+    tuned lens (Belrose et al. 2023, arXiv 2303.08112), which puts a fitted affine map before those.
 
     Attributes:
-        head: one row for each token it scores.
+        head: one row for each token it scores. For probabilities a label head has one more, for the
+            log-odds of the label mass (the labels' share of the whole vocabulary's probability).
         token_ids: int64 [n], the tokens of the rows; None where row j is token j.
         norm: the model's final norm; None for a label head and for a model without one.
         projection: [hidden size, head size], applied after the norm, as in OPT-350m; None where
             the head reads the normed state itself.
         lens: applied before the norm; None for none.
-        shards: joins the results of ranks that hold other rows of the head; None where this
-            probe has all the rows.
+        gather: where ranks hold other rows of the head, collects a tensor [...] from every rank
+            into [ranks, ...], the same on each rank; a collective operation. None where this probe
+            has all the rows.
+        encoder: makes the state that the head reads; None where it reads states of the model.
+        fused: whether a kernel reduces the scores to features; else a promise reads all of them.
 
     """
 
@@ -43,17 +52,26 @@ class Probe:
     norm: Norm | None = None
     projection: Tensor | None = None
     lens: Lens | None = None
-    shards: VocabularyShards | None = None
+    gather: Callable[[Tensor], Tensor] | None = None
+    encoder: StateEncoder | TextEncoder | None = None
+    fused: bool = True
+
+    @property
+    def reads_mass(self) -> bool:
+        """Whether the last score is that of the label mass."""
+        return self.token_ids is not None and self.head.size > len(self.token_ids)
 
     @property
     def fitted_tensors(self) -> dict[str, Tensor]:
-        """The tensors that calibration has fitted, by their names in an artifact."""
-        tensors: dict[str, Tensor | None] = {}
+        """The fitted tensors, by their names in an artifact; a student's encoder has own files."""
+        tensors: dict[str, Tensor] = {}
         if self.head.bias is not None:  # a label head
             tensors = {"head_weight": self.head.weight, "head_bias": self.head.bias}
-        elif self.lens is not None:
+        elif self.lens is not None and self.lens.bias is not None:
             tensors = {"lens_weight": self.lens.weight, "lens_bias": self.lens.bias}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        if isinstance(self.encoder, StateEncoder):
+            tensors |= {f"branch.{name}": one for name, one in self.encoder.state_dict().items()}
+        return tensors
 
     @property
     def model_tensors(self) -> dict[str, Tensor]:
@@ -70,7 +88,10 @@ class Probe:
     @property
     def bytes(self) -> int:
         """The bytes that the probe stores besides the model's own norm and head."""
-        return sum(tensor.nbytes for tensor in self.fitted_tensors.values())
+        stored = [*self.fitted_tensors.values()]
+        if isinstance(self.encoder, TextEncoder):
+            stored += self.encoder.state_dict().values()
+        return sum(tensor.nbytes for tensor in stored)
 
     def of_tokens(self, token_ids: Tensor) -> Probe:
         """The same probe for these tokens alone, int64 [n]; `self` must score the vocabulary."""
@@ -97,7 +118,7 @@ class Probe:
     ) -> ProbeResult:
         """Best token, features, and optionally decisions and scores; see `adainfer_kernels.probe`.
 
-        With `shards`, only the best token and the features: a rank scores its own rows alone, and
+        With `gather`, only the best token and the features: a rank scores its own rows alone, and
         cannot decide from them.
         """
         result = adainfer_kernels.probe(
@@ -108,49 +129,44 @@ class Probe:
             threshold=threshold,
             return_scores=return_scores,
         )
-        return result if self.shards is None else self.shards.merged(result)
+        return result if self.gather is None else merged(result, self.gather)
 
+    @torch.no_grad()
+    def project(self, states: Tensor) -> Tensor:
+        """[rows, width], what a branch keeps of each token's state [rows, hidden size]."""
+        assert isinstance(self.encoder, StateEncoder), "other probes keep states as they are"
+        return self.encoder.projected(states)
 
-@dataclass(frozen=True)
-class LabelHead:
-    """Scores the labels from a state; calibration and serving both use it.
+    @torch.no_grad()
+    def label_scores(
+        self,
+        hidden: Tensor,
+        subsets: Tensor | None = None,
+        lens: Ints = NO_LENS,
+        texts: Sequence[Sequence[int]] = (),
+    ) -> Tensor:
+        """All scores of a label head, fp32 [rows, head rows].
 
-    For probabilities it has one more row, for the log-odds of the label mass (the labels' share of
-    the whole vocabulary's probability).
-
-    Attributes:
-        weight: fp32 [labels or labels + 1, hidden size, or twice that for a pooled head].
-        bias: fp32 [labels or labels + 1].
-        token_ids: int64 [labels].
-
-    """
-
-    weight: Tensor
-    bias: Tensor
-    token_ids: Tensor
-
-    @property
-    def reads_mass(self) -> bool:
-        """Whether the last score is that of the label mass."""
-        return len(self.bias) > len(self.token_ids)
-
-    @property
-    def fitted_tensors(self) -> dict[str, Tensor]:
-        """The tensors that calibration has fitted, by their names in an artifact."""
-        return {"head_weight": self.weight, "head_bias": self.bias}
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that the head stores."""
-        return self.weight.nbytes + self.bias.nbytes
-
-    def score(self, hidden: Tensor, subsets: Tensor | None = None) -> Tensor:
-        """Scores fp32 [rows, labels or labels + 1] of states, see `UndecidedRows.hidden`.
-
-        `subsets`, bool [rows, labels], are the labels that each row's request names; others get
-        -inf. None: all.
+        `hidden`, `lens` and `texts` are those of `UndecidedRows`. `subsets`, bool [rows, labels],
+        are the labels that each row's request names; others get -inf. None: all.
         """
-        return restrict(torch.addmm(self.bias, hidden.float(), self.weight.T), subsets)
+        encoder, bias = self.encoder, self.head.bias
+        read = hidden if encoder is None else encoder.read(hidden, lens, texts)
+        assert bias is not None, "label heads have one"
+        return restrict(torch.addmm(bias, read.float(), self.head.weight.T), subsets)
+
+
+def merged(shard: ProbeResult, gather: Callable[[Tensor], Tensor]) -> ProbeResult:
+    """This rank's result merged with those of all other ranks; see `Probe.gather`."""
+    # Ids travel as the bits of floats, so that one collective carries everything.
+    ids = shard.top1_id.to(torch.int32).view(torch.float32)
+    shards = gather(torch.stack([ids, shard.top1, shard.top2, shard.lse]))
+    return adainfer_kernels.merge(
+        [
+            ProbeResult(ids.contiguous().view(torch.int32).long(), top1, top2, lse)
+            for ids, top1, top2, lse in shards.unbind()
+        ]
+    )
 
 
 def lens_of(tensors: Mapping[str, Tensor]) -> Lens | None:

@@ -11,7 +11,7 @@ from adainfer_kernels import Head
 from typing_extensions import override
 
 from vllm_adainfer.artifact.kinds import ProbeInput
-from vllm_adainfer.policy.answers import LabelScores
+from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.probe import Probe
 
@@ -29,21 +29,16 @@ class ScriptedPolicy(ExitPolicy):
         self.answer_ids = torch.tensor(SCRIPT_LABELS, device=device)
         self._classifier = torch.zeros(3, dtype=torch.float32, device=device)
         generator = torch.Generator().manual_seed(0)
-        head = torch.randn(
-            len(SCRIPT_LABELS), hidden_size, generator=generator, dtype=torch.float32
-        )
-        self._probe = Probe(
-            Head(
-                head.to(device),
-                torch.zeros(len(SCRIPT_LABELS), dtype=torch.float32, device=device),
-            ),
-            token_ids=self.answer_ids,
-        )
-        self.probes = [self._probe]
+        size = len(SCRIPT_LABELS)
+        head = torch.randn(size, hidden_size, generator=generator, dtype=torch.float32)
+        bias = torch.zeros(size, dtype=torch.float32, device=device)
+        self._probe = Probe(Head(head.to(device), bias), token_ids=self.answer_ids)
+        self.probes = [self._probe] * len(exit_points)
 
     @override
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
         readout = self._probe.readout(rows.hidden)
         threshold = torch.zeros(len(rows.hidden), dtype=torch.float32, device=rows.hidden.device)
         _, scores = self._probe.settle(readout, self._classifier, threshold)
-        return Decision(rows.threshold_rows <= exit_index, LabelScores(scores, self.answer_ids))
+        answers = Answers(scores, self.answer_ids, of_labels=True)
+        return Decision(rows.threshold_rows <= exit_index, answers)

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from vllm_adainfer.artifact import fields as described
-from vllm_adainfer.artifact.artifact import Artifact, Encoder
+from vllm_adainfer.artifact.artifact import Encoder
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.probe import LabelHead
 
 # Texts are sorted by length and read in batches: padding to the longest of all would take longer.
 BATCH = 32
@@ -130,52 +129,9 @@ class TextEncoder(nn.Module):
         weights = present.to(states.dtype).unsqueeze(2)
         return ((states * weights).sum(1) / weights.sum(1)).float()
 
-
-class Student:
-    """An encoder with a label head: the probe at exit point 0 of a policy that has one.
-
-    Attributes:
-        encoder: reads the texts.
-        head: scores the labels from what the encoder makes of a text.
-
-    """
-
-    def __init__(self, encoder: TextEncoder, head: LabelHead) -> None:
-        """Put `head` on `encoder`; calibration and serving both use this."""
-        self.encoder = encoder
-        self.head = head
-
-    @classmethod
-    def of(cls, artifact: Artifact, head: LabelHead, device: torch.device) -> Student:
-        """The student of an artifact, with its head on `device`.
-
-        Raises:
-            AdaInferError: see `TextEncoder.of` and `TextEncoder.check_reads`.
-
-        """
-        student, built = artifact.config.student, artifact.encoder
-        assert student is not None, "a student decides at this exit point"
-        assert built is not None, "its files are part of the artifact"
-        encoder = TextEncoder.of(built, torch.device("cpu"))
-        encoder.check_reads(student, built.largest_token)
-        return cls(encoder.to(device), head)
-
-    @property
-    def fitted_tensors(self) -> dict[str, Tensor]:
-        """Those of the head, by their names in an artifact; the encoder has files of its own."""
-        return self.head.fitted_tensors
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that the student stores."""
-        encoder = sum(one.nbytes for one in self.encoder.state_dict().values())
-        return self.head.bytes + encoder
-
-    @torch.no_grad()
-    def score(self, texts: Sequence[Sequence[int]], subsets: Tensor | None = None) -> Tensor:
-        """Scores fp32 [texts, labels or labels + 1], see `LabelHead.score`."""
+    def read(self, _hidden: object, _lens: object, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Read any number of texts: fp32 [texts, hidden size]."""
         order = np.argsort([len(text) for text in texts], kind="stable")
         batches = np.split(order, range(BATCH, len(order), BATCH))
-        read = torch.cat([self.encoder([texts[i] for i in batch]) for batch in batches])
-        places = torch.from_numpy(np.argsort(order)).to(read.device)
-        return self.head.score(read[places], subsets)
+        read = torch.cat([self([texts[i] for i in batch]) for batch in batches])
+        return read[torch.from_numpy(np.argsort(order)).to(read.device)]

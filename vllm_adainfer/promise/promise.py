@@ -105,7 +105,7 @@ class Promise(ABC):
         return self.link.one_holds and not self.best_may_change
 
     def features(self, scores: Tensor) -> Tensor:
-        """[rows, features], what the classifier reads of `scores`, see `LabelHead.score`."""
+        """[rows, features], what the classifier reads of `scores`, see `Probe.label_scores`."""
         return features_of(scores, self.link)
 
     def answers(self, scores: Tensor) -> Tensor:

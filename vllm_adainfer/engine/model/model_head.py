@@ -23,9 +23,7 @@ from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0
 from vllm_adainfer.engine.segments.decoder import Decoder, norm_of
 from vllm_adainfer.exits.batch.upload import upload
 from vllm_adainfer.exits.loop.loop import ScoredRequests, StepOutput
-from vllm_adainfer.policy.answers import LabelLogits
 from vllm_adainfer.policy.probe import Probe
-from vllm_adainfer.policy.shards import VocabularyShards
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.llama import LlamaForCausalLM as _Model
@@ -112,9 +110,7 @@ class ModelHead(_Model):
         return replace(
             lens,
             token_ids=first + torch.arange(lens.head.size, device=self.device),
-            shards=VocabularyShards(
-                lambda part: ranks.all_gather(part, dim=0).unflatten(0, (-1, part.shape[0]))
-            ),
+            gather=lambda part: ranks.all_gather(part, dim=0).unflatten(0, (-1, part.shape[0])),
         )
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
@@ -147,7 +143,7 @@ class ModelHead(_Model):
         at_full_depth = np.setdiff1d(np.arange(count), np.concatenate(early))
         deep, *places = upload([at_full_depth, *early], device)
         # bfloat16 is too coarse for probabilities; vLLM's sampler reads logits in fp32 anyway.
-        exact = any(isinstance(answers, LabelLogits) for _, answers in scored)
+        exact = any(answers.has_rest for _, answers in scored)
         size, dtype = self._text_config.vocab_size, torch.float32 if exact else hidden_states.dtype
         deep_logits = None
         if at_full_depth.size:
@@ -158,7 +154,7 @@ class ModelHead(_Model):
             logits[deep] = deep_logits.to(dtype)
         for (_, answers), place in zip(scored, places, strict=True):
             answers = replace(answers, values=broadcast_from_rank0(answers.values))
-            if isinstance(answers, LabelLogits):
+            if answers.has_rest:
                 logits[place] = answers.rest.expand(-1, size)
                 # A label that the request does not name counts among its other tokens.
                 scores = torch.where(answers.scores.isneginf(), answers.rest, answers.scores)

@@ -22,11 +22,12 @@ def wrong_kernels(policies: PolicySet, states: Tensor) -> str | None:
     `states` [max requests, hidden size] have the dtype that will be served, and are overwritten.
     """
     states.copy_(torch.randn(states.shape, generator=torch.Generator().manual_seed(0)))
-    for probe in (probe for policy in policies.policies for probe in policy.probes):
+    probes = [probe for policy in policies.policies for probe in policy.probes if probe.fused]
+    for probe in dict.fromkeys(probes):
         for rows in rows_to_compile_for(len(states)):
             if found := _wrong_probe(probe, states[:rows]):
                 return f"{found} of {rows} rows differ, by a head of {probe.head.size} rows"
-    if policies.read(ProbeInput.PROMPT) and (found := _wrong_pool(states)):
+    if policies.reads(ProbeInput.PROMPT) and (found := _wrong_pool(states)):
         return found
     return None
 

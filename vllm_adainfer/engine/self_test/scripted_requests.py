@@ -21,7 +21,7 @@ from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.exits.loop.loop import StepOutput
 from vllm_adainfer.exits.loop.step import FULL_DEPTH, StepContext
-from vllm_adainfer.policy.answers import EarlyStates
+from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 
 
@@ -38,7 +38,7 @@ class ScriptedExits(ExitPolicy):
     @override
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
         states = rows.hidden[:, : self._head_size]
-        return Decision(rows.threshold_rows <= exit_index, EarlyStates(states))
+        return Decision(rows.threshold_rows <= exit_index, Answers(states))
 
 
 @dataclass

@@ -17,7 +17,7 @@ TEXT = (1,) * 16  # for a student
 @torch.inference_mode()
 def warm_up(policies: PolicySet, states: torch.Tensor) -> None:
     """Run all `policies` on rows of `states` [max requests, hidden size] and drop the decisions."""
-    if policies.read(ProbeInput.PROMPT):
+    if policies.reads(ProbeInput.PROMPT):
         starts = torch.arange(len(states), device=states.device)
         for residual in None, states:
             for carried in None, torch.zeros_like(states, dtype=torch.float32):
@@ -34,6 +34,6 @@ def warm_up(policies: PolicySet, states: torch.Tensor) -> None:
                 texts = [TEXT] * rows if read is ProbeInput.TEXT else ()
                 lens = np.ones(rows, dtype=np.int64)
                 if read is ProbeInput.OWN_STATES:
-                    state = policy.branches[exit_index].project(hidden)
+                    state = policy.probes[exit_index].project(hidden)
                 undecided = UndecidedRows(state, threshold_rows, memory, subsets, texts, lens)
                 memory = policy.decide(exit_index, undecided).memory

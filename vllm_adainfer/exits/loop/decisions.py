@@ -18,7 +18,7 @@ from vllm_adainfer.exits.loop.loop import ScoredRequests
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers
 from vllm_adainfer.exits.loop.step import NOBODY
-from vllm_adainfer.policy.answers import Answers, EarlyScores
+from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.exit_policy import Decision, UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicyRows, PolicySet
 from vllm_adainfer.watch.units import NO_LEVEL
@@ -57,7 +57,7 @@ class Decisions:
         step, undecided = self._step, self._step.undecided()
         policies = self._policies.policies
         asked = [
-            (part, self._asked(undecided[part.rows], part.read))
+            (part, self._asked(undecided[part.rows], part.probe_input))
             for part in self._policies.rows_by_policy(exit_index, step.owners[undecided])
         ]
         waiting = self._prompts.chunks
@@ -86,11 +86,11 @@ class Decisions:
                 continue
             memory = self._memory.get(part.policy)
             hidden, lens = self._forward.states.hidden[:0], NOBODY
-            if part.read in states:
-                hidden, states[part.read] = states[part.read].split_with_sizes(
-                    [len(own), len(states[part.read]) - len(own)]
+            if part.probe_input in states:
+                hidden, states[part.probe_input] = states[part.probe_input].split_with_sizes(
+                    [len(own), len(states[part.probe_input]) - len(own)]
                 )
-            elif part.read is ProbeInput.OWN_STATES:
+            elif part.probe_input is ProbeInput.OWN_STATES:
                 hidden, lens = of_branches[part.policy]
             decision = policies[part.policy].decide(
                 part.exit_index,
@@ -99,7 +99,7 @@ class Decisions:
                     threshold_rows[span],
                     None if memory is None else memory[places[span]],
                     bits[0][span] if bits else None,
-                    self._texts(own, part.read),
+                    self._texts(own, part.probe_input),
                     lens,
                 ),
             )
@@ -121,7 +121,7 @@ class Decisions:
                 if policy not in self._memory:
                     self._memory[policy] = self._for_all(decision.memory)
                 self._memory[policy][places] = decision.memory
-        if everyone and isinstance(decision.answers, EarlyScores):
+        if everyone and decision.answers.token_ids is not None:
             self._answers[policy] = decision.answers  # new memory, unlike some answers as states
             return
         if policy not in self._answers:
@@ -155,15 +155,15 @@ class Decisions:
         """By policy, what its branch reads of prompts, and of how many tokens of each."""
         forward, found = self._forward, {}
         requests, waiting = (
-            {part.policy: own for part, own in some if part.read is ProbeInput.OWN_STATES}
+            {part.policy: own for part, own in some if part.probe_input is ProbeInput.OWN_STATES}
             for some in (asked, chunks)
         )
         for part, _ in (*asked, *chunks):
-            if part.read is ProbeInput.OWN_STATES and part.policy not in found:
-                branch = self._policies.policies[part.policy].branches[part.exit_index]
+            if part.probe_input is ProbeInput.OWN_STATES and part.policy not in found:
+                probe = self._policies.policies[part.policy].probes[part.exit_index]
                 found[part.policy] = self._prompts.read_states(
                     exit_index,
-                    branch.project,
+                    probe.project,
                     requests.get(part.policy, NOBODY),
                     waiting.get(part.policy, NOBODY),
                     forward.layout,
@@ -196,7 +196,7 @@ class Decisions:
             requests = requests[step.owners[requests] == index]
             if not requests.size:
                 continue
-            if isinstance(answers, EarlyScores):
+            if answers.token_ids is not None:
                 [places] = step.on_device(requests)
                 scored.append((requests, answers.subset(places)))
             else:
@@ -249,5 +249,5 @@ class Decisions:
 
 def _who_read(read: ProbeInput | None, readers: Sequence[Reader]) -> Ints:
     """The requests of policies that read this; None: of all policies."""
-    some = [own for part, own in readers if read is None or part.read is read]
+    some = [own for part, own in readers if read is None or part.probe_input is read]
     return np.concatenate([NOBODY, *some])

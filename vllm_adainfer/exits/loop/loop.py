@@ -18,11 +18,11 @@ from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn
 from vllm_adainfer.exits.loop.step import RecordedRequests, StepContext
-from vllm_adainfer.policy.answers import EarlyScores
+from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.watch.watch import Watch
 
 # Requests whose answers are scores: their places in the step's batch, [answered], and the answers.
-ScoredRequests: TypeAlias = tuple[Ints, EarlyScores]
+ScoredRequests: TypeAlias = tuple[Ints, Answers]
 
 
 @dataclass(frozen=True)

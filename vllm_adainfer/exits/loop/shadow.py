@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_adainfer.arrays import AnyArray, Bools, Ints
 from vllm_adainfer.exits.accounting.counters import PolicyStats
-from vllm_adainfer.policy.answers import Answers, EarlyScores
+from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.exit_policy import ExitPolicy
 from vllm_adainfer.promise.first_documents import relevance
 from vllm_adainfer.watch.units import Queries
@@ -106,7 +106,6 @@ class ShadowAnswers:
         full = self.policy.best_labels(logits[everyone], subsets)
         early = full.clone()
         if self.answers is not None and len(self.requests):
-            assert isinstance(self.answers, EarlyScores)
             settled = torch.from_numpy(self.settled).to(device)
             early[settled] = self.answers.scores.argmax(dim=1)
         early_labels, labels = self.read(torch.stack([early, full]))

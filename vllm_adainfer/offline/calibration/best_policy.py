@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
-from vllm_adainfer.offline.calibration.fit.branch import branches_of
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
 from vllm_adainfer.offline.calibration.fit.cost import untrained_branch_layers
-from vllm_adainfer.offline.calibration.fit.student import train_student
+from vllm_adainfer.offline.calibration.fit.encoders import branches_of, train_student
 from vllm_adainfer.offline.calibration.fit.training import Lesson
 from vllm_adainfer.offline.calibration.fitted_policy import (
     FittedPolicy,

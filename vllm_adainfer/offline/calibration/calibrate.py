@@ -20,8 +20,7 @@ from vllm_adainfer.offline.calibration.data.score_labels import score_head_of
 from vllm_adainfer.offline.calibration.enough_rows import check_label_rows
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.choose import candidate_layers
-from vllm_adainfer.offline.calibration.fit.outcomes import full_depth_labels
-from vllm_adainfer.offline.calibration.fit.probes import Target
+from vllm_adainfer.offline.calibration.fit.probes import Target, full_depth_labels
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
 from vllm_adainfer.offline.calibration.record.collect import Plan, record, recording_engine

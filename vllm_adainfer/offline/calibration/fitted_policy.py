@@ -8,12 +8,11 @@ from functools import cached_property
 
 from vllm_adainfer.artifact.kinds import LABEL_HEADS
 from vllm_adainfer.offline.calibration.certify.certify import Points, Terms, certified
-from vllm_adainfer.offline.calibration.fit.calibration import Calibration
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
 from vllm_adainfer.offline.calibration.fit.choose import Choice, layers_saved
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_exits, with_trained
-from vllm_adainfer.offline.calibration.fit.student import TrainedStudent
 from vllm_adainfer.offline.progress import progress, say
-from vllm_adainfer.policy.student import Student
+from vllm_adainfer.policy.student import TextEncoder
 
 SHARES = (0.25, 0.5, 1.0)  # of the prompts, for the learning curve
 
@@ -62,11 +61,11 @@ class FittedPolicy:
         return Terms(self.calibration)
 
     @property
-    def student(self) -> TrainedStudent | None:
+    def student(self) -> TrainedProbe | None:
         """The student, if it is among the chosen exit points."""
-        if not any(isinstance(exit.probe, Student) for exit in self.exits):
+        if not any(isinstance(exit.probe.encoder, TextEncoder) for exit in self.exits):
             return None
-        [student] = [one for one in self.calibration.trained if isinstance(one, TrainedStudent)]
+        [student] = [one for one in self.calibration.trained if one.base is not None]
         return student
 
     @property

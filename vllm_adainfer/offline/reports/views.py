@@ -202,7 +202,7 @@ def views_of(
         elif read is ProbeInput.OWN_STATES:
             assert recording.own_states is not None
             [states] = recording.own_states.of(layer, place)
-            hidden, lens = policy.branches[index].project(states), np.array([len(states)])
+            hidden, lens = policy.probes[index].project(states), np.array([len(states)])
         undecided = UndecidedRows(hidden, rows, memory, torch.tensor([subset]), [text], lens)
         seen, decision = policy.view(index, undecided), policy.decide(index, undecided)
         memory = decision.memory

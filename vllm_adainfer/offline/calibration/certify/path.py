@@ -53,7 +53,7 @@ class PathPoint:
         answers: int64 [rows], the answer of each row.
         full: int64 [rows], the full model's.
         layers_saved: share of layers, 0 to 1.
-        relevance: [rows], see `Judged.relevance`; NaN for a row that runs to the end.
+        relevance: [rows], see `Scored.relevance`; NaN for a row that runs to the end.
 
     """
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Ints
@@ -14,35 +16,57 @@ from vllm_adainfer.artifact.fields import Label, SharedTokens
 from vllm_adainfer.artifact.kinds import ClassifierKind, ScoreHead
 from vllm_adainfer.offline.calibration.data.choices import Choices
 from vllm_adainfer.offline.calibration.data.split import Split
+from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows
-from vllm_adainfer.policy.branch import Branch
+from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.questions import End
-from vllm_adainfer.policy.student import Student
 from vllm_adainfer.promise.accuracy import RightTokens
 
+TOGETHER = 64  # prompts whose states are in memory at once
 
-class TrainedProbe(Protocol):
-    """A student or a branch that was trained on the rows that fit."""
 
-    @property
-    def layer(self) -> int:
-        """The layer after which it decides."""
+@dataclass(frozen=True)
+class TrainedProbe:
+    """A probe with an encoder, a student's or a branch's, trained on the rows that fit.
 
-    @property
-    def probe(self) -> Student | Branch:
-        """The probe, as it is served."""
+    Attributes:
+        layer: the layer after which it decides; 0 for a student.
+        probe: the probe, as it is served.
+        unseen: fp32 [rows that fit, scores]: those of one that was trained on the other half of
+            them; 0 where it has nothing to read.
+        inputs: what it reads of prompts, the text or the states of each. It is not asked about
+            those that have none.
+        base: what a student was trained from; None for a branch.
 
-    @property
-    def unseen(self) -> Tensor:
-        """fp32 [rows that fit, scores]: those of one that was trained on the other half of them."""
+    """
+
+    layer: int
+    probe: Probe
+    unseen: Tensor
+    inputs: Callable[[Ints], Sequence[Any]]
+    base: StudentBase | None = None
 
     def asked(self, prompts: Ints) -> Bools:
         """[prompts], whether it is asked about each."""
+        return np.array([len(one) > 0 for one in self.inputs(prompts)])
 
     def scores(self, prompts: Ints, subsets: Tensor | None) -> Tensor:
-        """Scores of the labels for `prompts`, see `LabelHead.score`."""
+        """Scores of `prompts`, see `Probe.label_scores`; 0 where it is not asked."""
+        inputs, asked = self.inputs(prompts), np.flatnonzero(self.asked(prompts))
+        scores = torch.zeros(len(prompts), self.probe.head.size)
+        together = TOGETHER if self.base is None else len(prompts)
+        for start in range(0, len(asked), together):
+            some = asked[start : start + together]
+            read = [inputs[place] for place in some.tolist()]
+            own = None if subsets is None else subsets[some]
+            if self.base is None:
+                rows, lens = self.probe.project(torch.cat(read)), np.array([len(o) for o in read])
+                scores[some] = self.probe.label_scores(rows, own, lens)
+            else:
+                scores[some] = self.probe.label_scores(scores[:0], own, texts=read)
+        return scores
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from adainfer_kernels import Head
 from torch import Tensor
 
 from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.branch_shapes import BRANCH_WIDTH, MOST_BRANCH_TOKENS
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit
-from vllm_adainfer.offline.calibration.fit.probes import StateProbe, answers_of_probe
+from vllm_adainfer.offline.calibration.fit.probes import answers_of_probe
 from vllm_adainfer.offline.calibration.fit.training import SERVED_DTYPE
 from vllm_adainfer.offline.calibration.record.rows import Rows
-from vllm_adainfer.policy.branch import Branch, StateEncoder
-from vllm_adainfer.policy.probe import LabelHead, Probe
-from vllm_adainfer.policy.student import Student
+from vllm_adainfer.policy.branch import StateEncoder
+from vllm_adainfer.policy.probe import Probe
 
 ROUNDS = 20
 TRAINED_ROUNDS = 5
@@ -78,7 +78,7 @@ def tokens_of(calibration: Calibration) -> Floats:
 def measured_costs(calibration: Calibration, candidates: Sequence[FittedExit]) -> Costs:
     """Time the probes of `candidates`; when the rows were recorded, the layers were timed."""
     rows, model = calibration.rows, calibration.rows.model
-    heads = {e.layer: e.probe for e in candidates if not isinstance(e.probe, (Student, Branch))}
+    heads = {e.layer: e.probe for e in candidates if e.probe.encoder is None}
     tokens, pooled = float(tokens_of(calibration).mean()), calibration.target.is_pooled
     some = np.arange(min(max(1, round(STEP_ROWS / tokens)), len(rows.tokens)))
     states = rows.final[some]
@@ -124,30 +124,23 @@ def trained_seconds(trained: TrainedProbe, rows: Rows, some: Ints) -> float:
     return seconds / len(prompts)
 
 
-def branch_seconds(branch: Branch, prompts: Sequence[Tensor], threads: int) -> float:
-    """Time of a branch for one prompt, given the states [tokens, hidden size] of those of a step.
-
-    `threads` is the number of threads in the serving process.
-    """
-    states, lens = torch.cat([*prompts]), np.array([len(one) for one in prompts])
-    seconds = _seconds(lambda: branch.score(branch.project(states), lens), threads, TRAINED_ROUNDS)
-    return seconds / len(prompts)
-
-
 def untrained_branch_layers(calibration: Calibration) -> float:
     """Time of a branch for prompts like these, in times of a layer for the same prompts."""
     states, model = calibration.rows.final, calibration.rows.model
     tokens = float(tokens_of(calibration).mean())
     encoder = StateEncoder(states.shape[1]).to(SERVED_DTYPE).eval()
-    head = LabelHead(torch.zeros(2, 2 * BRANCH_WIDTH), torch.zeros(2), torch.arange(2))
+    head = Head(torch.zeros(2, 2 * BRANCH_WIDTH), torch.zeros(2))
+    branch = Probe(head, token_ids=torch.arange(2), encoder=encoder, fused=False)
     length = min(max(1, round(tokens)), MOST_BRANCH_TOKENS)
-    prompt = states[torch.arange(length) % len(states)]
-    prompts = [prompt] * max(1, round(STEP_ROWS / tokens))
-    seconds = branch_seconds(Branch(encoder, head), prompts, model.threads)
-    return seconds / (model.layer_seconds * tokens)
+    lens = np.full(max(1, round(STEP_ROWS / tokens)), length)
+    rows = states[torch.arange(length) % len(states)].repeat(len(lens), 1)
+    seconds = _seconds(
+        lambda: branch.label_scores(branch.project(rows), lens=lens), model.threads, TRAINED_ROUNDS
+    )
+    return seconds / len(lens) / (model.layer_seconds * tokens)
 
 
-def probe_seconds(probe: StateProbe, states: Tensor, threads: int) -> float:
+def probe_seconds(probe: Probe, states: Tensor, threads: int) -> float:
     """Time of `probe` for one prompt, when a step probes all `states` [prompts, width].
 
     `threads` is the number of threads in the serving process.

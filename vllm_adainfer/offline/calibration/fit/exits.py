@@ -19,17 +19,16 @@ from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
 from vllm_adainfer.offline.calibration.fit.classifier import fit_classifier
 from vllm_adainfer.offline.calibration.fit.crf import fit_crf
-from vllm_adainfer.offline.calibration.fit.outcomes import ProbeAnswers
 from vllm_adainfer.offline.calibration.fit.probes import (
-    AnyProbe,
-    StateProbe,
+    ProbeAnswers,
     Target,
     answers_of_probe,
     answers_of_scores,
     fit_probes,
 )
 from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows
-from vllm_adainfer.policy.branch import Branch
+from vllm_adainfer.policy.branch import StateEncoder
+from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.score import score
 from vllm_adainfer.promise.accuracy import RightTokens
 from vllm_adainfer.promise.first_documents import relevance
@@ -38,7 +37,7 @@ PLAIN = Target("logit-lens", None)  # any token may be the answer
 
 
 @dataclass(frozen=True)
-class Judged:
+class Scored:
     """A probe's answers for decision rows, compared with the full model's.
 
     Attributes:
@@ -46,6 +45,7 @@ class Judged:
         tokens: int64 [rows], the probe's answers.
         full: int64 [rows], the full model's answers.
         loss: [rows], the loss of exiting here, see `Promise.loss`.
+        score: fp32 [rows], the classifier's: log odds that the answer is final; 0 without one.
         relevance: [rows], the probability of the last label, by which a reranker orders documents;
             None if the probe gives the answer alone.
 
@@ -55,6 +55,7 @@ class Judged:
     tokens: Ints
     full: Ints
     loss: Floats
+    score: Tensor
     relevance: Floats | None = field(default=None, kw_only=True)
 
     @classmethod
@@ -65,20 +66,18 @@ class Judged:
         rows: Rows,
         where: Ints,
         right: RightTokens | None = None,
-    ) -> Judged:
-        """A probe's answers for the decision rows `where`, with their loss.
+    ) -> Scored:
+        """A probe's answers for the decision rows `where`, with their loss and no score.
 
         `right` holds the right tokens of each row, if accuracy is promised.
         """
+        features, outcome = early
         full = target.full_depth_of(rows, where)
-        loss = target.promise.loss(
-            early.outcome, full, None if right is None else [right[row] for row in where.tolist()]
-        )
-        scores = None
-        if early.outcome.labels is not None:
-            scores = relevance(early.outcome).double().numpy()
-        tokens = early.outcome.best.numpy()
-        return cls(early.features, tokens, full.best.numpy(), loss, relevance=scores)
+        rights = None if right is None else [right[row] for row in where.tolist()]
+        loss = target.promise.loss(outcome, full, rights)
+        shown = None if outcome.labels is None else relevance(outcome).double().numpy()
+        tokens, unscored = outcome.best.numpy(), torch.zeros(len(where))
+        return cls(features, tokens, full.best.numpy(), loss, unscored, relevance=shown)
 
     @property
     def agrees(self) -> Bools:
@@ -87,23 +86,8 @@ class Judged:
         return agrees
 
     def scored(self, classifier: Tensor) -> Scored:
-        """Add the score of a linear classifier."""
-        odds = score(self.features, classifier, None)
-        return Scored(
-            self.features, self.tokens, self.full, self.loss, odds, relevance=self.relevance
-        )
-
-
-@dataclass(frozen=True)
-class Scored(Judged):
-    """The same, with the classifier's score.
-
-    Attributes:
-        score: fp32 [rows], the settled score: log odds that the answer is final.
-
-    """
-
-    score: Tensor
+        """The same with the score of a linear classifier."""
+        return replace(self, score=score(self.features, classifier, None))
 
     def never_at(self, tokens: Collection[int]) -> Scored:
         """The same, but rows whose answer is one of `tokens` are never settled."""
@@ -135,7 +119,7 @@ class FittedExit:
     """A candidate exit point: the parts that serve, and their results on both halves."""
 
     layer: int
-    probe: AnyProbe
+    probe: Probe
     classifier: Tensor
     fitted: Scored
     held_out: Scored
@@ -143,7 +127,7 @@ class FittedExit:
     @property
     def is_branch(self) -> bool:
         """Whether a branch decides, not a head."""
-        return isinstance(self.probe, Branch)
+        return isinstance(self.probe.encoder, StateEncoder)
 
 
 def fit_exits(calibration: Calibration, layers: Iterable[int]) -> list[FittedExit]:
@@ -170,9 +154,9 @@ def fit_exits(calibration: Calibration, layers: Iterable[int]) -> list[FittedExi
 def fit_exit(
     calibration: Calibration,
     layer: int,
-    probe: AnyProbe,
-    unseen: Judged,
-    held_out: Judged,
+    probe: Probe,
+    unseen: Scored,
+    held_out: Scored,
     asked: Callable[[Ints], Bools] = lambda prompts: np.ones(len(prompts), dtype=np.bool_),
 ) -> FittedExit | None:
     """Fit the classifier of an exit point; None if it cannot be learned.
@@ -218,9 +202,9 @@ def fit_trained(calibration: Calibration, trained: TrainedProbe) -> FittedExit |
     """An exit point of what was trained, judged on the rows that fit by what has not seen them."""
     rows, target, held_out = calibration.rows, calibration.target, calibration.held_out
 
-    def judged(scores: Tensor, where: Ints) -> Judged:
-        early = answers_of_scores(trained.probe.head, scores, target.promise)
-        return Judged.of(early, target, rows, where, calibration.right)
+    def judged(scores: Tensor, where: Ints) -> Scored:
+        early = answers_of_scores(trained.probe, scores, target.promise)
+        return Scored.of(early, target, rows, where, calibration.right)
 
     unseen = restrict(trained.unseen, target.subsets_of(calibration.fitted))
     scores = trained.scores(rows.prompts[held_out], target.subsets_of(held_out))
@@ -235,30 +219,31 @@ def fit_trained(calibration: Calibration, trained: TrainedProbe) -> FittedExit |
 
 
 def judge(
-    probe: StateProbe,
+    probe: Probe,
     layer: int,
     rows: Rows,
     where: Ints,
     target: Target = PLAIN,
     right: RightTokens | None = None,
-) -> Judged:
-    """The answers of `probe` after `layer` for the decision rows `where`, see `Judged.of`."""
+) -> Scored:
+    """The answers of `probe` after `layer` for the decision rows `where`, see `Scored.of`."""
     read = rows.read_by_probe(layer, where, target.is_pooled)
     early = answers_of_probe(probe, read, target.subsets_of(where), target.promise)
-    return Judged.of(early, target, rows, where, right)
+    return Scored.of(early, target, rows, where, right)
 
 
-def _in_order(places: Sequence[Ints], parts: Sequence[Judged]) -> Judged:
+def _in_order(places: Sequence[Ints], parts: Sequence[Scored]) -> Scored:
     """The parts as one, in the order of their places."""
-    order = np.argsort(np.concatenate(places))
-    relevance = [part.relevance for part in parts if part.relevance is not None]
-    return Judged(
-        torch.cat([part.features for part in parts])[order],
-        np.concatenate([part.tokens for part in parts])[order],
-        np.concatenate([part.full for part in parts])[order],
-        np.concatenate([part.loss for part in parts])[order],
-        relevance=np.concatenate(relevance)[order] if relevance else None,
+    shown = [part.relevance for part in parts if part.relevance is not None]
+    whole = Scored(
+        torch.cat([part.features for part in parts]),
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.full for part in parts]),
+        np.concatenate([part.loss for part in parts]),
+        torch.cat([part.score for part in parts]),
+        relevance=np.concatenate(shown) if shown else None,
     )
+    return whole.of_rows(np.argsort(np.concatenate(places)))
 
 
 def fit_crf_chain(exits: Sequence[FittedExit], target: Target) -> list[FittedExit]:

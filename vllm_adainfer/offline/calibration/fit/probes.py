@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from adainfer_kernels import Head, Lens
@@ -24,21 +25,20 @@ from vllm_adainfer.offline.calibration.fit.distil import (
     Taught,
     distil,
 )
-from vllm_adainfer.offline.calibration.fit.outcomes import ProbeAnswers
 from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows
-from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.first_tokens import FirstTokens
-from vllm_adainfer.policy.probe import LabelHead, Probe
-from vllm_adainfer.policy.student import Student
+from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.promise.changed import Changed
-from vllm_adainfer.promise.probabilities import probabilities_of_scores
+from vllm_adainfer.promise.links import SOFTMAX, Link
+from vllm_adainfer.promise.probabilities import LabelProbabilities, probabilities_of_scores
 from vllm_adainfer.promise.promise import Outcome, Promise
 
 RIDGE_PENALTIES = (1.0, 10.0, 100.0, 1_000.0, 10_000.0, 100_000.0)
 
 ANSWERS_ALONE = Changed()
-StateProbe = Probe | LabelHead  # reads states of the model
-AnyProbe = StateProbe | Student | Branch
+# The classifier's input, fp32 [rows, n], and the answers, by their tokens; with probabilities if
+# the probe gives them.
+ProbeAnswers: TypeAlias = tuple[Tensor, Outcome]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Target:
 
 def fit_probes(
     rows: Rows, target: Target, where: Ints, layer: int, folds: Ints
-) -> tuple[StateProbe, Sequence[StateProbe]]:
+) -> tuple[Probe, Sequence[Probe]]:
     """The layer's probe fitted on the decision rows `where`, and one fitted without each fold.
 
     `folds` [where] are those of the rows.
@@ -121,23 +121,20 @@ def fit_probes(
 
 def _fit_label_heads(
     rows: Rows, target: Target, where: Ints, layer: int, folds: Ints
-) -> tuple[StateProbe, Sequence[StateProbe]]:
+) -> tuple[Probe, Sequence[Probe]]:
     """A head that gives the labels the probabilities of full depth, and perhaps the label mass."""
-    label_ids = target.label_ids
-    assert label_ids is not None
+    assert target.label_ids is not None
     read = rows.read_by_probe(layer, where, target.is_pooled)
     taught = taught_by_full_depth(rows, target, where, read.float())
     penalties = PENALTIES if target.full_depth is None else PENALTIES_FOR_PROBABILITIES
     fitted = distil(taught, folds, penalties)
-    as_label_head = taught.mass is not None or taught.subsets is not None
+    fused = taught.mass is None and taught.subsets is None
 
-    def head(linear: ridge.Linear) -> StateProbe:
-        weight, bias = linear.matrix.float().contiguous(), linear.bias.float()
-        if as_label_head:
-            return LabelHead(weight, bias, label_ids)
-        return Probe(Head(weight, bias), token_ids=label_ids)
+    def probe(linear: ridge.Linear) -> Probe:
+        head = Head(linear.matrix.float().contiguous(), linear.bias.float())
+        return Probe(head, token_ids=target.label_ids, fused=fused)
 
-    return head(fitted.whole), [head(linear) for linear in fitted.without]
+    return probe(fitted.whole), [probe(linear) for linear in fitted.without]
 
 
 def taught_by_full_depth(rows: Rows, target: Target, where: Ints, read: Tensor) -> Taught:
@@ -158,7 +155,7 @@ def taught_by_full_depth(rows: Rows, target: Target, where: Ints, read: Tensor) 
 
 
 def answers_of_probe(
-    probe: StateProbe,
+    probe: Probe,
     states: Tensor,
     subsets: Tensor | None = None,
     promise: Promise = ANSWERS_ALONE,
@@ -167,17 +164,18 @@ def answers_of_probe(
 
     `subsets`, bool [rows, labels], are the labels that each row is about; None for all.
     """
-    if isinstance(probe, Probe):
-        result = probe.score(probe.readout(states))
-        return ProbeAnswers(result.features, Outcome(result.top1_id))
-    return answers_of_scores(probe, probe.score(states, subsets), promise)
+    if not probe.fused:
+        return answers_of_scores(probe, probe.label_scores(states, subsets), promise)
+    result = probe.score(probe.readout(states))
+    return result.features, Outcome(result.top1_id)
 
 
-def answers_of_scores(head: LabelHead, scores: Tensor, promise: Promise) -> ProbeAnswers:
+def answers_of_scores(probe: Probe, scores: Tensor, promise: Promise) -> ProbeAnswers:
     """The answers of a label head that has given some rows `scores`; see `answers_of_probe`."""
-    tokens = head.token_ids[scores[:, : len(head.token_ids)].argmax(dim=1)]
-    labels = probabilities_of_scores(scores, promise.link) if head.reads_mass else None
-    return ProbeAnswers(promise.features(scores), Outcome(tokens, labels=labels))
+    assert probe.token_ids is not None
+    tokens = probe.token_ids[scores[:, : len(probe.token_ids)].argmax(dim=1)]
+    labels = probabilities_of_scores(scores, promise.link) if probe.reads_mass else None
+    return promise.features(scores), Outcome(tokens, labels=labels)
 
 
 def logit_lens(rows: Rows, target: Target) -> Probe:
@@ -197,3 +195,37 @@ def _fit_tuned_lenses(plain: Probe, folds: Sequence[Moments]) -> tuple[Probe, li
         return replace(plain, lens=Lens(weight, linear.bias.to(dtype)))
 
     return with_lens(fitted.whole), [with_lens(linear) for linear in fitted.without]
+
+
+def full_depth_labels(
+    rows: Rows,
+    label_ids: Tensor,
+    subsets: Tensor | None = None,
+    link: Link = SOFTMAX,
+) -> Outcome:
+    """What full depth answers on each row, with the probabilities that vLLM returns of its labels.
+
+    They are from logits in the model's dtype, computed from the recorded final states.
+
+    Args:
+        rows: what full depth did.
+        label_ids: int64 [labels].
+        subsets: bool [rows, labels], the labels that each row is about; None for all.
+        link: how scores become probabilities.
+
+    """
+    lens = rows.model.as_served(rows.model.logit_lens)
+    whole = lens.score(lens.readout(rows.final))
+    labels = lens.of_tokens(label_ids)
+    scores = labels.score(labels.readout(rows.final), return_scores=True).scores
+    assert scores is not None
+    own = restrict(scores, subsets)
+    mass = (own.logsumexp(dim=1) - whole.lse).exp().clamp(max=1)
+    is_label = whole.top1_id.unsqueeze(1) == label_ids
+    if subsets is not None:
+        is_label &= subsets
+    return Outcome(
+        torch.from_numpy(rows.tokens),
+        labels=LabelProbabilities(link.probabilities(own), mass),
+        is_label=is_label.any(dim=1),
+    )

@@ -12,10 +12,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
+from adainfer_kernels import Head
 from torch import Tensor, nn
 
 from vllm_adainfer.arrays import Ints
@@ -24,7 +25,9 @@ from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.distil import Taught
 from vllm_adainfer.offline.calibration.fit.probes import taught_by_full_depth
 from vllm_adainfer.offline.progress import progress, say
-from vllm_adainfer.policy.probe import LabelHead
+from vllm_adainfer.policy.branch import StateEncoder
+from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.policy.student import TextEncoder
 
 # A net overfits once the cross-entropy of inputs that it does not learn from is this much above its
 # least. On some hundred inputs less is noise: nets of the epoch with the least answered up to a
@@ -41,28 +44,8 @@ LARGEST_LEAD = 3.0
 LEADS_UP_TO = 0.95  # of the answers
 SERVED_DTYPE = torch.bfloat16
 
-E = TypeVar("E", bound=nn.Module)
 
-
-@dataclass(frozen=True)
-class Training:
-    """The subject and the settings of a training.
-
-    Attributes:
-        name: what it is, in words.
-        epochs: times that it sees each input, at most.
-        learning_rate: of the encoder.
-        seed: the seed of the head, the order of the inputs and dropout.
-
-    """
-
-    name: str
-    epochs: int
-    learning_rate: float
-    seed: int
-
-
-class Net(nn.Module, Generic[E]):
+class Net(nn.Module):
     """An encoder with a head, as training sees them.
 
     Attributes:
@@ -71,9 +54,7 @@ class Net(nn.Module, Generic[E]):
 
     """
 
-    encoder: E
-
-    def __init__(self, encoder: E, width: int, taught: Taught) -> None:
+    def __init__(self, encoder: StateEncoder | TextEncoder, width: int, taught: Taught) -> None:
         """Put an untrained head for what is `taught` on `encoder`, which gives this `width`."""
         super().__init__()
         self.encoder = encoder
@@ -85,11 +66,6 @@ class Net(nn.Module, Generic[E]):
             read = self.encoder([inputs[row] for row in rows.tolist()])
             scores: Tensor = self.head(read)
         return scores.float()
-
-    def loss(self, inputs: Sequence[Any], taught: Taught, rows: Ints) -> Tensor:
-        """The mean cross-entropy of some rows."""
-        scores = self.score(inputs, rows)
-        return taught.of_rows(torch.from_numpy(rows)).cross_entropy(scores)
 
 
 @dataclass(frozen=True)
@@ -125,106 +101,102 @@ class Lesson:
         )
 
 
-@dataclass(frozen=True)
-class Trained(Generic[E]):
-    """A net that was trained on all inputs, and what is known of inputs that a net has not seen.
-
-    Attributes:
-        encoder: the encoder, as it serves.
-        head: scores the labels, likewise.
-        unseen: fp32 [rows, scores], those that a net gives which was trained on the other half of
-            the inputs; 0 for empty inputs.
-
-    """
-
-    encoder: E
-    head: LabelHead
-    unseen: Tensor
-
-
 def train(
-    net: Callable[[], Net[E]], inputs: Sequence[Any], lesson: Lesson, training: Training
-) -> Trained[E]:
-    """Train a net on each half of the inputs, which the other half judges, and one on all.
+    name: str,
+    encoder: Callable[[], StateEncoder | TextEncoder],
+    width: int,
+    inputs: Sequence[Any],
+    lesson: Lesson,
+    epochs: int,
+    learning_rate: float,
+) -> tuple[Probe, Tensor]:
+    """Train a probe on each half of the inputs, which the other half judges, and one on all.
 
     Args:
-        net: makes one to train.
+        name: what it is, in words.
+        encoder: makes an encoder to train, which gives this `width`.
+        width: see `encoder`.
         inputs: [rows of the lesson]; empty ones are left out.
-        lesson: what they learn.
-        training: how.
+        lesson: what is learned.
+        epochs: times that an input is seen, at most.
+        learning_rate: that of the encoder.
+
+    Returns:
+        the probe trained on all inputs, as it serves, and `TrainedProbe.unseen`.
 
     """
     taught, halves = lesson.taught, lesson.halves
     everyone = np.flatnonzero([len(one) > 0 for one in inputs])
-    halved = [everyone[halves[everyone] == half] for half in (0, 1)]
-    steps = training.epochs * sum(map(_steps, (*halved, everyone)))
+    low, high = (everyone[halves[everyone] == half] for half in (0, 1))
+    steps = epochs * sum(map(_steps, (low, high, everyone)))
 
-    def fresh() -> Net[E]:
-        torch.manual_seed(training.seed)
-        return net()
+    def fresh() -> Net:
+        torch.manual_seed(lesson.seed)
+        return Net(encoder(), width, taught)
 
     with torch.random.fork_rng():
         time_needed = _minutes(fresh(), inputs, everyone, steps)
-        say(f"training {training.name} on {len(everyone)} prompts, for up to {time_needed}")
+        say(f"training {name} on {len(everyone)} prompts, for up to {time_needed}")
         with progress(total=steps, desc="train") as bar:
-            trainer: _Trainer[E] = _Trainer(inputs, taught, training, bar)
-            first, epochs = trainer.until_it_overfits(fresh(), *halved)
-            second, more = trainer.until_it_overfits(fresh(), *halved[::-1])
-            whole = trainer.for_epochs(fresh(), everyone, round((epochs + more) / 2))
+            trainer = _Trainer(inputs, lesson, learning_rate, bar)
+            first, kept = trainer.until_it_overfits(fresh(), low, high, epochs)
+            second, more = trainer.until_it_overfits(fresh(), high, low, epochs)
+            whole = fresh()
+            for _ in trainer.epochs(whole, everyone, round((kept + more) / 2)):
+                pass
+    _done(whole)
     unseen = torch.zeros(len(inputs), len(whole.head.bias))
-    for half, judged in zip((first, second), halved[::-1], strict=True):
+    for half, judged in ((first, high), (second, low)):
         if taught.mass is None:  # else the probabilities themselves are promised
             _soften(half, inputs, taught, judged)
         unseen[torch.from_numpy(judged)] = _scores(half, inputs, judged)
     if taught.mass is None:
         _soften(whole, inputs, taught, everyone)
-    head = LabelHead(whole.head.weight, whole.head.bias, lesson.label_ids)
-    return Trained(whole.encoder.to(SERVED_DTYPE), head, unseen)
+    head = Head(whole.head.weight, whole.head.bias)
+    served = whole.encoder.to(SERVED_DTYPE)
+    return Probe(head, token_ids=lesson.label_ids, encoder=served, fused=False), unseen
 
 
-class _Trainer(Generic[E]):
+class _Trainer:
     """Trains nets, one after the other; see `train` for what it takes."""
 
-    def __init__(self, inputs: Sequence[Any], taught: Taught, training: Training, bar: Any) -> None:
-        self._inputs, self._taught, self._training, self._bar = inputs, taught, training, bar
+    def __init__(
+        self, inputs: Sequence[Any], lesson: Lesson, learning_rate: float, bar: Any
+    ) -> None:
+        self._inputs, self._lesson, self._rate, self._bar = inputs, lesson, learning_rate, bar
 
-    def until_it_overfits(self, net: Net[E], learned: Ints, judged: Ints) -> tuple[Net[E], int]:
+    def until_it_overfits(
+        self, net: Net, learned: Ints, judged: Ints, epochs: int
+    ) -> tuple[Net, int]:
         """A net trained on rows `learned`, and its epochs; those `judged` show if it overfits."""
         best, kept, least = net, 0, math.inf
-        for epoch, trained in enumerate(self._epochs(net, learned, self._training.epochs), 1):
-            error = _error(trained, self._inputs, self._taught, judged)
+        for epoch, trained in enumerate(self.epochs(net, learned, epochs), 1):
+            error = _error(trained, self._inputs, self._lesson.taught, judged)
             if error > OVERFITS * least:
                 break
             if error < least:
                 best, kept, least = copy.deepcopy(trained), epoch, error
         else:
-            best, kept = net, self._training.epochs
+            best, kept = net, epochs
         return _done(best), kept
 
-    def for_epochs(self, net: Net[E], learned: Ints, epochs: int) -> Net[E]:
-        """A net trained on rows `learned` so many times."""
-        for _ in self._epochs(net, learned, epochs):
-            pass
-        return _done(net)
-
-    def _epochs(self, net: Net[E], learned: Ints, epochs: int) -> Iterator[Net[E]]:
-        """Train `net`; yields it after each of the epochs."""
-        training, order = self._training, np.random.default_rng(self._training.seed)
+    def epochs(self, net: Net, learned: Ints, epochs: int) -> Iterator[Net]:
+        """Train `net` on rows `learned` so many times; yields it after each."""
+        taught, order = self._lesson.taught, np.random.default_rng(self._lesson.seed)
         steps = epochs * _steps(learned)
         groups: list[dict[str, Any]] = [
             {"params": [p for p in net.encoder.parameters() if p.requires_grad]},
             {"params": net.head.parameters(), "lr": HEAD_LEARNING_RATE},
         ]
-        optimizer = torch.optim.AdamW(
-            groups, lr=training.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
-        )
+        optimizer = torch.optim.AdamW(groups, lr=self._rate, weight_decay=WEIGHT_DECAY, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / (WARM_UP * steps), 1 - step / steps, 1.0)
         )
         for _ in range(epochs):
             net.train()
             for rows in _batches(order.permutation(learned)):
-                loss = net.loss(self._inputs, self._taught, rows)
+                scores = net.score(self._inputs, rows)
+                loss = taught.of_rows(torch.from_numpy(rows)).cross_entropy(scores)
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(net.encoder.parameters(), LARGEST_GRADIENT)
@@ -234,12 +206,12 @@ class _Trainer(Generic[E]):
             yield net
 
 
-def _done(net: Net[E]) -> Net[E]:
+def _done(net: Net) -> Net:
     return net.eval().requires_grad_(requires_grad=False)
 
 
 @torch.no_grad()
-def _soften(net: Net[E], inputs: Sequence[Any], taught: Taught, rows: Ints) -> None:
+def _soften(net: Net, inputs: Sequence[Any], taught: Taught, rows: Ints) -> None:
     """Divide the scores so that few of the answers for `rows` lead by more than `LARGEST_LEAD`.
 
     The best label stays the best.
@@ -254,7 +226,7 @@ def _soften(net: Net[E], inputs: Sequence[Any], taught: Taught, rows: Ints) -> N
 
 
 @torch.no_grad()
-def _scores(net: Net[Any], inputs: Sequence[Any], rows: Ints) -> Tensor:
+def _scores(net: Net, inputs: Sequence[Any], rows: Ints) -> Tensor:
     """`Net.score` of any number of `rows`."""
     found = torch.zeros(len(rows), len(net.head.bias))
     order = np.argsort([len(inputs[row]) for row in rows.tolist()], kind="stable")
@@ -264,7 +236,7 @@ def _scores(net: Net[Any], inputs: Sequence[Any], rows: Ints) -> Tensor:
 
 
 @torch.no_grad()
-def _error(net: Net[Any], inputs: Sequence[Any], taught: Taught, rows: Ints) -> float:
+def _error(net: Net, inputs: Sequence[Any], taught: Taught, rows: Ints) -> float:
     """The mean cross-entropy of `rows`, without dropout."""
     net.eval()
     if not len(rows):
@@ -283,7 +255,7 @@ def _steps(rows: Ints) -> int:
     return math.ceil(len(rows) / BATCH)
 
 
-def _minutes(net: Net[Any], inputs: Sequence[Any], learned: Ints, steps: int) -> str:
+def _minutes(net: Net, inputs: Sequence[Any], learned: Ints, steps: int) -> str:
     """How long so many steps take, in words, from the time of one."""
     batch = [inputs[row] for row in learned[:BATCH].tolist()]
     times = []

@@ -17,11 +17,11 @@ from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.kinds import LABEL_HEADS, Candidates
 from vllm_adainfer.offline.calibration.certify.path import PathPoint, held_out_path, threshold_grid
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
-from vllm_adainfer.offline.calibration.fit.student import TrainedStudent
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.policy.student import TextEncoder
 
 
 def write_artifact(
@@ -45,16 +45,17 @@ def write_artifact(
     labels = [label.name for label in policy.calibration.labels]
     details = {"template": template, "labels": labels, **policy_details(policy)}
     encoder, tokenizer = None, ""
-    if policy.student is not None:
-        encoder, tokenizer = _encoder(policy.student), policy.student.base.tokenizer
+    if policy.student is not None and policy.student.base is not None:
+        encoder, tokenizer = _encoder(policy.student.probe), policy.student.base.tokenizer
     card = model_card(config, details)
     save_artifact(directory, config, policy_tensors(policy), details, card, encoder, tokenizer)
     return config
 
 
-def _encoder(student: TrainedStudent) -> Encoder:
+def _encoder(student: Probe) -> Encoder:
     """The encoder of a student, as an artifact keeps it."""
-    model = student.probe.encoder.model
+    assert isinstance(student.encoder, TextEncoder)
+    model = student.encoder.model
     settings = model.config.to_diff_dict() | {"model_type": model.config.model_type}
     return Encoder(settings, {n: t.contiguous() for n, t in model.state_dict().items()})
 
@@ -67,6 +68,7 @@ def policy_config(
     model, options = calibration.rows.model, calibration.options
     head_size = model.logit_lens.head.hidden_size
     candidates: Candidates = "full" if calibration.target.label_ids is None else "shortlist"
+    base = None if policy.student is None else policy.student.base
     return ArtifactConfig(
         base_model=name,
         architecture=hf_config.architectures[0],
@@ -79,7 +81,7 @@ def policy_config(
         adapter=adapter,
         exit_points=tuple(exit.layer for exit in policy.exits),
         probe=calibration.target.kind,
-        student=None if policy.student is None else policy.student.base.described,
+        student=None if base is None else base.described,
         branches=policy.branches,
         shared=calibration.shared,
         pooled_from=calibration.pooled_from if calibration.target.is_pooled else None,
@@ -171,7 +173,7 @@ def policy_tensors(policy: FittedPolicy) -> dict[str, Tensor]:
         name, probe = f"exit.{exit.layer}", exit.probe
         tensors[f"{name}.classifier"] = exit.classifier
         tensors |= {f"{name}.{part}": tensor for part, tensor in probe.fitted_tensors.items()}
-        if rows_of_model_head and isinstance(probe, Probe):
+        if rows_of_model_head:
             tensors["head_rows"] = probe.head.weight
     if policy.last_token is not None:
         own = policy_tensors(policy.last_token)
