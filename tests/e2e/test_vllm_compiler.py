@@ -28,7 +28,7 @@ from tests.e2e.static_graphs import StaticGraph
 from tests.full import needed
 from tests.tiny import LAYERS, tiny_config, tiny_tensors
 from vllm_adainfer.artifact.files import save_artifact
-from vllm_adainfer.engine.segments.fixed_states import FixedStates
+from vllm_adainfer.engine.segments.segments import FixedStates
 
 EXIT_POINTS = (0, 2, 3, 4)
 EQUAL = ["Segment_2_3_of_6", "Segment_3_4_of_6", "Segment_4_5_of_6"]  # in their graphs

@@ -11,8 +11,7 @@ from torch import Tensor
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import override_forward_context
 
-from vllm_adainfer.engine.segments.fixed_states import FixedStates
-from vllm_adainfer.engine.segments.segments import Stack, segment_class
+from vllm_adainfer.engine.segments.segments import FixedStates, Stack, segment_class
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 
 

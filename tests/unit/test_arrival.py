@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
-from vllm_adainfer.engine.compat.arrival import tell_scheduler_of_arrivals
+from vllm_adainfer.engine.compat.scheduler import tell_scheduler_of_arrivals
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.unit.test_choice_policy import YES_NO
-from vllm_adainfer.engine.admission.choice_ends import why_choices_run_on
+from vllm_adainfer.engine.admission.admission import why_choices_run_on
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.options import (
     CalibrationRequest,

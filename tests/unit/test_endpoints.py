@@ -17,7 +17,7 @@ from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.files import load_artifact
-from vllm_adainfer.engine.worker import reload
+from vllm_adainfer.engine.worker.served_policies import ServedPolicies
 from vllm_adainfer.frontend.endpoints import AdaInferEndpoints
 from vllm_adainfer.settings.engine import Settings
 
@@ -172,8 +172,8 @@ def test_the_hub_is_asked_once_and_not_by_an_engine(switch, monkeypatch):
         build_on_all_ranks=lambda read_artifacts: read.extend(read_artifacts().values()),
         replace=lambda built: None,
     )
-    built = reload.read_again(served, pinned)
-    lines = reload.reload_policies(served, built)
+    built = ServedPolicies.read_again(served, pinned)
+    lines = ServedPolicies.reload(served, built)
     assert lines == ["policy default was reloaded from org/mood@main"]
     assert [one.digest for one in read] == [pinned["default"].digest]
     assert asked == ["org/mood"]

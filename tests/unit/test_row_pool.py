@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
-from vllm_adainfer.exits.kv.row_pool import FIRST_SIZE, RowPool
+from vllm_adainfer.exits.kv.policies import FIRST_SIZE, RowPool
 
 
 def stream_of(values: list[int], parts: int) -> HiddenStates:

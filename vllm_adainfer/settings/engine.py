@@ -6,18 +6,10 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.settings.instruments import SwitchInstruments
+from vllm_adainfer.settings.instruments import Keys, SwitchInstruments
 
 CONFIG_KEY = "adainfer"
 KILL_SWITCH = "VLLM_ADAINFER"
@@ -30,10 +22,8 @@ AUTO_POINTS = 6  # evenly from 40 to 85 % of the layers
 PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 
-class Capture(BaseModel):
+class Capture(Keys):
     """A sample of the requests, kept on disk; see `vllm_adainfer.engine.scheduler.capture`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     directory: str = Field(
         min_length=1, description="Created if missing, accessible to this user only."
@@ -44,10 +34,8 @@ class Capture(BaseModel):
     )
 
 
-class Audit(BaseModel):
+class Audit(Keys):
     """A line for each request that ends; see `vllm_adainfer.engine.scheduler.audit`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     directory: str = Field(
         min_length=1, description="Created if missing, accessible to this user only."
@@ -59,10 +47,8 @@ class Audit(BaseModel):
     )
 
 
-class Auto(BaseModel):
+class Auto(Keys):
     """A server that calibrates itself; see `vllm_adainfer.auto`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     directory: str = Field(
         min_length=1,
@@ -88,10 +74,8 @@ class Auto(BaseModel):
     )
 
 
-class Switch(BaseModel):
+class Switch(Keys):
     """The documented keys of the engine switch; an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     artifact: str | dict[PolicyName, str] | None = Field(
         None,
@@ -174,8 +158,12 @@ class Switch(BaseModel):
             )
         return kv
 
+
+class Settings(Switch, SwitchInstruments):
+    """The switch as the engine reads it: its documented keys, and the instruments."""
+
     @model_validator(mode="after")
-    def _has_artifact_where_needed(self) -> Switch:
+    def _has_artifact_where_needed(self) -> Settings:
         if self.artifact == {}:
             raise ValueError('"artifact" names no artifact: give {"NAME": "DIR"}, or a directory')
         if isinstance(self.artifact, dict) and NO_POLICY in self.artifact:
@@ -204,8 +192,9 @@ class Switch(BaseModel):
 
     @property
     def replaces_model(self) -> bool:
-        """Whether a key needs a model with exit points."""
-        return self.artifact is not None or self.exit_points is not None or self.calibrates_itself
+        """Whether a key or an instrument needs a model with exit points."""
+        given = self.artifact, self.exit_points, self.record, self.exit_script
+        return self.calibrates_itself or any(one is not None for one in given)
 
     @property
     def calibrates_itself(self) -> bool:
@@ -224,7 +213,9 @@ class Switch(BaseModel):
 
     @property
     def finishes_choices(self) -> bool:
-        """Whether requests end once only one choice is left."""
+        """Whether requests end once only one choice is left; never while recording."""
+        if self.record is not None:
+            return False
         return not self.runs_stock if self.finish_choices is None else self.finish_choices
 
     @property
@@ -233,10 +224,6 @@ class Switch(BaseModel):
         if isinstance(self.artifact, str):
             return {DEFAULT_POLICY: self.artifact}
         return dict(self.artifact or {})
-
-
-class Settings(Switch, SwitchInstruments):
-    """The switch as the engine reads it: its documented keys, and the instruments."""
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Settings:
@@ -264,16 +251,6 @@ class Settings(Switch, SwitchInstruments):
         if self.exit_script is not None and (self.epsilon is not None or self.shadow_rate):
             raise ValueError('"epsilon" and "shadow_rate" go with "artifact", not "exit_script"')
         return self
-
-    @property
-    def replaces_model(self) -> bool:
-        """Whether a key or an instrument needs a model with exit points."""
-        return super().replaces_model or (self.record, self.exit_script) != (None, None)
-
-    @property
-    def finishes_choices(self) -> bool:
-        """Whether requests end once only one choice is left; never while recording."""
-        return self.record is None and super().finishes_choices
 
     def fixed_exit_points(self, depth: int) -> tuple[int, ...]:
         """The exit points that the switch itself decides on; an artifact names its own.
@@ -310,12 +287,8 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join([CONFIG_KEY, *map(str, problem["loc"])])
     if problem["type"] == "extra_forbidden":
-        owners: dict[int | str, type[BaseModel]] = {
-            "capture": Capture,
-            "audit": Audit,
-            "auto": Auto,
-        }
-        owner = owners.get(problem["loc"][0], Switch)
+        owners: dict[str, type[Keys]] = {"capture": Capture, "audit": Audit, "auto": Auto}
+        owner = owners.get(str(problem["loc"][0]), Switch)
         known = ", ".join(sorted(owner.model_fields))
         return f"additional_config: {where} is not a known key; known keys: {known}"
     return f"additional_config: {where}: {problem['msg'].removeprefix('Value error, ')}"

@@ -12,19 +12,21 @@ ROW_ARG = "adainfer_row"
 SCRIPT_ARG = "adainfer_exit"
 
 
-class LensRecord(BaseModel):
-    """The sums to keep for a tuned lens; see `exits.recording.recorder.TunedLensSums`."""
+class Keys(BaseModel):
+    """Keys of a mapping that a user writes; an unknown one is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LensRecord(Keys):
+    """The sums to keep for a tuned lens; see `exits.recording.recorder.TunedLensSums`."""
 
     folds: int = Field(ge=2)
     prompts: int = Field(ge=1, description="Those with lower rows; the others are held out.")
 
 
-class StatesRecord(BaseModel):
+class StatesRecord(Keys):
     """The states to keep of whole prompts, in files; see `exits.recording.state_files`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     layers: tuple[int, ...] = Field(min_length=1)
     directory: str

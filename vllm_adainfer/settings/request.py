@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import CONFIG_KEY
-from vllm_adainfer.settings.instruments import RequestInstruments
+from vllm_adainfer.settings.instruments import Keys, RequestInstruments
 
 # Keys of a request's extra_args.
 EXIT_ARG = "adainfer"
 EPSILON_ARG = "adainfer_epsilon"
 
 
-class RequestKeys(BaseModel):
+class RequestKeys(Keys):
     """The documented keys in ``extra_args`` (HTTP: ``vllm_xargs``); an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     adainfer: bool | None = Field(
         None, description="0 runs the request at full depth; 1 lets it exit."

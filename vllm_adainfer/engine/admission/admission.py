@@ -13,7 +13,6 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.artifact.label_subsets import ALL, bits_of
 from vllm_adainfer.engine.admission.arrival import Arrival
-from vllm_adainfer.engine.admission.choice_ends import why_choices_run_on
 from vllm_adainfer.engine.admission.policies import Policies
 from vllm_adainfer.engine.admission.running import (
     NOT_POOLED,
@@ -31,6 +30,9 @@ from vllm_adainfer.settings.engine import NO_POLICY, Settings
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.lora.request import LoRARequest
+
+# Structured outputs backends whose grammars can tell whether they would accept further tokens.
+LOOKAHEAD_BACKENDS = ("auto", "xgrammar", "guidance")
 
 
 class Admission:
@@ -159,3 +161,17 @@ def _subset(output: Output | None, config: ArtifactConfig) -> int:
     if not config.label_pool or output is None or output.labels is None:
         return ALL
     return bits_of(output.labels, config.label_ids)
+
+
+def why_choices_run_on(vllm_config: VllmConfig, settings: Settings) -> str | None:
+    """Why vLLM samples a choice to its last token; None if requests end once one choice is left."""
+    if not settings.finishes_choices:
+        return '"finish_choices" is off'
+    grammars = vllm_config.structured_outputs_config
+    if grammars.reasoning_parser:
+        return "the grammar of a server with a reasoning parser begins after the reasoning"
+    if grammars.backend not in LOOKAHEAD_BACKENDS:
+        return f"the structured outputs backend {grammars.backend} cannot look ahead"
+    if vllm_config.model_config.return_sampling_mask:
+        return "sampling masks are returned, and the tokens appended would have none"
+    return None

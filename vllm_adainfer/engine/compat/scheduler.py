@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -84,3 +85,27 @@ def pooled_output(runner_output: Any, request_id: str) -> list[float] | None:
 def hash_block_size(kv_cache_manager: Any) -> int:
     """Tokens per entry of ``Request.block_hashes``; vLLM 0.32 keeps it in the block pool."""
     return int(kv_cache_manager.block_pool.hash_block_size)
+
+
+def tell_scheduler_of_arrivals() -> None:
+    """Let `EngineCore` call ``request_arrived`` of a scheduler that has it, with each new request.
+
+    vLLM 0.32 builds a request in the thread that receives it (`EngineCore.preprocess_add_request`),
+    beside the running step. The scheduler has no hook there: it gets requests between steps, where
+    others wait.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    stock = EngineCore.preprocess_add_request
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @wraps(stock)
+    def preprocess_add_request(core: Any, *args: Any, **kwargs: Any) -> tuple[Request, int]:
+        request, wave = stock(core, *args, **kwargs)
+        arrived = getattr(core.scheduler, "request_arrived", None)
+        if arrived is not None:
+            arrived(request)
+        return request, wave
+
+    EngineCore.preprocess_add_request = preprocess_add_request

@@ -12,9 +12,8 @@ from torch import Tensor
 from vllm_adainfer.arrays import AnyArray, Ints
 from vllm_adainfer.engine.compat.attention import NO_SLOT, slots_of
 from vllm_adainfer.engine.segments.attention import Groups, StepAttention, metadata_of
-from vllm_adainfer.exits.batch.hidden_states import HiddenStates
+from vllm_adainfer.exits.batch.hidden_states import HiddenStates, StateMemory
 from vllm_adainfer.exits.batch.layout import RowLayout
-from vllm_adainfer.exits.batch.state_memory import StateMemory
 from vllm_adainfer.exits.batch.upload import packed_size, unpack, upload_into
 
 

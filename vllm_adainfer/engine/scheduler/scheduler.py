@@ -22,7 +22,6 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.running import attach_resolved, params_of, resolved_of
-from vllm_adainfer.engine.compat.arrival import tell_scheduler_of_arrivals
 from vllm_adainfer.engine.compat.processes import end_with_starter
 from vllm_adainfer.engine.compat.runner import attached_note
 from vllm_adainfer.engine.compat.scheduler import (
@@ -30,6 +29,7 @@ from vllm_adainfer.engine.compat.scheduler import (
     is_output_dropped,
     pooled_output,
     sampled_tokens,
+    tell_scheduler_of_arrivals,
     wait_for_token,
 )
 from vllm_adainfer.engine.compat.stats import attach_report

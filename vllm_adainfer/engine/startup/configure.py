@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from vllm_adainfer.artifact.config_rules import are_exit_points
 from vllm_adainfer.auto.cores import note_cores
 from vllm_adainfer.auto.directory import AutoDirectory
-from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.admission.choice_ends import why_choices_run_on
+from vllm_adainfer.engine.admission.admission import Admission, why_choices_run_on
 from vllm_adainfer.engine.classes import GPU_WORKER, SCHEDULER, own_kv_layers, worker_class
 from vllm_adainfer.engine.compat.compilation import find_compiled_code_again
 from vllm_adainfer.engine.compat.config import leave_full_graphs_to_segments, use_model_class

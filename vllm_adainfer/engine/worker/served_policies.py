@@ -11,7 +11,10 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_adainfer.artifact.artifact import Artifact, all_parts, digest_of, digests_of
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.artifact.source import Pinned
 from vllm_adainfer.engine.admission.admission import Admission
+from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.runner.build_loop import monitor_of, policies_of_artifacts
 from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, same_on_all_ranks
 from vllm_adainfer.engine.runner.requests import RunningRequests
@@ -22,6 +25,8 @@ from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.promise.kinds import promise_of
 from vllm_adainfer.watch.watch import Watch
+
+logger = get_logger(__name__)
 
 STUDENT_READS = "how its student reads requests"
 # By name, the artifact and the policy of each of its parts.
@@ -111,6 +116,41 @@ class ServedPolicies:
             self.model.loop.use_policies(policies, monitors)
         self._running.use_admission(admission)
         self._running.digests = digests_of(artifacts)
+
+    def read_again(self, pinned: Mapping[str, Pinned] | None = None) -> Built:
+        """Read the artifacts of the engine switch again. A collective: every rank must call it.
+
+        `pinned` says by policy where its artifact lies and the digest its files must have, so that
+        nothing is asked of the hub; None for whatever there is now. An AdaInferError if an artifact
+        cannot be served without a restart, or ranks differ.
+        """
+        settings = self.model.settings
+
+        def read() -> dict[str, Artifact]:
+            if settings.artifact is None:
+                raise AdaInferError("this engine has no artifact to reload")
+            sources = settings.artifacts
+            if pinned is not None:
+                sources = {name: one.directory for name, one in pinned.items()}
+            artifacts = {name: load_artifact(source) for name, source in sources.items()}
+            for name, artifact in artifacts.items():
+                if pinned is not None and artifact.digest != pinned[name].digest:
+                    raise AdaInferError(
+                        f"artifact {settings.artifacts[name]!r} was overwritten during the "
+                        "reload, or replicas see different files: reload again"
+                    )
+            return artifacts
+
+        return self.build_on_all_ranks(read)
+
+    def reload(self, built: Built) -> list[str]:
+        """Decide with the new policies from the next step on; a line that says so for each."""
+        self.replace(built)
+        sources = self.model.settings.artifacts
+        lines = [f"policy {name} was reloaded from {source}" for name, source in sources.items()]
+        for line in lines:
+            logger.info("%s", line)
+        return lines
 
     def _composed(
         self, built: Built, without: Iterable[str] = ()

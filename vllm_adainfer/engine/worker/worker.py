@@ -19,7 +19,6 @@ from vllm_adainfer.engine.compat.runner import attach_note
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.worker.adapter_policy import bundled_policy
 from vllm_adainfer.engine.worker.model_facts import facts_of
-from vllm_adainfer.engine.worker.reload import read_again, reload_policies
 from vllm_adainfer.engine.worker.self_calibration import SelfCalibration
 from vllm_adainfer.engine.worker.served_policies import Built, ServedPolicies
 from vllm_adainfer.errors import AdaInferError
@@ -172,8 +171,8 @@ class ExitWorker(_Worker):
         return stats
 
     def adainfer_reload(self) -> list[str]:
-        """Reload the artifacts and serve with them; see `read_again`."""
-        return reload_policies(self._served, read_again(self._served))
+        """Reload the artifacts and serve with them; see `ServedPolicies`."""
+        return self._served.reload(self._served.read_again())
 
     def adainfer_read_again(self, reload: str, pinned: Mapping[str, Sequence[str]]) -> None:
         """Phase 1 of a reload across engines: read and build, without using the result.
@@ -182,12 +181,12 @@ class ExitWorker(_Worker):
         the digest of its files: all engines must read the same.
         """
         found = {name: Pinned(*one) for name, one in pinned.items()}  # a list after the transfer
-        self._reloads[reload] = read_again(self._served, found)
+        self._reloads[reload] = self._served.read_again(found)
 
     def adainfer_end_reload(self, reload: str, use: bool) -> list[str]:
         """Phase 2: serve with the result of phase 1, or drop it."""
         built = self._reloads.pop(reload, None)
-        return reload_policies(self._served, built) if use and built is not None else []
+        return self._served.reload(built) if use and built is not None else []
 
     def adainfer_take_record(self, directory: str) -> dict[str, Any]:
         """Add what was recorded to the files of `directory`: rows, sums, and the model.
