@@ -35,14 +35,13 @@ from vllm_adainfer.artifact.fields import Gate, LabelBound
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.best_policy import best_heads
 from vllm_adainfer.offline.calibration.calibrate import calibration_of, record_prompts
 from vllm_adainfer.offline.calibration.certify.certify import Terms
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.enough_rows import check_label_rows
 from vllm_adainfer.offline.calibration.fit import exits
 from vllm_adainfer.offline.calibration.fit.probes import Target, fit_probes
-from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
+from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, best_heads
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts, right_tokens, split_of
 from vllm_adainfer.offline.calibration.record.rows import Rows

@@ -27,7 +27,6 @@ from tqdm import tqdm
 from benchmarks.common.intervals import bounded, share_of, shares_of
 from benchmarks.common.report_files import write_report
 from vllm_adainfer.artifact.files import load_details
-from vllm_adainfer.offline.calibration.best_policy import best_policy
 from vllm_adainfer.offline.calibration.calibrate import (
     calibration_of,
     fit_and_certify,
@@ -35,6 +34,7 @@ from vllm_adainfer.offline.calibration.calibrate import (
 )
 from vllm_adainfer.offline.calibration.certify.path import threshold_path
 from vllm_adainfer.offline.calibration.fit.exits import judge
+from vllm_adainfer.offline.calibration.fit_policy import fit_policy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
 from vllm_adainfer.offline.calibration.record.rows import Rows
@@ -98,7 +98,7 @@ def left_out(
         split = calibration.split
         fit, certify = (part[names[part] != name] for part in (split.fit, split.certify))
         split = replace(split, fit=fit, certify=certify)
-        policy = best_policy(replace(calibration, split=split), request.probe)
+        policy = fit_policy(replace(calibration, split=split), request.probe)
         point = policy.points.get(request.options.epsilon)
         row: dict[str, Any] = {"question": str(name), "risk": None, "layers_saved": None}
         if point is not None:

@@ -35,13 +35,17 @@ from benchmarks.offline.resamples import resampled
 from benchmarks.offline.slow_model import with_idle_layers
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
-from vllm_adainfer.offline.calibration.best_policy import best_heads, layers_to_branch
 from vllm_adainfer.offline.calibration.calibrate import calibration_of, record_prompts
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
 from vllm_adainfer.offline.calibration.fit.encoders import branches_of, train_student
 from vllm_adainfer.offline.calibration.fit.training import Lesson
-from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
+from vllm_adainfer.offline.calibration.fit_policy import (
+    FittedPolicy,
+    best_heads,
+    layers_to_branch,
+    make_policy,
+)
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import (
     Prompts,
@@ -156,12 +160,12 @@ def made_policies(request: CalibrationRequest, test: int) -> Made:
     plain = calibration_of(request, prompts, recording)
     exits = best_heads(plain, "pooled-label-head")
     student, branches = train_student(prompts.student, Lesson.of(plain)), ()
-    if layers := layers_to_branch(exits):
+    if layers := layers_to_branch(exits.exits):
         states = record_prompts(request, prompts, layers).own_states
         assert states is not None
         branches = branches_of(plain, states)
     both = replace(plain, trained=(student,))
-    kept = make_policy(both, exits.heads).student is not None
+    kept = make_policy(both, exits.candidates).student is not None
     time_of, all_rows = cost.trained_seconds, np.arange(ROWS_IN_A_STEP)
     seconds = time_of(student, recording, all_rows)
 
@@ -172,9 +176,9 @@ def made_policies(request: CalibrationRequest, test: int) -> Made:
         policies = {
             EXITS: exits,
             STUDENT: make_policy(alone(both), []),
-            BOTH: make_policy(both, exits.heads),
-            BRANCHES: make_policy(replace(plain, trained=branches), exits.heads),
-            ALL: make_policy(replace(plain, trained=(student, *branches)), exits.heads),
+            BOTH: make_policy(both, exits.candidates),
+            BRANCHES: make_policy(replace(plain, trained=branches), exits.candidates),
+            ALL: make_policy(replace(plain, trained=(student, *branches)), exits.candidates),
         }
     return Made(prompts, tests, policies, kept, seconds)
 
@@ -205,11 +209,11 @@ def measure_all(
             "keeps_student": made.keeps_student if policy.student else None,
             "trained_ms": {
                 exit.layer: 1e3
-                * (policy.choice.costs.probe_of(exit) if exit.layer else made.student_seconds)
+                * (policy.costs.probe_of(exit) if exit.layer else made.student_seconds)
                 for exit in policy.exits
                 if exit.probe.encoder is not None
             },
-            "expected_ms": {part: 1e3 * s for part, s in policy.choice.expected.items()},
+            "expected_ms": {part: 1e3 * s for part, s in policy.expected.items()},
             **measured(rounds, name, Form.TOKEN, rights),
             **resampled(policy, made.tests),
         }

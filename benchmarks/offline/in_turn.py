@@ -11,7 +11,7 @@ import numpy as np
 
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
+from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.calibration.prompts import Prompts, split_of
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine

@@ -12,7 +12,7 @@ from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import LabelTest, certify
 from vllm_adainfer.offline.calibration.certify.path import PathPoint, held_out_path, threshold_grid
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit
-from vllm_adainfer.offline.calibration.fitted_policy import (
+from vllm_adainfer.offline.calibration.fit_policy import (
     FittedPolicy,
     fit_candidates,
     make_policy,

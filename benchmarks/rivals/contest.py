@@ -21,7 +21,6 @@ from benchmarks.rivals.report import TITLES
 from benchmarks.rivals.task import Task
 from benchmarks.suite import methods
 from vllm_adainfer.arrays import Bools
-from vllm_adainfer.offline.calibration.best_policy import best_heads
 from vllm_adainfer.offline.calibration.calibrate import calibration_of
 from vllm_adainfer.offline.calibration.certify.certify import Terms
 from vllm_adainfer.offline.calibration.data.student_base import load_student_base
@@ -29,7 +28,7 @@ from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.encoders import train_student
 from vllm_adainfer.offline.calibration.fit.training import Lesson
-from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
+from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, best_heads, make_policy
 from vllm_adainfer.offline.calibration.prompts import Prompts, split_of
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import say
@@ -162,7 +161,7 @@ class Contest:
             made = {
                 "student": make_policy(alone(both), []),
                 "exits": exits,
-                "both": make_policy(both, exits.heads),
+                "both": make_policy(both, exits.candidates),
             }
             seconds = {
                 "student": student_seconds,

@@ -17,7 +17,7 @@ from vllm_adainfer.offline.calibration.certify.path import threshold_path
 from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.fit.exits import judge
 from vllm_adainfer.offline.calibration.fit.probes import Target, logit_lens
-from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
+from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.reports.shares import Interval, clopper_pearson
 
@@ -101,7 +101,7 @@ def certified_threshold(differs: Bools, sure: Floats, bound: Bound, epsilon: flo
 
 def of_policy(policy: FittedPolicy, epsilon: float, tests: Unseen) -> dict[str, Any]:
     """What one of our policies does."""
-    exits, depth = exits_on(policy, tests.rows), policy.choice.costs.depth
+    exits, depth = exits_on(policy, tests.rows), policy.costs.depth
     layers = [exit.layer for exit in exits]
     held_out = [exit.held_out for exit in exits]
     [point] = threshold_path(layers, held_out, depth, [policy.points[epsilon].threshold])

@@ -26,7 +26,7 @@ from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.cost import STEP_ROWS, Costs, probe_seconds
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored, fit_exits, judge
 from vllm_adainfer.offline.calibration.fit.probes import Target, logit_lens
-from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
+from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.reports.shares import Interval
@@ -123,7 +123,7 @@ def ours(policy: FittedPolicy, epsilon: float, test: TestPart) -> Outcome | None
         return None
     layers = [exit.layer for exit in policy.exits]
     scored = test.scored_by(policy)
-    return test.outcome(layers, scored, policy.points[epsilon].threshold, policy.choice.costs)
+    return test.outcome(layers, scored, policy.points[epsilon].threshold, policy.costs)
 
 
 def static_truncation(layers_run: float, target: Target, test: TestPart, costs: Costs) -> Outcome:

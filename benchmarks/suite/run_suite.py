@@ -28,7 +28,6 @@ from benchmarks.suite.tasks import TaskData, load_suite, load_task
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
-from vllm_adainfer.offline.calibration.best_policy import best_policy
 from vllm_adainfer.offline.calibration.calibrate import label_ids
 from vllm_adainfer.offline.calibration.data.shared import pooled_from, shared_tokens
 from vllm_adainfer.offline.calibration.data.split import random_order
@@ -36,7 +35,7 @@ from vllm_adainfer.offline.calibration.enough_rows import check_rows
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.choose import candidate_layers
 from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
+from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, fit_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import split_of
 from vllm_adainfer.offline.calibration.record.collect import Plan, record, recording_engine
@@ -200,7 +199,7 @@ class _Judging:
             recording, states={layer: recording.states[layer] for layer in candidates}
         )
         target = Target(kind, label_ids(data.labels))
-        policy = best_policy(
+        policy = fit_policy(
             Calibration(
                 thinned,
                 target,
@@ -246,7 +245,7 @@ class _Judging:
 
 
 def _outcomes(policy: FittedPolicy, test: methods.TestPart) -> dict[str, Any]:
-    calibration, costs = policy.calibration, policy.choice.costs
+    calibration, costs = policy.calibration, policy.costs
     ours = methods.ours(policy, calibration.options.epsilon, test)
     layers_run = costs.depth if ours is None else ours.layers_run
     outcomes = {

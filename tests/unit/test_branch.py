@@ -30,14 +30,14 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
 from vllm_adainfer.exits.recording.state_files import StateFiles
-from vllm_adainfer.offline.calibration import best_policy as best
-from vllm_adainfer.offline.calibration.best_policy import best_policy, with_trained_probes
+from vllm_adainfer.offline.calibration import fit_policy as best
 from vllm_adainfer.offline.calibration.fit import cost, encoders
 from vllm_adainfer.offline.calibration.fit.choose import choose_exits, one_per_layer
 from vllm_adainfer.offline.calibration.fit.distil import Taught, distil
 from vllm_adainfer.offline.calibration.fit.encoders import branches_of, train_branch
 from vllm_adainfer.offline.calibration.fit.exits import with_trained
 from vllm_adainfer.offline.calibration.fit.training import Lesson
+from vllm_adainfer.offline.calibration.fit_policy import fit_policy, with_trained_probes
 from vllm_adainfer.offline.calibration.record import collect
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates, own_states_of
 from vllm_adainfer.offline.calibration.record.rows import FOLDS
@@ -374,7 +374,7 @@ def branched(monkeypatch) -> Any:
     monkeypatch.setattr(cost, "trained_seconds", lambda *_: 1e-6)
     monkeypatch.setattr(encoders, "BRANCH_EPOCHS", 2)
     recording = recording_of_prompts(mean_noise=1.0)
-    heads = best_policy(calibration(recording), "pooled-label-head")
+    heads = fit_policy(calibration(recording), "pooled-label-head")
     layers = [exit.layer for exit in heads.exits if exit.layer > 0]
     return heads, states_that_tell(recording, layers)
 
@@ -391,7 +391,7 @@ def test_what_is_served_of_branches_is_what_was_certified(branched, tmp_path):
     heads, states = branched
     found = with_trained_probes(heads, *branches_of(heads.calibration, states))
     assert found.branches
-    assert found.choice.expected["chosen"] < heads.choice.expected["chosen"]
+    assert found.expected["chosen"] < heads.expected["chosen"]
     layers = [exit.layer for exit in found.exits]
     assert {exit.layer for exit in found.last_token.exits} <= {*layers} - {0}
     config, details = policy_config(found, "tiny", HF_CONFIG), policy_details(found)
@@ -430,8 +430,8 @@ def test_all_are_judged_by_what_they_have_not_seen(branched):
     recording, split = calibrated.rows, calibrated.split
     own = branches_of(calibrated, states)
     student = replace(own[0], layer=0)
-    found = with_trained(replace(calibrated, trained=(student, *own)), heads.heads)
-    layers = sorted([*(one.layer for one in heads.heads), *(one.layer for one in own)])
+    found = with_trained(replace(calibrated, trained=(student, *own)), heads.candidates)
+    layers = sorted([*(one.layer for one in heads.candidates), *(one.layer for one in own)])
     assert [exit.layer for exit in found] == layers
     assert {len(exit.fitted.loss) for exit in found} == {len(split.fit)}
     assert {len(exit.held_out.loss) for exit in found} == {len(split.certify)}
@@ -445,7 +445,7 @@ def test_all_are_judged_by_what_they_have_not_seen(branched):
 def test_without_a_branch_that_pays_the_policy_is_what_it_was(branched, monkeypatch, capsys):
     heads, states = branched
     monkeypatch.setattr(cost, "trained_seconds", lambda *_: 1.0)
-    found = best_policy(heads.calibration, "branch", None, lambda _: states)
+    found = fit_policy(heads.calibration, "branch", None, lambda _: states)
     assert found.branches == ()
     assert found.points[EPSILON].threshold == heads.points[EPSILON].threshold
     assert "branches cost more time than they save, and are left out" in capsys.readouterr().err
@@ -464,7 +464,7 @@ def test_auto_trains_branches_where_one_takes_a_small_part_of_a_layer(
         return states
 
     recording = recording_of_prompts(SAYS_MUCH if not trained else 1.0)
-    found = best_policy(calibration(recording), "auto", None, states_after)
+    found = fit_policy(calibration(recording), "auto", None, states_after)
     assert bool(asked) == trained
     assert bool(found.branches) == trained
 
@@ -486,4 +486,4 @@ def test_a_branch_is_trained_only_where_the_head_still_errs():
         return SimpleNamespace(layer=layer, fitted=SimpleNamespace(agrees=rows))
 
     exits = [exit_at(0, 0.7), exit_at(4, 0.8), exit_at(16, 0.97), exit_at(24, 0.99)]
-    assert best.layers_to_branch(SimpleNamespace(exits=exits)) == [4, 16]
+    assert best.layers_to_branch(exits) == [4, 16]

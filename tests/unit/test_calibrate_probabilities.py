@@ -23,13 +23,16 @@ from tests.unit.test_make_policy import (
 )
 from vllm_adainfer.artifact.fields import Gate
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
-from vllm_adainfer.offline.calibration.best_policy import with_mass_if_it_pays
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import certify
 from vllm_adainfer.offline.calibration.certify.path import threshold_grid, threshold_path
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.probes import Target, full_depth_labels
-from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
+from vllm_adainfer.offline.calibration.fit_policy import (
+    FittedPolicy,
+    make_policy,
+    with_mass_if_it_pays,
+)
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, policy_tensors

@@ -40,7 +40,7 @@ from vllm_adainfer.offline.calibration.data.choices import (
 from vllm_adainfer.offline.calibration.data.examples import Example, Row
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
+from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, policy_tensors
 from vllm_adainfer.policy.exit_policy import UndecidedRows
@@ -153,7 +153,7 @@ def test_answers_that_decide_no_choice_are_the_reason_given_for_no_policy(monkey
     policy = replace(calibrated(), points={})
     policy.calibration.rows.tokens[:] = policy.calibration.target.undecided
     monkeypatch.setattr(calibrating, "calibration_of", lambda *_: policy.calibration)
-    monkeypatch.setattr(calibrating, "best_policy", lambda *_: policy)
+    monkeypatch.setattr(calibrating, "fit_policy", lambda *_: policy)
     request = CalibrationRequest("m", Path("rows"), Path("out"))
     with pytest.raises(AdaInferError, match="100% of the answers of m begin with a token that dec"):
         calibrating.fit_and_certify(request, SimpleNamespace(student=None), policy.calibration.rows)

@@ -96,22 +96,11 @@ CALIBRATION = {
     "record": {"data"},
     "fit": {"record", "data", "options"},
     "certify": {"fit", "data", "options"},
-    "fitted_policy": {"certify", "fit"},
     "enough_rows": {"certify", "data", "options"},
     "prompts": {"enough_rows", "certify", "data", "options"},
-    "write": {"fitted_policy", "certify", "fit"},
-    "best_policy": {"fitted_policy", "fit", "record", "data", "options"},
-    "calibrate": {
-        "best_policy",
-        "write",
-        "prompts",
-        "enough_rows",
-        "certify",
-        "fit",
-        "record",
-        "data",
-        "options",
-    },
+    "fit_policy": {"enough_rows", "certify", "fit", "record", "data", "options"},
+    "write": {"fit_policy", "certify", "fit"},
+    "calibrate": {"fit_policy", "write", "prompts", "fit", "record", "data", "options"},
 }
 """What each step of calibration imports of the other ones."""
 OFFLINE = {

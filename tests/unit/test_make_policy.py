@@ -22,7 +22,7 @@ from vllm_adainfer.offline.calibration.enough_rows import check_rows
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
+from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows, ServedModel
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
@@ -246,8 +246,8 @@ def test_layers_asked_for_are_kept_whatever_they_cost(monkeypatch):
 def test_the_default_chooses_and_expects_to_be_faster_than_full_depth_and_an_even_spread():
     policy = made(recording_of(labels=True), Target("label-head", LABEL_IDS))
     assert 1 <= len(policy.exits) <= len(LAYERS)
-    assert policy.choice.expected["chosen"] < policy.choice.expected["full_depth"]
-    assert policy.choice.expected["chosen"] <= policy.choice.expected["uniform"]
+    assert policy.expected["chosen"] < policy.expected["full_depth"]
+    assert policy.expected["chosen"] <= policy.expected["uniform"]
 
 
 def test_exit_points_that_are_not_worth_their_probes_leave_no_policy(monkeypatch):
@@ -261,7 +261,7 @@ def test_where_nothing_is_certified_nobody_is_sent_to_the_same_held_out_half_aga
     """Several tries on it would exceed delta."""
     policy = made(recording_of(labels=True), Target("label-head", LABEL_IDS))
     monkeypatch.setattr(calibrating, "calibration_of", lambda *_: policy.calibration)
-    monkeypatch.setattr(calibrating, "best_policy", lambda *_: replace(policy, points={}))
+    monkeypatch.setattr(calibrating, "fit_policy", lambda *_: replace(policy, points={}))
     request = CalibrationRequest("m", Path("rows"), Path("out"))
     with pytest.raises(AdaInferError, match="raise --epsilon, or give new rows") as raised:
         calibrating.fit_and_certify(request, SimpleNamespace(student=None), policy.calibration.rows)

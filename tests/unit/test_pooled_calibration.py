@@ -25,7 +25,6 @@ from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.best_policy import best_policy
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.shared import pooled_from
@@ -33,7 +32,7 @@ from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.choose import candidate_layers, layers_saved
 from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.fitted_policy import fit_candidates
+from vllm_adainfer.offline.calibration.fit_policy import fit_candidates, fit_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import ALLOWANCE, split_of
 from vllm_adainfer.offline.calibration.record.rows import Rows, normed
@@ -94,26 +93,26 @@ SAYS_MUCH, SAYS_NOTHING = 0.3, 1e3
 )
 def test_auto_takes_the_faster_heads_by_the_half_that_fits(mean_noise, changes, kind):
     recording = recording_of_prompts(mean_noise, **changes)
-    found = best_policy(calibration(recording), "auto")
+    found = fit_policy(calibration(recording), "auto")
     assert found.calibration.target.kind == kind
     assert (found.last_token is not None) == (kind == "pooled-label-head")
     # With other held-out prompts, the choice and the exit points are the same.
     recording.tokens[SPLIT.certify] = LABEL_IDS[0]
-    again = best_policy(calibration(recording), "auto")
+    again = fit_policy(calibration(recording), "auto")
     assert again.calibration.target.kind == kind
     assert [exit.layer for exit in again.exits] == [exit.layer for exit in found.exits]
 
 
 def test_pooled_heads_that_are_asked_for_are_kept_though_others_are_faster():
     recording = recording_of_prompts(SAYS_NOTHING)
-    found = best_policy(calibration(recording), "pooled-label-head")
+    found = fit_policy(calibration(recording), "pooled-label-head")
     assert found.calibration.target.is_pooled
 
 
 @pytest.mark.parametrize("asked", [None, (0, 2, 4, 6)])
 def test_the_part_for_the_last_token_has_only_exit_points_of_the_policy(asked):
     """And none before the first layer, where one token says nothing of the others."""
-    found = best_policy(
+    found = fit_policy(
         calibration(recording_of_prompts(0.6), exit_points=asked), "pooled-label-head"
     )
     whole, last = ([one.layer for one in part.exits] for part in (found, found.last_token))
@@ -134,7 +133,7 @@ def test_a_part_that_certifies_nothing_is_left_out_and_said_to_be(capsys):
     recording = recording_of_prompts(SAYS_MUCH)
     nothing = {layer: torch.zeros_like(states) for layer, states in recording.states.items()}
     whole = calibration(replace(recording, states=nothing))
-    found = best_policy(whole, "pooled-label-head")
+    found = fit_policy(whole, "pooled-label-head")
     assert EPSILON in found.points
     assert found.last_token is None
     assert policy_config(found, "tiny", HF_CONFIG).last_token is None
@@ -148,7 +147,7 @@ def test_one_bound_covers_both_parts_whichever_decides_a_request(by_question):
     names = [f"question {row % 2}" for row in range(PROMPTS)]
     if by_question:
         data = replace(data, questions=names, ends={name: ((0,),) for name in names})
-    found = best_policy(data, "pooled-label-head")
+    found = fit_policy(data, "pooled-label-head")
     asked = np.array(names)[SPLIT.certify]
     pairs = [(found.points, found.last_token.points, np.ones(len(asked), dtype=np.bool_))]
     if by_question:
@@ -171,7 +170,7 @@ def test_one_bound_covers_both_parts_whichever_decides_a_request(by_question):
 
 def test_what_is_served_of_each_part_is_what_was_certified(tmp_path):
     recording = recording_of_prompts(0.6)
-    found = best_policy(calibration(recording), "pooled-label-head")
+    found = fit_policy(calibration(recording), "pooled-label-head")
     config, details = policy_config(found, "tiny", HF_CONFIG), policy_details(found)
     card = model_card(config, details)
     assert "within the same bounds, which hold whichever heads decide a request:" in card
@@ -193,12 +192,12 @@ def test_what_is_served_of_each_part_is_what_was_certified(tmp_path):
 
 
 def test_the_learning_curve_is_of_the_exit_points_on_a_quarter_a_half_and_all_that_fits():
-    found = best_policy(calibration(recording_of_prompts(0.6)), "pooled-label-head")
+    found = fit_policy(calibration(recording_of_prompts(0.6)), "pooled-label-head")
     curve = found.learning_curve()
-    assert [point.prompts for point in curve] == [112, 225, 450]
-    saved = layers_saved(found.exits, DEPTH, found.choice.allowed)
-    assert curve[-1].layers_saved == pytest.approx(saved)
-    assert curve[0].layers_saved < saved
+    assert [point["prompts"] for point in curve] == [112, 225, 450]
+    saved = layers_saved(found.exits, DEPTH, found.allowed)
+    assert curve[-1]["layers_saved"] == pytest.approx(saved)
+    assert curve[0]["layers_saved"] < saved
     other = replace(found.calibration, target=Target("lens", LABEL_IDS))
     assert replace(found, calibration=other).learning_curve() == []
 
@@ -266,7 +265,7 @@ def test_only_pooled_heads_have_something_to_read_before_the_first_layer():
 def test_a_prompt_is_explained_with_the_states_that_its_part_reads(monkeypatch, length, pooled):
     """Of a prompt without tokens of its own, there is no mean."""
     recording = recording_of_prompts(0.6)
-    found = best_policy(calibration(recording, exit_points=(0, 2, 4, 6)), "pooled-label-head")
+    found = fit_policy(calibration(recording, exit_points=(0, 2, 4, 6)), "pooled-label-head")
     config = policy_config(found, "tiny", HF_CONFIG)
     recorded: list[Any] = []
     monkeypatch.setattr(

@@ -33,7 +33,7 @@ from vllm_adainfer.offline.calibration.data.questions import (
     with_questions,
 )
 from vllm_adainfer.offline.calibration.enough_rows import check_questions
-from vllm_adainfer.offline.calibration.fitted_policy import make_policy
+from vllm_adainfer.offline.calibration.fit_policy import make_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_config,
@@ -159,8 +159,8 @@ def test_each_question_keeps_the_bound_on_its_own_and_others_run_to_the_end(poli
         assert points[EPSILON].layers_saved > 0
     others = names == "question 2"
     assert (point.exits[others] == len(policy.exits)).all()
-    layers = np.array([*(one.layer for one in policy.exits), policy.choice.costs.depth])
-    saved = 1 - layers[point.exits].mean() / policy.choice.costs.depth
+    layers = np.array([*(one.layer for one in policy.exits), policy.costs.depth])
+    saved = 1 - layers[point.exits].mean() / policy.costs.depth
     assert point.layers_saved == pytest.approx(saved)
 
 

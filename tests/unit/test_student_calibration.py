@@ -23,7 +23,6 @@ from tests.unit.test_pooled_calibration import EPSILON, calibration, recording_o
 from vllm_adainfer.artifact.fields import SharedTokens
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.best_policy import best_policy
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.shared import shared_tokens
 from vllm_adainfer.offline.calibration.data.student_base import (
@@ -35,6 +34,7 @@ from vllm_adainfer.offline.calibration.fit.calibration import TrainedProbe
 from vllm_adainfer.offline.calibration.fit.distil import Taught
 from vllm_adainfer.offline.calibration.fit.encoders import train_student
 from vllm_adainfer.offline.calibration.fit.training import Lesson
+from vllm_adainfer.offline.calibration.fit_policy import fit_policy
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.facts.artifact import artifact_facts
 from vllm_adainfer.offline.facts.document import as_text
@@ -86,7 +86,7 @@ def found(recording) -> Any:
         patch.setattr(cost, "probe_seconds", lambda *_: 1e-6)
         patch.setattr(cost, "trained_seconds", lambda *_: 1e-6)
         learn_fast(patch)
-        return best_policy(calibration(recording), "auto", base_of(recording, unreadable=4))
+        return fit_policy(calibration(recording), "auto", base_of(recording, unreadable=4))
 
 
 def scores_of(trained: TrainedProbe, texts: Any) -> torch.Tensor:
@@ -212,18 +212,18 @@ def test_a_student_that_takes_longer_than_it_saves_is_left_out(
     recording, monkeypatch, capsys, seconds
 ):
     monkeypatch.setattr(cost, "trained_seconds", lambda *_: seconds)
-    policy = best_policy(calibration(recording), "auto", base_of(recording))
+    policy = fit_policy(calibration(recording), "auto", base_of(recording))
     assert (policy.student is None) == (seconds == 1.0)
     said = "the student costs more time than it saves" in capsys.readouterr().err
     assert said == (seconds == 1.0)
     if policy.student is None:
-        plain = best_policy(calibration(recording), "auto")
+        plain = fit_policy(calibration(recording), "auto")
         assert policy.points[EPSILON].threshold == plain.points[EPSILON].threshold
 
 
 def test_without_a_student_nothing_is_trained(recording, monkeypatch):
     monkeypatch.setattr(exits, "fit_trained", None)
-    policy = best_policy(calibration(recording), "auto")
+    policy = fit_policy(calibration(recording), "auto")
     assert policy.student is None
     assert {len(exit.fitted.loss) for exit in policy.candidates} == {len(SPLIT.fit)}
 
@@ -232,7 +232,7 @@ def test_without_a_student_nothing_is_trained(recording, monkeypatch):
     "options", needed(1, of=[{}, {"classifier": "logreg"}, {"exit_points": (0, 2, 4)}])
 )
 def test_what_is_written_serves_as_it_was_judged(recording, tmp_path, options):
-    policy = best_policy(calibration(recording, **options), "auto", base_of(recording))
+    policy = fit_policy(calibration(recording, **options), "auto", base_of(recording))
     config = write_artifact(policy, "model", HF_CONFIG, None, tmp_path / "a")
     assert config.student == DESCRIBED
     loaded = load_artifact(str(tmp_path / "a"))

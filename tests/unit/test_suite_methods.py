@@ -19,7 +19,7 @@ from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.cost import Costs
 from vllm_adainfer.offline.calibration.fit.exits import fit_exits
 from vllm_adainfer.offline.calibration.fit.probes import Target, logit_lens
-from vllm_adainfer.offline.calibration.fitted_policy import make_policy
+from vllm_adainfer.offline.calibration.fit_policy import make_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 
 TESTS = SPLIT.certify[:200]
@@ -89,7 +89,7 @@ def flat(outcome: methods.Outcome) -> dict[str, float]:
 def test_our_outcome_is_that_of_the_certified_threshold_a_prompt_at_a_time(recording, test, policy):
     threshold = policy.points[EPSILON].threshold
     classifiers = [exit.classifier for exit in policy.exits]
-    expected = by_prompt(recording, policy.exits, classifiers, threshold, policy.choice.costs)
+    expected = by_prompt(recording, policy.exits, classifiers, threshold, policy.costs)
     assert flat(methods.ours(policy, EPSILON, test)) == expected
 
 

@@ -22,7 +22,7 @@ from vllm_adainfer.offline.calibration.data.label_pool import labels_of
 from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
+from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, fit_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.record.rows import Rows, ServedModel
 from vllm_adainfer.offline.calibration.record.shards import by_layer
@@ -100,7 +100,7 @@ class Served:
         )
 
 
-def fit_policy(
+def policy_of(
     served: Served,
     kind: Kind,
     recorded: Mapping[str, Tensor],
@@ -118,7 +118,7 @@ def fit_policy(
     rows = served.rows(recorded, labels, choices)
     first_tokens = None if choices is None else choices.first_tokens
     answers = torch.tensor([label.token_id for label in labels])
-    return make_policy(
+    return fit_policy(
         Calibration(
             rows,
             Target("label-head", answers, first_tokens=first_tokens),
@@ -126,5 +126,6 @@ def fit_policy(
             PolicyOptions(epsilon=epsilon, delta=delta),
             labels,
             choices=choices,
-        )
+        ),
+        "label-head",
     )

@@ -20,9 +20,9 @@ from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.tries import TRIES
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.files import PRIVATE, whole_directory
-from vllm_adainfer.offline.auto.fit import Served, fit_policy
+from vllm_adainfer.offline.auto.fit import Served, policy_of
 from vllm_adainfer.offline.auto.tries import CERTIFIED, GIVEN_UP, RECORDING, Due, State, Try
-from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
+from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.record.shards import (
     Shard,
     load_shards,
@@ -131,7 +131,7 @@ class Trainer:
             self._end(name, replace(due, last=True), str(error))
             return
         try:
-            policy = fit_policy(served, kind, rows, held_out, epsilon, delta)
+            policy = policy_of(served, kind, rows, held_out, epsilon, delta)
         except (ArithmeticError, RuntimeError, ValueError) as error:  # AdaInferError is one
             self._end(name, due, str(error))
             return

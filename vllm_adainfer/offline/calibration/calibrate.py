@@ -12,15 +12,13 @@ from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.best_policy import best_policy
-from vllm_adainfer.offline.calibration.certify.certify import Terms
 from vllm_adainfer.offline.calibration.data.label_pool import subsets_of
 from vllm_adainfer.offline.calibration.data.questions import ends_of
 from vllm_adainfer.offline.calibration.data.score_labels import score_head_of
-from vllm_adainfer.offline.calibration.enough_rows import check_label_rows
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.choose import candidate_layers
 from vllm_adainfer.offline.calibration.fit.probes import Target, full_depth_labels
+from vllm_adainfer.offline.calibration.fit_policy import fit_policy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
 from vllm_adainfer.offline.calibration.record.collect import Plan, record, recording_engine
@@ -102,8 +100,7 @@ def fit_and_certify(request: CalibrationRequest, prompts: Prompts, rows: Rows) -
 
     """
     calibration = calibration_of(request, prompts, rows)
-    check_label_rows(Terms(calibration).tests, rows.tokens[calibration.held_out])
-    policy = best_policy(
+    policy = fit_policy(
         calibration,
         request.probe,
         prompts.student,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -17,7 +16,7 @@ from vllm_adainfer.artifact.config_rules import are_exit_points
 from vllm_adainfer.artifact.kinds import ProbeKind
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
-from vllm_adainfer.offline.calibration.fit.cost import Costs, measured_costs, tokens_of
+from vllm_adainfer.offline.calibration.fit.cost import Costs, tokens_of
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_crf_chain
 
 MAX_EXIT_POINTS = 8
@@ -50,37 +49,22 @@ def candidate_layers(
     return list(asked)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The chosen exit points, and why.
+def chosen(
+    calibration: Calibration, candidates: Sequence[FittedExit], costs: Costs, allowed: float
+) -> tuple[list[FittedExit], dict[str, float]]:
+    """The exit points chosen among `candidates`, by layer; a layer each if layers were asked for.
 
-    Attributes:
-        exits: by layer; empty if no set of them is worth its cost.
-        allowed: the mean loss of rows that they were chosen for.
-        costs: the costs of this model on this machine.
-        expected: expected times of a prompt, in seconds: ``full_depth``, ``chosen``, ``uniform``
-            (as many exit points, evenly spread).
-
+    Also the expected times of a prompt, in seconds: ``full_depth``, ``chosen``, ``uniform`` (as
+    many exit points, evenly spread).
     """
-
-    exits: list[FittedExit]
-    allowed: float
-    costs: Costs
-    expected: dict[str, float]
-
-    @classmethod
-    def of(
-        cls, calibration: Calibration, candidates: Sequence[FittedExit], allowed: float
-    ) -> Choice:
-        """Choose among `candidates`, or take a layer each if layers were asked for."""
-        tokens, costs = tokens_of(calibration), measured_costs(calibration, candidates)
-        choose = choose_exits if calibration.options.exit_points is None else one_per_layer
-        exits = choose(candidates, costs, tokens, allowed)
-        sets = {"full_depth": [], "chosen": exits, "uniform": evenly_spread(candidates, len(exits))}
-        expected = {n: expected_seconds(some, costs, tokens, allowed) for n, some in sets.items()}
-        if calibration.options.classifier == "crf" and exits:
-            exits = fit_crf_chain(exits, calibration.target)
-        return cls(exits, allowed, costs, expected)
+    tokens = tokens_of(calibration)
+    choose = choose_exits if calibration.options.exit_points is None else one_per_layer
+    exits = choose(candidates, costs, tokens, allowed)
+    sets = {"full_depth": [], "chosen": exits, "uniform": evenly_spread(candidates, len(exits))}
+    expected = {n: expected_seconds(some, costs, tokens, allowed) for n, some in sets.items()}
+    if calibration.options.classifier == "crf" and exits:
+        exits = fit_crf_chain(exits, calibration.target)
+    return exits, expected
 
 
 def choose_exits(

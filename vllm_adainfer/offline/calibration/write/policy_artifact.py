@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.kinds import LABEL_HEADS, Candidates
 from vllm_adainfer.offline.calibration.certify.path import PathPoint, held_out_path, threshold_grid
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
-from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
+from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.policy.probe import Probe
@@ -196,7 +195,7 @@ def _thresholds(policy: FittedPolicy) -> list[float]:
 def policy_details(policy: FittedPolicy) -> dict[str, Any]:
     """``calibration.json``: the provenance of the policy, and the share and cost of each exit."""
     calibration = policy.calibration
-    rows, split, costs = calibration.rows, calibration.split, policy.choice.costs
+    rows, split, costs = calibration.rows, calibration.split, policy.costs
     held_out, bound, queries = calibration.held_out, policy.terms.bound, policy.terms.queries
     _, counts = np.unique(rows.tokens[held_out], return_counts=True)
     point = policy.points[calibration.options.epsilon]
@@ -231,14 +230,14 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
             for exit in policy.candidates
             if exit.is_branch
         },
-        "learning_curve": [asdict(point) for point in policy.learning_curve()],
+        "learning_curve": policy.learning_curve(),
         "oracle_layers_run": oracle_layers_run(policy),
         "questions": question_rows(policy, point),
         "never_named": never_named(calibration),
         "seconds": {
             "layer": costs.layer,
             "cut": costs.cut,
-            "expected": policy.choice.expected,
+            "expected": policy.expected,
         },
         "risk_curve": [
             {

@@ -1,0 +1,274 @@
+"""A policy made from rows: fit candidates, choose the exit points, certify the bound.
+
+`calibrate` and the trainer of a live server make the same try: `fit_policy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from vllm_adainfer.artifact.kinds import LABEL_HEADS
+from vllm_adainfer.offline.calibration.certify.certify import Points, Terms, certified
+from vllm_adainfer.offline.calibration.data.student_base import StudentBase
+from vllm_adainfer.offline.calibration.enough_rows import check_label_rows
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
+from vllm_adainfer.offline.calibration.fit.choose import chosen, layers_saved
+from vllm_adainfer.offline.calibration.fit.cost import (
+    Costs,
+    measured_costs,
+    untrained_branch_layers,
+)
+from vllm_adainfer.offline.calibration.fit.encoders import branches_of, train_student
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_exits, with_trained
+from vllm_adainfer.offline.calibration.fit.training import Lesson
+from vllm_adainfer.offline.calibration.options import ProbeChoice
+from vllm_adainfer.offline.calibration.record.own_states import OwnStates
+from vllm_adainfer.offline.progress import progress, say
+from vllm_adainfer.policy.student import TextEncoder
+from vllm_adainfer.promise.kinds import asked_for
+
+# A policy also promises probabilities in the whole vocabulary if it keeps at least this share of
+# the savings it would have without. It does where the labels have nearly all of the mass.
+MASS_WORTH = 0.5
+# "auto" trains branches, which takes minutes, if one takes less than this share of a layer's time.
+BRANCH_WORTH = 1 / 3
+AGREES_ENOUGH = 0.98  # a head that agrees with full depth this often leaves a branch few errors
+SHARES = (0.25, 0.5, 1.0)  # of the prompts, for the learning curve
+
+
+@dataclass(frozen=True)
+class FittedPolicy:
+    """A policy and its results on the prompts it was made from.
+
+    Attributes:
+        calibration: the data and options behind it.
+        candidates: all exit points that were fitted.
+        exits: the chosen ones, by layer; empty if no set of them is worth its cost.
+        allowed: the mean loss of rows that they were chosen for.
+        costs: the costs of this model on this machine.
+        expected: see `chosen`.
+        points: epsilon -> the loosest policy certified for it on the held-out rows.
+        questions: question -> the same for it alone, if each is certified on its own.
+        last_token: for a pooled policy, the policy for requests whose prompt it cannot see as a
+            whole; None if such requests run all layers.
+
+    """
+
+    calibration: Calibration
+    candidates: list[FittedExit]
+    exits: list[FittedExit]
+    allowed: float
+    costs: Costs
+    expected: dict[str, float]
+    points: Points
+    questions: dict[str, Points]
+    last_token: FittedPolicy | None = None
+
+    @cached_property
+    def terms(self) -> Terms:
+        """What it holds on the held-out rows."""
+        return Terms(self.calibration)
+
+    @property
+    def student(self) -> TrainedProbe | None:
+        """The student, if it is among the chosen exit points."""
+        if not any(isinstance(exit.probe.encoder, TextEncoder) for exit in self.exits):
+            return None
+        [student] = [one for one in self.calibration.trained if one.base is not None]
+        return student
+
+    @property
+    def branches(self) -> tuple[int, ...]:
+        """The layers of the chosen exit points that have a branch."""
+        return tuple(exit.layer for exit in self.exits if exit.is_branch)
+
+    def learning_curve(self) -> list[dict[str, float]]:
+        """The layers saved, 0 to 1, if fewer prompts are fitted on; empty for other probes.
+
+        These are judged out of fold: the held-out ones are for the bound alone. Also empty with a
+        student or branches, which would be trained three times.
+        """
+        calibration, split = self.calibration, self.calibration.split
+        is_head = calibration.target.kind in LABEL_HEADS
+        if not is_head or self.student is not None or self.branches:
+            return []
+        layers, depth = [exit.layer for exit in self.exits], calibration.rows.model.depth
+        curve = []
+        for share in SHARES:
+            fit = split.fit[: round(len(split.fit) * share)]
+            exits = fit_exits(replace(calibration, split=replace(split, fit=fit)), layers)
+            saved = layers_saved(exits, depth, self.allowed)
+            curve.append({"prompts": len(fit), "layers_saved": saved})
+        return curve
+
+
+def fit_policy(
+    calibration: Calibration,
+    probe: ProbeChoice,
+    base: StudentBase | None = None,
+    states_after: Callable[[Sequence[int]], OwnStates | None] | None = None,
+) -> FittedPolicy:
+    """The policy with the probe asked for; "auto" takes the faster one of the label heads.
+
+    Which one that is, the part that fits decides; likewise whether a student of `base` and branches
+    are worth the time that they take. `states_after` gives the states that branches read.
+
+    Raises:
+        AdaInferError: the held-out rows are too few for a promise about a label.
+
+    """
+    check_label_rows(Terms(calibration).tests, calibration.rows.tokens[calibration.held_out])
+    policy = best_heads(calibration, probe)
+    if base is not None:
+        student = train_student(base, Lesson.of(policy.calibration))
+        with_student = with_trained_probes(policy, student)
+        if with_student.student is None:
+            say("the student costs more time than it saves, and is left out")
+        else:
+            policy = with_student
+    asked = probe == "branch" or (probe == "auto" and branches_could_pay(policy.calibration))
+    if states_after is None or not asked:
+        return policy
+    layers = layers_to_branch(policy.exits)
+    if not layers:
+        say("no exit point has a head that a branch could do much better than")
+        return policy
+    states = states_after(layers)
+    assert states is not None
+    with_branches = with_trained_probes(policy, *branches_of(policy.calibration, states))
+    if with_branches.branches:
+        return with_branches
+    say("branches cost more time than they save, and are left out")
+    return policy
+
+
+def best_heads(calibration: Calibration, probe: ProbeChoice) -> FittedPolicy:
+    """The policy with the probe asked for, before anything is trained."""
+    policy = with_mass_if_it_pays(make_policy(calibration))
+    if not calibration.target.is_pooled:
+        return policy
+    last = of_last_token(policy)
+    candidates = fit_candidates(last)
+    if probe == "auto":
+        alone = make_policy(last, candidates)
+        if policy.expected["chosen"] >= alone.expected["chosen"]:
+            return alone
+    return with_last_token(policy, last, candidates)
+
+
+def with_mass_if_it_pays(policy: FittedPolicy) -> FittedPolicy:
+    """A policy for probabilities that also promises the label mass, unless that saves too little.
+
+    The expectation is on the part that fits: a choice by the held-out part would weaken the bound.
+    """
+    calibration = policy.calibration
+    has_rest = calibration.rows.model.logit_lens.head.size > len(calibration.labels)
+    if calibration.options.tolerance is None or not has_rest:  # a classifier has no other tokens
+        return policy
+    promise = asked_for(
+        calibration.options, calibration.labels, calibration.score_head, label_mass=True
+    )
+    target = replace(calibration.target, promise=promise)
+    with_mass = make_policy(replace(calibration, target=target))
+    times = (one.expected for one in (with_mass, policy))
+    saved, saved_without = (1 - one["chosen"] / one["full_depth"] for one in times)
+    return with_mass if 0 < saved >= MASS_WORTH * saved_without else policy
+
+
+def with_trained_probes(policy: FittedPolicy, *trained: TrainedProbe) -> FittedPolicy:
+    """A policy from the heads of another one and what was trained beside them, chosen anew."""
+    calibration = policy.calibration
+    kept = () if policy.student is None else (policy.student,)
+    heads = [one for one in policy.candidates if one.probe.encoder is None]
+    found = make_policy(replace(calibration, trained=(*kept, *trained)), heads)
+    if not calibration.target.is_pooled:
+        return found
+    last = of_last_token(found)
+    return with_last_token(found, last, fit_candidates(last, {exit.layer for exit in found.exits}))
+
+
+def layers_to_branch(exits: Sequence[FittedExit]) -> list[int]:
+    """The layers of the exit points where a branch has something to learn that the head misses."""
+    return [
+        exit.layer for exit in exits if exit.layer > 0 and exit.fitted.agrees.mean() < AGREES_ENOUGH
+    ]
+
+
+def branches_could_pay(calibration: Calibration) -> bool:
+    """Whether a branch takes little time beside a layer of the model, in a pooled policy.
+
+    Branches learn which label holds, if one does.
+    """
+    target = calibration.target
+    if not target.is_pooled or not target.promise.link.one_holds:
+        return False
+    return untrained_branch_layers(calibration) < BRANCH_WORTH
+
+
+def fit_candidates(
+    calibration: Calibration, among: Collection[int] | None = None
+) -> list[FittedExit]:
+    """Fit an exit point after every recorded layer that its probe can read.
+
+    `among` are layers to choose from; None for all.
+    """
+    rows, is_pooled = calibration.rows, calibration.target.is_pooled
+    layers = [layer for layer in rows.states if among is None or layer in among]
+    layers = [layer for layer in layers if is_pooled or layer > 0]
+    if is_pooled:
+        # Below layers that share keys and values, only the last token goes on.
+        layers = [layer for layer in layers if layer <= rows.model.own_kv_layers]
+    return fit_exits(calibration, progress(layers, desc="fit", unit="layer"))
+
+
+def make_policy(
+    calibration: Calibration, among: Sequence[FittedExit] | None = None
+) -> FittedPolicy:
+    """Choose exit points among the candidates, and certify every epsilon that can be.
+
+    `among` are the heads to choose from; None fits every recorded layer.
+    """
+    heads = fit_candidates(calibration) if among is None else among
+    candidates, terms = with_trained(calibration, heads), Terms(calibration)
+    allowed, costs = terms.rows_allowed(candidates), measured_costs(calibration, candidates)
+    exits, expected = chosen(calibration, candidates, costs, allowed)
+    [(points, questions)] = certified(terms, exits)
+    return FittedPolicy(calibration, candidates, exits, allowed, costs, expected, points, questions)
+
+
+def of_last_token(policy: FittedPolicy) -> Calibration:
+    """The data of a pooled policy for heads that read the last token alone."""
+    calibration = policy.calibration
+    target = replace(calibration.target, kind="label-head")
+    students = tuple(one for one in calibration.trained if one.layer == 0)
+    return replace(calibration, target=target, trained=students)
+
+
+def with_last_token(
+    policy: FittedPolicy, last: Calibration, candidates: Sequence[FittedExit]
+) -> FittedPolicy:
+    """A pooled policy with the part for the last token, from `candidates` fitted on `last`.
+
+    That part decides where a policy cannot see a prompt as a whole. Both parts are certified anew,
+    by one bound that holds whichever decides a request.
+    """
+    # No cuts of their own: such requests are few.
+    layers = {exit.layer for exit in policy.exits}
+    own = make_policy(last, [exit for exit in candidates if exit.layer in layers])
+    if not policy.exits:
+        return policy
+    policy, own = (
+        replace(part, points=points, questions=questions)
+        for part, (points, questions) in zip(
+            (policy, own), certified(policy.terms, policy.exits, own.exits), strict=True
+        )
+    )
+    if any(point.layers_saved > 0 for point in own.points.values()):
+        return replace(policy, last_token=own)
+    say(
+        "heads for the last token alone cannot be certified within the bound of those for whole "
+        "prompts: requests with tokens of their own in the prefix cache run all layers"
+    )
+    return policy
