@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from tests.e2e.oracle import hidden_states
 from tests.e2e.scripted import parts, running_of
 from tests.tiny import LAYERS, tiny_artifact, tiny_config
 from tests.waiting import wait_for
-from vllm_adainfer.auto import places
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.table import RECURS
+from vllm_adainfer.auto.tries import CERTIFIED, State, Try
+from vllm_adainfer.engine.runner import admitted_kinds
 from vllm_adainfer.engine.worker import self_calibration
 from vllm_adainfer.engine.worker.trainer_process import TrainerProcess
 from vllm_adainfer.exits.recording.recorder import CHUNK
@@ -131,6 +133,12 @@ def test_full_depth_by_choice_sampled_and_lone_answers_are_no_kind_and_earn_no_b
     assert {name: own.ledger.requests for name, own in kinds.kinds.items()} == before
 
 
+def certify(directory: AutoDirectory, kind: str, number: int) -> None:
+    """Say that a policy is certified, as the trainer does."""
+    state = State(CERTIFIED, (Try(number, "", 0, 0, 1, CERTIFIED),))
+    write_json(directory.trainer(kind), asdict(state))
+
+
 @pytest.fixture
 def served(auto, directory, tiny_model, labels) -> tuple[str, Any]:
     """The kind, with a random policy that settles everybody and a budget of its own to set.
@@ -140,7 +148,7 @@ def served(auto, directory, tiny_model, labels) -> tuple[str, Any]:
     kind = Kind("label", tuple(sorted(labels))).name(directory.salt)
     tiny_artifact(tiny_model, directory.policy(kind, 1), exit_points=CUTS[:2])
     ask(auto, PROMPTS[: 2 * RECURS], label(labels))
-    write_json(directory.current, {kind: 1})
+    certify(directory, kind, 1)
     own = running_of(parts(auto)[1]).kinds.kinds[kind]
     wait_for(lambda: own.state == "served")
     ask(auto, PROMPTS[:1], TEXT)  # the step after takes the policy into service
@@ -212,9 +220,8 @@ def test_a_policy_that_cannot_be_served_is_put_away_and_the_one_before_serves_on
         directory.policy(kind, number).mkdir()
     else:
         tiny_artifact(tiny_model, directory.policy(kind, number), **damage)
-    write_json(directory.current, {kind: number})
-    bad = directory.root / kind / "bad.json"
-    wait_for(lambda: number in (read_json(bad) or {"bad": []})["bad"])
+    certify(directory, kind, number)
+    wait_for(lambda: read_json(directory.ledger(kind))["quarantined"].get("policy") == number)
     own.ledger.allowed = 1000.0
     ask(auto, PROMPTS[:10], label(labels))
     assert own.ledger.decided == 10
@@ -231,7 +238,7 @@ def test_a_kind_that_loses_its_place_leaves_nothing_and_begins_anew(
     kind, own = served
     full = ask(auto, PROMPTS, label(labels, adainfer=0))
     own.ledger.allowed = 1000.0
-    monkeypatch.setattr(places, "MOST_KINDS", 1)
+    monkeypatch.setattr(admitted_kinds, "MOST_KINDS", 1)
     own.since = 0.0
     own.recent.requests = RECURS / 4
     loop = parts(auto)[0].loop
@@ -243,7 +250,7 @@ def test_a_kind_that_loses_its_place_leaves_nothing_and_begins_anew(
     assert kind not in loop.policies.names
     wait_for(lambda: not (directory.root / kind).exists())
     assert ask(auto, PROMPTS, label(labels)) == full
-    monkeypatch.setattr(places, "MOST_KINDS", 64)
+    monkeypatch.setattr(admitted_kinds, "MOST_KINDS", 64)
     ask(auto, PROMPTS[:RECURS], label(labels))
     assert kinds[kind].ledger.requests == len(PROMPTS[:RECURS])
     assert kinds[kind].state == "recording"

@@ -15,17 +15,19 @@ import torch
 
 from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.auto import directory as directories
-from vllm_adainfer.auto.directory import FREE_BYTES, AutoDirectory, read_json, write_json
-from vllm_adainfer.auto.places import MOST_KEPT_ROWS, MOST_RECORDED
+from vllm_adainfer.auto.admitted_kind import AdmittedKind
+from vllm_adainfer.auto.directory import FREE_BYTES, AutoDirectory, read_json
 from vllm_adainfer.auto.tries import MOST_ROWS
 from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.worker import own_policies, row_files, served_policies
+from vllm_adainfer.engine.runner.admitted_kinds import MOST_RECORDED
+from vllm_adainfer.engine.worker import kind_policies, row_files, served_policies
+from vllm_adainfer.engine.worker.kind_policies import KindPolicies
 from vllm_adainfer.engine.worker.model_facts import ModelFacts
-from vllm_adainfer.engine.worker.own_policies import OwnPolicies
-from vllm_adainfer.engine.worker.row_files import RowFiles
+from vllm_adainfer.engine.worker.row_files import MOST_KEPT_ROWS, RowFiles
 from vllm_adainfer.engine.worker.served_policies import ServedPolicies
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Auto
+from vllm_adainfer.watch.ledger import Ledger
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -184,70 +186,65 @@ class Builder:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(own_policies.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(kind_policies.time, "monotonic", lambda: clock.now)
     return clock
 
 
-def certified(directory: AutoDirectory, **numbers: int) -> tuple[OwnPolicies, Builder]:
-    current = {name.replace("_", "-"): number for name, number in numbers.items()}
-    for kind, number in current.items():
-        directory.policy(kind, number).mkdir(parents=True)
-    write_json(directory.current, current)
+def certified(directory: AutoDirectory, **numbers: int) -> tuple[KindPolicies, Builder, Any]:
+    """Policies of kinds that have places, what builds them, and these kinds."""
+    kinds = {}
+    for name, number in numbers.items():
+        kinds[name] = AdmittedKind(name, Ledger(0.02, 0.1, 0.25), certified=number)
+        directory.policy(name, number).mkdir(parents=True)
     builder: Any = Builder()
-    return OwnPolicies(directory, builder), builder
+    return KindPolicies(directory, builder, kinds), builder, kinds
 
 
 @pytest.fixture(autouse=True)
 def names_for_artifacts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_policies, "load_artifact", lambda path: Path(path).name)
-
-
-KINDS = ("kind-1", "kind-2")
+    monkeypatch.setattr(kind_policies, "load_artifact", lambda path: Path(path).name)
 
 
 def test_a_policy_that_failed_to_load_is_tried_again_ever_later(directory, clock, caplog_vllm):
-    policies, builder = certified(directory, kind_1=1)
-    builder.failures["kind-1"] = OSError(24, "Too many open files")
+    policies, builder, kinds = certified(directory, a=1)
+    builder.failures["a"] = OSError(24, "Too many open files")
     tried = []
     for _ in range(1000):
-        policies.read(KINDS)
+        policies.read()
         clock.now += 30
-        if policies._waits["kind-1", 1][0] not in tried:
-            tried.append(policies._waits["kind-1", 1][0])
+        if policies._waits["a", 1][0] not in tried:
+            tried.append(policies._waits["a", 1][0])
     waits = [later - sooner for sooner, later in pairwise(tried)]
     assert waits[:3] == [120, 240, 480]
-    assert set(waits[6:]) == {own_policies.MOST_SECONDS}
+    assert set(waits[6:]) == {kind_policies.MOST_SECONDS}
     assert caplog_vllm.text.count("is quarantined") == 1
-    bad = directory.root / "kind-1" / "bad.json"
-    assert read_json(bad)["bad"] == [1]
+    ledger = directory.ledger("a")
+    kinds["a"].save(ledger)
+    assert read_json(ledger)["quarantined"]["policy"] == 1
     builder.failures.clear()
-    clock.now += own_policies.MOST_SECONDS
-    assert policies.read(KINDS).keys() == {"kind-1"}
-    assert policies.read(KINDS) == {}
-    assert not bad.exists()
+    clock.now += kind_policies.MOST_SECONDS
+    assert policies.read().keys() == {"a"}
+    assert policies.read() == {}
+    kinds["a"].save(ledger)
+    assert not read_json(ledger)["quarantined"]
 
 
 def test_a_full_disk_delays_no_policy_that_is_ready(directory, clock, monkeypatch):
-    policies, builder = certified(directory, kind_1=1, kind_2=3)
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(own_policies, "write_json", full)
+    policies, builder, _ = certified(directory, a=1, b=3)
     monkeypatch.setattr(directory, "events", Path("/dev/full"))
-    builder.failures["kind-2"] = OSError(28, "No space left on device")
-    assert policies.read(KINDS).keys() == {"kind-1"}
-    policies.quarantine("kind-1", ValueError("they do not go together"))  # as a step does
+    builder.failures["b"] = OSError(28, "No space left on device")
+    assert policies.read().keys() == {"a"}
+    policies.quarantine("a", ValueError("they do not go together"))  # as a step does
 
 
-def test_a_kind_without_a_place_gets_no_policy_nor_one_of_before(directory, clock):
-    policies, builder = certified(directory, kind_1=1, kind_2=1)
-    assert policies.read(["kind-1"]).keys() == {"kind-1"}
-    directory.forget_kind("kind-1")
-    policies.forget("kind-1")
-    assert "kind-1" not in policies.current
-    assert policies.read(KINDS).keys() == {"kind-2"}
-    assert OwnPolicies(directory, builder).current == {"kind-2": 1}  # type: ignore[arg-type]
+def test_the_policy_of_a_kind_that_begins_anew_is_read_anew(directory, clock):
+    policies, _, kinds = certified(directory, a=1)
+    assert policies.read().keys() == {"a"}
+    kinds["a"].certified = None
+    policies.forget("a")
+    assert policies.read() == {}
+    kinds["a"].certified = 1
+    assert policies.read().keys() == {"a"}
 
 
 def test_a_policy_is_checked_beside_those_of_before_or_after_a_step_that_replaces_them(monkeypatch):

@@ -25,6 +25,7 @@ from tests.families import SHAPE
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
+from vllm_adainfer.auto.tries import State
 from vllm_adainfer.cli import app
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.auto import trainer as training
@@ -138,6 +139,9 @@ class Place:
     def state(self, name: str) -> Any:
         return read_json(self.directory.trainer(name))
 
+    def certified(self, name: str) -> int | None:
+        return State.of(self.state(name)).certified
+
     def events(self) -> list[tuple[str, str]]:
         lines = self.directory.events.read_text().splitlines()
         return [(one["kind"], one["event"]) for one in map(json.loads, lines)]
@@ -170,7 +174,7 @@ def test_rows_become_a_certified_policy_and_are_deleted(place, reads):
     ]
     [level] = [one for one in artifact.config.levels if one.epsilon == EPSILON]
     assert level.layers_saved > 0.1
-    assert read_json(place.directory.current) == {name: 1}
+    assert place.certified(name) == 1
     assert place.state(name)["status"] == "certified"
     assert not place.directory.rows(name).exists()
     assert place.events() == [(name, "certified")]
@@ -242,7 +246,7 @@ def test_a_kind_that_nothing_can_be_learned_of_is_given_up_after_the_last_try(pl
     trainer.look()
     assert place.state(name)["status"] == "given up"
     assert not place.directory.rows(name).exists()
-    assert read_json(place.directory.current) is None
+    assert place.certified(name) is None
     assert [event for _, event in place.events()] == ["tried", "tried", "given up"]
     assert "of the layers, which is less than 5%" in place.state(name)["tries"][1]["outcome"]
 
@@ -269,7 +273,7 @@ def test_new_weights_are_tried_anew_under_another_number(place):
     write_json(place.directory.model, {**read_json(place.directory.model), "fingerprint": "e" * 16})
     place.record(name, TRIES[0])
     place.trainer().look()
-    assert read_json(place.directory.current) == {name: 2}
+    assert place.certified(name) == 2
     config = load_artifact(str(place.directory.policy(name, 2))).config
     assert config.weights_fingerprint == "e" * 16
     assert config.delta == DELTA / 2
@@ -284,7 +288,7 @@ def test_a_damaged_file_is_left_out(place, damage, capsys):
     trainer = place.trainer()
     trainer.look()
     trainer.look()
-    assert read_json(place.directory.current) == {name: 1}
+    assert place.certified(name) == 1
     assert place.state(name)["tries"][0]["rows"] == TRIES[0]
     assert capsys.readouterr().err.count("000003.safetensors is damaged") == 1
 
@@ -319,11 +323,11 @@ def test_a_full_disk_keeps_the_old_state_and_is_tried_later(place, monkeypatch, 
         trainer.look()
         now += 3
     assert capsys.readouterr().err.count("No space left") == 3  # each time twice as late
-    assert read_json(place.directory.current) is None
+    assert place.certified(name) is None
     assert place.directory.rows(name).exists()
     full, now = False, now + 600
     trainer.look()
-    assert read_json(place.directory.current) == {name: 1}
+    assert place.certified(name) == 1
 
 
 def test_a_second_trainer_is_refused_in_one_sentence(place):
@@ -358,7 +362,7 @@ def test_a_try_whose_rows_were_deleted_has_failed_and_the_next_one_is_made(place
     place.trainer().look()
     assert place.state(name)["tries"][0]["outcome"] == "its rows were deleted before it ended"
     place.trainer().look()
-    assert read_json(place.directory.current) == {name: 2}
+    assert place.certified(name) == 2
 
 
 @pytest.mark.parametrize(
@@ -376,7 +380,7 @@ def test_a_damaged_state_ends_no_trainer_and_is_as_none(place, content):
     place.record(name, TRIES[0])
     place.directory.trainer(name).write_text(content)
     place.trainer().look()
-    assert read_json(place.directory.current) == {name: 1}
+    assert place.certified(name) == 1
 
 
 @pytest.mark.parametrize("error", [IndexError("list index out of range"), KeyError("x")])
@@ -392,7 +396,7 @@ def test_one_kind_that_fails_holds_up_no_other(place, monkeypatch, error, capsys
 
     monkeypatch.setattr(Trainer, "_look_at", fails)
     place.trainer().look()
-    assert read_json(place.directory.current) == {sound: 1}
+    assert place.certified(sound) == 1
     assert f"{broken}: {type(error).__name__}" in capsys.readouterr().err
 
 
@@ -438,15 +442,15 @@ def test_a_killed_trainer_leaves_files_from_which_the_next_goes_on(place):
         if int(forks.stdout.readline()) == 0:
             break
         killed, seconds = killed + 1, seconds + 0.08
-        current = read_json(place.directory.current)
-        if current is None:
+        number = place.certified(name)
+        if number is None:
             assert len(read_shards(place.directory.rows(name))) == TRIES[0] // SHARD
         else:
-            load_artifact(str(place.directory.policy(name, current[name])))
+            load_artifact(str(place.directory.policy(name, number)))
     forks.stdin.close()
     assert forks.wait() == 0
     assert killed
-    assert read_json(place.directory.current) == {name: 1}
+    assert place.certified(name) == 1
     assert place.state(name)["status"] == "certified"
     load_artifact(str(place.directory.policy(name, 1)))
     assert not place.directory.rows(name).exists()

@@ -19,11 +19,13 @@ from vllm_adainfer.auto.directory import AutoDirectory, write_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.pools import pools
 from vllm_adainfer.auto.table import RECURS, KindTable
+from vllm_adainfer.auto.tries import Try
 from vllm_adainfer.cli import app
 from vllm_adainfer.offline.doctor import auto as checks
 from vllm_adainfer.offline.doctor.auto import examine_auto
 from vllm_adainfer.offline.reports.timeline import LISTED, MOST_POINTS
 
+BAD = {"policy": 1, "why": "its files"}
 MAY_3 = time.mktime((2026, 5, 3, 12, 0, 0, 0, 0, -1))
 LABEL, CHOICE = Kind("label", (1, 2)), Kind("choice", choices=("\x1b[2J", "<script>", "yes"))
 PROBABILITIES, LORA = Kind("probabilities", (1, 2)), Kind("label", (1, 2), adapter="mood")
@@ -54,6 +56,10 @@ class Served:
 
     def write(self, kind: Kind, name: str, **content: Any) -> None:
         write_json(self.directory.root / self.names[kind] / name, content)
+
+    def tried(self, kind: Kind, status: str, *outcomes: str) -> None:
+        tries = [Try(number, "f", 60, 1, 1, said) for number, said in enumerate(outcomes, 1)]
+        self.write(kind, "trainer.json", status=status, tries=[vars(one) for one in tries])
 
     def ran(self, *more: str) -> str:
         done = CliRunner().invoke(app, ["kinds", str(self.directory.root), *more])
@@ -123,27 +129,35 @@ def test_the_rest_and_pool_candidates_are_told(served):
 
 
 @pytest.mark.parametrize(
-    ("trainer", "serves", "ledger", "state"),
+    ("status", "outcomes", "ledger", "state"),
     [
-        ({"tries": [], "status": "recording"}, None, {}, "recording, 0 tries to"),
+        ("recording", [], {}, "recording, 0 tries to"),
         (
-            {"tries": [{"outcome": "no"}, {"outcome": "no bound holds"}], "status": "given up"},
-            None,
+            "given up",
+            ["no", "no bound holds"],
             {},
             "given up after 2 tries to certify a policy: no bound holds",
         ),
-        ({"status": "certified"}, None, {}, "certified, not yet served"),
-        ({"status": "certified"}, 3, {}, "policy 3 serves"),
-        ({"status": "certified"}, 3, {"closed": False}, "policy 3 serves"),
-        ({"status": "certified"}, 3, {"closed": True}, "closed"),
-        ({}, 3, {"closed": True, "why_closed": "its budget is spent"}, "closed: its budget is"),
+        ("certified", ["no", "certified"], {}, "policy 2 serves"),
+        ("certified", ["certified"], {"closed": False}, "policy 1 serves"),
+        ("certified", ["certified"], {"closed": True}, "closed"),
+        (
+            "certified",
+            ["certified"],
+            {"closed": True, "why_closed": "its budget is spent"},
+            "closed: its budget is",
+        ),
+        (
+            "certified",
+            ["certified"],
+            {"quarantined": {"policy": 1, "why": "its files"}},
+            "policy 1 is quarantined: its files",
+        ),
     ],
 )
-def test_a_kind_says_where_it_stands(served, trainer, serves, ledger, state):
-    served.write(LABEL, "trainer.json", **trainer)
+def test_a_kind_says_where_it_stands(served, status, outcomes, ledger, state):
+    served.tried(LABEL, status, *outcomes)
     served.write(LABEL, "ledger.json", **ledger)
-    if serves is not None:
-        write_json(served.directory.current, {served.names[LABEL]: serves})
     assert state in served.line_of(LABEL)
 
 
@@ -271,7 +285,7 @@ def test_rows_older_than_a_week_fail(served):
 
 
 def test_a_policy_that_was_put_aside_fails(served):
-    served.write(LABEL, "bad.json", policy=2, why="its files are damaged")
+    served.write(LABEL, "ledger.json", quarantined={"policy": 2, "why": "its files are damaged"})
     assert f"({served.names[LABEL]}: its files are damaged)" in failing(served)
 
 
@@ -281,7 +295,7 @@ def test_policies_are_for_the_weights_that_are_served(served, tiny_model, same):
     tiny_artifact(tiny_model, served.directory.policy(name, 1))
     for path in served.directory.root.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
-    write_json(served.directory.current, {name: 1})
+    served.tried(LABEL, "certified", "certified")
     fingerprint = tiny_config(tiny_model).weights_fingerprint
     write_json(served.directory.identity, {"fingerprint": fingerprint if same else "other"})
     if same:

@@ -4,12 +4,10 @@ DIR/salt                      the key of the kinds' names
 DIR/kinds.json                the content of each kind, and its number of requests (scheduler)
 DIR/model.json, model.safetensors      facts and LM head of the served model (worker)
 DIR/KIND/rows/NUMBER.safetensors       recorded rows (worker), deleted once certified (trainer)
-DIR/KIND/trainer.json         the tries to certify a policy (trainer)
+DIR/KIND/trainer.json         the tries to certify a policy; the latest certified serves (trainer)
 DIR/KIND/policy-NUMBER/       a certified artifact (trainer)
-DIR/KIND/ledger.json          the ledger (worker)
-DIR/current.json              the policy of each kind to serve (trainer)
+DIR/KIND/ledger.json          the ledger, and the policy that is quarantined (worker)
 DIR/index.html                a page of all this (`vllm-adainfer kinds --page`)
-DIR/KIND/bad.json             the policy that is quarantined (worker)
 DIR/identity.json             identity of the server: weights, exit points, promise. Everything else
                               here is valid for it alone (worker)
 DIR/events.jsonl              dated events, for the page (anyone appends a line)
@@ -49,7 +47,7 @@ class AutoDirectory:
 
     Attributes:
         root: the directory.
-        kinds, identity, model, head, current, page, events, events_before: see above.
+        kinds, identity, model, head, page, events, events_before: see above.
 
     """
 
@@ -60,7 +58,6 @@ class AutoDirectory:
         self.identity = self.root / "identity.json"
         self.model = self.root / "model.json"
         self.head = self.root / "model.safetensors"
-        self.current = self.root / "current.json"
         self.page = self.root / "index.html"
         self.events = self.root / "events.jsonl"
         self.events_before = self.root / "events-before.jsonl"
@@ -153,7 +150,7 @@ class AutoDirectory:
 
     def forget(self) -> None:
         """Delete all rows, policies and ledgers, and what is known of the model."""
-        for path in (self.current, self.model, self.head):
+        for path in (self.model, self.head):
             path.unlink(missing_ok=True)
         for kind in self.known():
             self.forget_kind(kind)

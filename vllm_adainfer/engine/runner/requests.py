@@ -21,7 +21,7 @@ from vllm_adainfer.engine.admission.running import (
     resolved_of,
 )
 from vllm_adainfer.engine.runner.adapters import LoadedAdapters, StepAdapters
-from vllm_adainfer.engine.runner.own_kinds import OwnKinds
+from vllm_adainfer.engine.runner.admitted_kinds import AdmittedKinds
 from vllm_adainfer.engine.runner.request_table import Columns, RequestTable
 from vllm_adainfer.exits.accounting.decided import Provenance, WhyFullDepth
 from vllm_adainfer.exits.accounting.report import INTERVAL, StepNote, snapshot_of
@@ -48,7 +48,7 @@ class RunningRequests:
     """
 
     lora_manager: Any = None
-    kinds: OwnKinds | None = None
+    kinds: AdmittedKinds | None = None
 
     def __init__(
         self, vllm_config: VllmConfig, loop: Loop, admission: Admission | None = None

@@ -14,9 +14,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vllm_adainfer.auto.directory import FREE_BYTES, KEPT_SECONDS, AutoDirectory
-from vllm_adainfer.auto.places import MOST_KEPT_ROWS
 from vllm_adainfer.auto.tries import MOST_ROWS
+from vllm_adainfer.engine.runner.admitted_kinds import MOST_RECORDED
 from vllm_adainfer.files import replace_file
+
+MOST_KEPT_ROWS = MOST_RECORDED * MOST_ROWS
 
 
 class RowFiles:

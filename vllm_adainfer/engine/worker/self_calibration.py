@@ -12,11 +12,11 @@ from threading import Thread
 from torch import Tensor
 
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
-from vllm_adainfer.auto.tries import MOST_ROWS, TRIES
+from vllm_adainfer.auto.tries import GIVEN_UP, MOST_ROWS, TRIES, State
 from vllm_adainfer.engine.compat.logs import get_logger
-from vllm_adainfer.engine.runner.own_kinds import OwnKinds
+from vllm_adainfer.engine.runner.admitted_kinds import AdmittedKinds
+from vllm_adainfer.engine.worker.kind_policies import KindPolicies
 from vllm_adainfer.engine.worker.model_facts import ModelFacts
-from vllm_adainfer.engine.worker.own_policies import OwnPolicies
 from vllm_adainfer.engine.worker.row_files import RowFiles
 from vllm_adainfer.engine.worker.served_policies import Built, ServedPolicies
 from vllm_adainfer.engine.worker.trainer_process import TrainerProcess
@@ -60,9 +60,9 @@ class SelfCalibration:
         self._hold()
         directory.delete_drafts()
         self._facts = ModelFacts(directory, auto, model, served.vllm_config)
-        self.kinds = OwnKinds(auto, directory)
+        self.kinds = AdmittedKinds(auto, directory)
         self._rows = RowFiles(directory)
-        self._policies = OwnPolicies(directory, served)
+        self._policies = KindPolicies(directory, served, self.kinds.kinds)
         self._note_states()
         self._trainer = TrainerProcess(directory)
         self._chunks: SimpleQueue[Chunk | None] = SimpleQueue()
@@ -165,14 +165,14 @@ class SelfCalibration:
         self._rows.note_deleted()
 
     def _write(self, kinds: Sequence[str], rows: Mapping[str, Tensor]) -> None:
-        wanted = [n for n, own in list(self.kinds.kinds.items()) if own.state == "recording"]
+        wanted = [n for n, kind in list(self.kinds.kinds.items()) if kind.state == "recording"]
         self._rows.put(kinds, rows, wanted)
 
     def _read_policies(self) -> None:
         """Read new ones, once requests come: until then, vLLM may still test or capture."""
-        if self.kinds.steps and (built := self._policies.read(self.kinds.kinds)):
-            self._built.put(built)
         self._note_states()
+        if self.kinds.steps and (built := self._policies.read()):
+            self._built.put(built)
 
     def _describe_model(self) -> None:
         rows, kinds = max(self._rows.counts.values(), default=0), self.kinds
@@ -181,29 +181,29 @@ class SelfCalibration:
 
     def _note_states(self) -> None:
         """Stop recording kinds that have had a policy, that never will, or with rows enough."""
-        for name, own in list(self.kinds.kinds.items()):
-            own.state = self._state_of(name)
-
-    def _state_of(self, kind: str) -> str:
-        if kind in self._policies.current:
-            return "served"
-        said = read_json(self._directory.trainer(kind))
-        if isinstance(said, dict) and said.get("status") == "given up":
-            return "given up"
-        return "recorded" if self._rows.counts.get(kind, 0) >= MOST_ROWS else "recording"
+        for name, kind in list(self.kinds.kinds.items()):
+            tried = State.of(read_json(self._directory.trainer(name)))
+            kind.certified = tried.certified
+            if tried.certified is not None:
+                kind.state = "served"
+            elif tried.status == GIVEN_UP:
+                kind.state = GIVEN_UP
+            else:
+                has_enough = self._rows.counts.get(name, 0) >= MOST_ROWS
+                kind.state = "recorded" if has_enough else "recording"
 
     def _status(self) -> None:
         """A line about each kind that got requests since the last one."""
         self._rows.forget_old()
         work = self._model.loop.stats.by_policy
-        for name, own in list(self.kinds.kinds.items()):
-            facts = own.reading
-            if self._told.get(name) == own.ledger.requests:
+        for name, kind in list(self.kinds.kinds.items()):
+            facts = kind.reading
+            if self._told.get(name) == kind.ledger.requests:
                 continue
-            self._told[name] = own.ledger.requests
+            self._told[name] = kind.ledger.requests
             if name in work:
                 counts = work[name].work
                 run, skipped = counts["layers_run"], counts["layers_skipped"]
                 facts["layers_saved"] = skipped / max(run + skipped, 1)
             rows = self._rows.counts.get(name, 0)
-            self._directory.tell(name, "status", state=own.state, rows=rows, **facts)
+            self._directory.tell(name, "status", state=kind.state, rows=rows, **facts)

@@ -121,7 +121,7 @@ class ExitWorker(_Worker):
         """
         self._running.ended(scheduler_output.finished_req_ids)
         if self._self_calibration is not None:
-            self._serve_own(self._self_calibration)
+            self._serve_certified(self._self_calibration)
         output = super().execute_model(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0 and output is not None:
             output = copy.copy(output)  # vLLM returns one shared object for all empty steps
@@ -137,12 +137,12 @@ class ExitWorker(_Worker):
         self._attach_note(output)
         return output
 
-    def _serve_own(self, calibration: SelfCalibration) -> None:
+    def _serve_certified(self, calibration: SelfCalibration) -> None:
         """Decide with policies that this server has calibrated, from this step on.
 
         In nearly all steps there is nothing new, and no kind has lost its place.
         """
-        if lost := calibration.kinds.places.take_lost():
+        if lost := calibration.kinds.take_lost():
             self._served.replace({}, without=[n for n in lost if n in self._served.model.artifacts])
             calibration.forget(lost)
         if built := calibration.take_built():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.tensors import UNREADABLE
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
-from vllm_adainfer.auto.tries import TRIES
+from vllm_adainfer.auto.tries import CERTIFIED, GIVEN_UP, RECORDING, TRIES, State, Try
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.files import PRIVATE, whole_directory
 from vllm_adainfer.offline.auto.fit import Served, policy_of
-from vllm_adainfer.offline.auto.tries import CERTIFIED, GIVEN_UP, RECORDING, Due, State, Try
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.record.shards import (
     Shard,
@@ -35,6 +34,34 @@ from vllm_adainfer.offline.progress import say
 MOST_BEGINNINGS = 3  # a try that ends so many trainers, perhaps for want of memory, has failed
 WORTH = 0.05  # a policy that saves a smaller share of the layers changes answers for nothing
 SECONDS, MOST_SECONDS = 2.0, 600.0  # between two looks, and after several that failed
+
+
+@dataclass(frozen=True)
+class Due:
+    """A try to make now.
+
+    Attributes:
+        state: the state; its latest try is the one to make.
+        number: how many tries there are for these weights, this one included.
+        since: rows of files up to this number were there at the try before; -1 for the first.
+        last: whether there will be no other try.
+
+    """
+
+    state: State
+    number: int
+    since: int
+    last: bool
+
+    @property
+    def latest(self) -> Try:
+        """The try to make."""
+        return self.state.tries[-1]
+
+    @property
+    def share_of_delta(self) -> float:
+        """Its share; those of all tries add up to less than 1."""
+        return 1 / (self.number * (self.number + 1))
 
 
 class Trainer:
@@ -55,7 +82,7 @@ class Trainer:
         root = directory.root
         for folder in root.glob("*/.policy-*"):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in [*root.glob("*/.trainer.json.*"), *root.glob(".current.json.*")]:
+        for file in root.glob("*/.trainer.json.*"):
             file.unlink(missing_ok=True)
 
     def look(self) -> None:
@@ -85,9 +112,6 @@ class Trainer:
         due = self._due(name, state, shards, facts["fingerprint"])
         if due is None:
             return
-        if self._current().get(name) == due.latest.number:  # its trainer was killed after that
-            self._end(name, due, CERTIFIED)
-            return
         begun = due.latest.begun
         if (name, due.latest.number) not in self._begun:
             if begun == MOST_BEGINNINGS:
@@ -111,7 +135,7 @@ class Trainer:
             rows = sum(shard.rows for shard in shards)
             if len(own) == len(self.tries) or rows < self.tries[len(own)]:
                 return None
-            taken = [0, self._current().get(name, 0), *(one.number for one in state.tries)]
+            taken = [0, *(one.number for one in state.tries)]
             own.append(Try(max(taken) + 1, fingerprint, rows, shards[-1].number))
         since = own[-2].newest if len(own) > 1 else -1
         state = state.with_latest(own[-1])
@@ -145,7 +169,6 @@ class Trainer:
             return
         number = due.latest.number
         config = write(policy, served, self.directory.policy(name, number))
-        write_json(self.directory.current, {**self._current(), name: number})
         [level] = [one for one in config.levels if one.epsilon == epsilon]
         facts = {"layers_saved": level.layers_saved, "bound": level.bound}
         self._end(name, due, CERTIFIED, **facts)
@@ -156,11 +179,6 @@ class Trainer:
         if self._model is None or self._model[0] != facts:
             self._model = facts, Served.read(self.directory)
         return self._model[1]
-
-    def _current(self) -> dict[str, int]:
-        """Which policy of each kind is served."""
-        current = read_json(self.directory.current)
-        return current if isinstance(current, dict) else {}
 
     def _end(self, name: str, due: Due, outcome: str, **facts: float) -> None:
         """Write down how a try ended, and delete rows that no other one will need."""

@@ -110,7 +110,7 @@ def stale_rows(directory: AutoDirectory) -> Finding:
 
 def quarantined(watched: Watched) -> Finding:
     """Is a policy quarantined because the server could not load it?"""
-    bad = [one for one in watched.kinds if one.bad]
+    bad = [one for one in watched.kinds if one.quarantined]
     if not bad:
         return ok("auto: no policy is quarantined")
     why = "; ".join(f"{one.name}: {_reason(one)}" for one in bad)
@@ -149,4 +149,4 @@ def _fingerprint(directory: AutoDirectory, one: KindState) -> str | None:
 
 
 def _reason(one: KindState) -> str:
-    return str(one.bad.get("why") or "no reason given")
+    return str(one.quarantined.get("why") or "no reason given")

@@ -12,6 +12,7 @@ from typing import Any
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.table import KindCount
+from vllm_adainfer.auto.tries import GIVEN_UP, State
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.facts.document import Block, Facts, Table
 
@@ -33,10 +34,8 @@ class KindState:
         name: its hashed name.
         kind: what it reads.
         count: its requests.
-        serves: number of the policy that serves it; None for none.
-        trainer: what the trainer says of it; empty if it says nothing.
+        tried: the tries to certify a policy for it; None if the trainer says nothing.
         ledger: what its ledger says; empty if it has none.
-        bad: which policy of it is quarantined, and why; empty if none is.
         is_recordable: whether the server calibrates itself, and does not only watch.
 
     """
@@ -44,31 +43,37 @@ class KindState:
     name: str
     kind: Kind
     count: KindCount
-    serves: int | None
-    trainer: Mapping[str, Any]
+    tried: State | None
     ledger: Mapping[str, Any]
-    bad: Mapping[str, Any]
     is_recordable: bool
+
+    @property
+    def serves(self) -> int | None:
+        """Number of the policy that serves it; None for none."""
+        return None if self.tried is None else self.tried.certified
+
+    @property
+    def quarantined(self) -> Mapping[str, Any]:
+        """The policy of it that is quarantined, and why; empty if none is."""
+        found: Mapping[str, Any] = self.ledger.get("quarantined") or {}
+        return found
 
     def state(self) -> str:
         """Where it stands, in words."""
         if self.kind.why_full_depth is not None:
             return self.kind.why_full_depth
-        status, tries = self.trainer.get("status"), len(self.trainer.get("tries") or ())
         if self.ledger.get("closed"):
             reason = self.ledger.get("why_closed")
             return f"closed: {reason}" if reason else "closed"
-        if self.serves is not None and self.serves in self.bad.get("bad", ()):
-            return f"policy {self.serves} is quarantined: {self.bad.get('why')}"
         if self.serves is not None:
+            if self.quarantined.get("policy") == self.serves:
+                return f"policy {self.serves} is quarantined: {self.quarantined.get('why')}"
             return f"policy {self.serves} serves"
-        if status == "given up":
-            last = self.trainer["tries"][-1].get("outcome") if tries else None
-            return f"given up after {tries} tries to certify a policy: {last}"
-        if status == "certified":
-            return "certified, not yet served"
-        if status == "recording":
-            return f"recording, {tries} tries to certify a policy so far"
+        if self.tried is not None:
+            tries = self.tried.tries
+            if self.tried.status == GIVEN_UP:
+                return f"given up after {len(tries)} tries to certify a policy: {tries[-1].outcome}"
+            return f"recording, {len(tries)} tries to certify a policy so far"
         if self.ledger:
             return "recording"
         return "waits until it comes more often" if self.is_recordable else "watch only"
@@ -133,16 +138,13 @@ def read_directory(root: str | Path) -> Watched:
             f"{root} has no counts of kinds: name the directory that the engine switch has under "
             '"auto", some seconds after its server has started'
         ) from None
-    serving = _object(directory.current)
     kinds = [
         KindState(
             name,
             count.kind,
             count,
-            serving.get(name),
-            _object(directory.trainer(name)),
+            State.of(found) if (found := read_json(directory.trainer(name))) else None,
             _object(directory.ledger(name)),
-            _object(directory.root / name / "bad.json"),
             directory.identity.exists(),
         )
         for name, count in counts.items()

@@ -100,7 +100,7 @@ def _section(one: KindState, watched: Watched, events: Sequence[Event], texts: T
     events = sorted(events, key=lambda event: event["time"])
     status = [event for event in events if event["event"] == STATUS]
     happened = [event for event in events if event["event"] != STATUS]
-    quarantined = {"quarantined": json.dumps(one.bad) if one.bad else "nothing"}
+    quarantined = {"quarantined": json.dumps(one.quarantined) if one.quarantined else "nothing"}
     blocks: list[Block] = [
         one.promise() or "",
         {**facts_of_kind(one, watched, texts), **quarantined},

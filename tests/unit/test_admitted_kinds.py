@@ -12,14 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_adainfer.auto import own_kind, places
+from vllm_adainfer.auto import admitted_kind
+from vllm_adainfer.auto.admitted_kind import RESERVED, AdmittedKind
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
-from vllm_adainfer.auto.own_kind import RESERVED, OwnKind
-from vllm_adainfer.auto.places import MOST_COUNTED, MOST_KINDS, MOST_RECORDED, YOUNG_SECONDS
 from vllm_adainfer.auto.table import RECURS
 from vllm_adainfer.engine.admission.running import Running
-from vllm_adainfer.engine.runner import own_kinds
-from vllm_adainfer.engine.runner.own_kinds import OwnKinds
+from vllm_adainfer.engine.runner import admitted_kinds
+from vllm_adainfer.engine.runner.admitted_kinds import (
+    MOST_COUNTED,
+    MOST_KINDS,
+    MOST_RECORDED,
+    YOUNG_SECONDS,
+    AdmittedKinds,
+)
 from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.settings.engine import Auto
 from vllm_adainfer.watch import ledger
@@ -40,11 +45,11 @@ def directory(tmp_path: Path) -> AutoDirectory:
 
 
 @pytest.fixture
-def kinds(directory: AutoDirectory) -> OwnKinds:
-    return OwnKinds(Auto(directory=str(directory.root)), directory)
+def kinds(directory: AutoDirectory) -> AdmittedKinds:
+    return AdmittedKinds(Auto(directory=str(directory.root)), directory)
 
 
-def step(kinds: OwnKinds, admitted: list[Running], rows: int = UNDER_POLICY, misses: int = 0):
+def step(kinds: AdmittedKinds, admitted: list[Running], rows: int = UNDER_POLICY, misses: int = 0):
     """Run a step; the places of those recorded, of those compared, and of those at full depth."""
     threshold_rows = np.full(len(admitted), rows)
     everyone = np.arange(len(admitted))
@@ -83,7 +88,7 @@ def test_what_a_policy_in_service_does_not_decide_earns_no_budget(kinds):
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(own_kinds.time, "time", lambda: clock.now)
+    monkeypatch.setattr(admitted_kinds.time, "time", lambda: clock.now)
     return clock
 
 
@@ -93,7 +98,7 @@ class Clock:
     now = 1.8e9
 
 
-def fill(kinds: OwnKinds, clock: Clock, count: int, requests: int) -> list[str]:
+def fill(kinds: AdmittedKinds, clock: Clock, count: int, requests: int) -> list[str]:
     """Give places to `count` kinds with so many requests each, of which no rows are left."""
     for number in range(count):
         clock.now += 1
@@ -120,8 +125,8 @@ def test_a_kind_without_a_place_gets_that_of_one_that_comes_half_as_often(kinds,
         step(kinds, [request(900)] * requests)
         assert ("kind-900" in kinds.kinds) == has_a_place
     lost = [name for name in before if name not in kinds.kinds]
-    assert kinds.places.take_lost() == ["kind-0"] == lost
-    assert kinds.places.take_lost() == []
+    assert kinds.take_lost() == ["kind-0"] == lost
+    assert kinds.take_lost() == []
 
 
 @pytest.mark.parametrize("most", PLACES)
@@ -155,7 +160,7 @@ def test_a_kind_that_will_never_exit_makes_room_at_once(kinds, clock, end):
     else:
         own.state = end
     step(kinds, [request(900)] * RECURS)
-    assert kinds.places.take_lost() == ["kind-7"]
+    assert kinds.take_lost() == ["kind-7"]
     assert not kinds.closed
 
 
@@ -176,7 +181,7 @@ def test_who_came_how_often_is_known_after_a_restart(kinds, clock, directory):
     fill(kinds, clock, 2, 3 * RECURS)
     kinds.save()
     clock.now += 60
-    again = OwnKinds(Auto(directory=str(directory.root)), directory)
+    again = AdmittedKinds(Auto(directory=str(directory.root)), directory)
     assert {name: own.recent for name, own in again.kinds.items()} == {
         name: own.recent for name, own in kinds.kinds.items()
     }
@@ -185,20 +190,20 @@ def test_who_came_how_often_is_known_after_a_restart(kinds, clock, directory):
 def test_policies_that_lose_their_place_are_limited_because_each_leaves_counters(
     kinds, clock, monkeypatch
 ):
-    monkeypatch.setattr(places, "MOST_RETIRED", 2)
+    monkeypatch.setattr(admitted_kinds, "MOST_RETIRED", 2)
     fill(kinds, clock, MOST_KINDS, RECURS)
     for number in range(900, 905):
         clock.now += 2 * YOUNG_SECONDS
         step(kinds, [request(number)] * 100 * RECURS)
         for own in kinds.kinds.values():
             own.state = "served"
-    assert len(kinds.places.take_lost()) == 2
+    assert len(kinds.take_lost()) == 2
 
 
 def test_a_flood_of_lone_kinds_takes_no_more_memory(kinds):
     for number in range(3 * MOST_COUNTED):
         step(kinds, [request(10 * number)])
-    assert len(kinds.places._counted) == MOST_COUNTED
+    assert len(kinds._counted) == MOST_COUNTED
     assert not kinds.kinds
 
 
@@ -252,7 +257,7 @@ def test_a_kind_with_a_damaged_ledger_begins_anew_without_its_policy(
     else:
         path.write_text(content)
     directory.policy("kind-1", 1).mkdir()
-    again = OwnKinds(Auto(directory=str(directory.root)), directory)
+    again = AdmittedKinds(Auto(directory=str(directory.root)), directory)
     assert not again.kinds
     assert directory.known() == []
     assert "kind-1 has no readable ledger" in caplog_vllm.text
@@ -264,7 +269,7 @@ def test_a_ledger_of_an_earlier_version_goes_on(kinds, directory):
     content = read_json(directory.ledger("kind-1"))
     del content["recent"]
     write_json(directory.ledger("kind-1"), content)
-    again = OwnKinds(Auto(directory=str(directory.root)), directory)
+    again = AdmittedKinds(Auto(directory=str(directory.root)), directory)
     assert again.kinds["kind-1"].ledger.requests == RECURS
 
 
@@ -289,12 +294,12 @@ def test_a_kill_forgets_no_miss(kinds, directory):
         while part := told.read(4096):
             seen += len(part)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    again = OwnKinds(Auto(directory=str(directory.root)), directory)
+    again = AdmittedKinds(Auto(directory=str(directory.root)), directory)
     assert seen <= again.kinds["kind-1"].ledger.misses <= seen + 1 + RESERVED
 
 
 @pytest.fixture
-def missing(kinds, monkeypatch) -> OwnKind:
+def missing(kinds, monkeypatch) -> AdmittedKind:
     """A kind that no evidence closes, with a large budget, whose requests are all compared."""
     monkeypatch.setattr(ledger, "ERROR_RATE", 1e-300)
     step(kinds, [request(1)] * RECURS)
@@ -304,8 +309,8 @@ def missing(kinds, monkeypatch) -> OwnKind:
     return own
 
 
-def read(directory: AutoDirectory) -> OwnKind:
-    own = OwnKind.read("kind-1", directory.ledger("kind-1"))
+def read(directory: AutoDirectory) -> AdmittedKind:
+    own = AdmittedKind.read("kind-1", directory.ledger("kind-1"))
     assert own is not None
     return own
 
@@ -314,7 +319,9 @@ def test_misses_are_on_disk_when_their_step_has_ended_as_they_are_allowed_for_ah
     kinds, directory, missing, monkeypatch
 ):
     written = []
-    monkeypatch.setattr(own_kind, "write_json", lambda *file: written.append(write_json(*file)))
+    monkeypatch.setattr(
+        admitted_kind, "write_json", lambda *file: written.append(write_json(*file))
+    )
     for misses, writes in ((1, 1), (RESERVED, 1), (1, 2), (1, 2), (RESERVED, 3)):
         step(kinds, [request(1)] * 3, misses=misses)
         assert len(written) == writes
@@ -378,7 +385,7 @@ def test_a_step_that_the_file_does_not_allow_for_waits_for_a_thread_that_writes_
         assert steps.is_alive()
         write_json(path, content)
 
-    monkeypatch.setattr(own_kind, "write_json", write)
+    monkeypatch.setattr(admitted_kind, "write_json", write)
     kinds.save()
     steps.join()
     assert read(directory).ledger.misses >= missing.ledger.misses == 2
@@ -393,11 +400,11 @@ def test_a_lower_rate_is_on_disk_before_a_coin_is_tossed_with_it(kinds, director
     while own.ledger.rate == before:
         step(kinds, [request(1)] * RECURS)
     saved = read_json(directory.ledger(name))
-    assert {**saved, "reserved": 0} == {**own.content, "reserved": 0}
+    assert {**saved, "reserved": 0} == {**own.content, "reserved": 0, "quarantined": {}}
 
 
 def test_a_rate_that_the_switch_changes_is_on_disk_before_the_first_step(kinds, directory, missing):
     step(kinds, [request(1)])
     kinds.save(is_last=True)
-    OwnKinds(Auto(directory=str(directory.root), full_depth_rate=0.5), directory)
+    AdmittedKinds(Auto(directory=str(directory.root), full_depth_rate=0.5), directory)
     assert read(directory).ledger.rates[0] == 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 from vllm_adainfer.auto.directory import read_json, write_json
 from vllm_adainfer.watch.ledger import Ledger
 
-logger = logging.getLogger("vllm.adainfer.auto.own_kind")  # vLLM shows only loggers under "vllm."
+logger = logging.getLogger("vllm.adainfer.auto")  # vLLM shows only loggers under "vllm."
 
 DAY = 86400.0  # seconds
 RESERVED = 2  # misses for which a file allows ahead
@@ -44,7 +45,7 @@ class Recent:
 
 
 @dataclass
-class OwnKind:
+class AdmittedKind:
     """One kind that has a place.
 
     A miss is on disk before its step's answers leave, and yet a step hardly ever writes: the file
@@ -56,6 +57,8 @@ class OwnKind:
         since: when its requests began to count, in seconds since 1970.
         recent: its requests of about the last day.
         state: "recording"; "recorded" with rows enough; then "served" or "given up".
+        certified: number of the policy to serve; None for none.
+        quarantined: the policy that cannot be served, and why; empty for none.
         content: what its file should say since the last step.
         is_saved: whether the file could be written; no request exits otherwise.
 
@@ -66,20 +69,17 @@ class OwnKind:
     since: float = field(default_factory=time.time)
     recent: Recent = field(default_factory=Recent)
     state: str = "recording"
+    certified: int | None = None
+    quarantined: Mapping[str, Any] = field(default_factory=dict)
     content: Mapping[str, Any] = field(init=False)
     is_saved: bool = True
-    _written: Mapping[str, Any] = field(default_factory=dict)
+    _written: tuple[Any, Any] = (None, None)  # `content` and `quarantined` as the file has them
     _allowed_for: int = 0  # misses that the file has or allows for; -1 while it is written
     _writing: Lock = field(default_factory=Lock)
 
     def __post_init__(self) -> None:
         """A thread may write the file before the first step of the kind has ended."""
         self.note()
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether rows of it are kept."""
-        return self.state in ("recording", "recorded")
 
     @property
     def is_done(self) -> bool:
@@ -104,7 +104,7 @@ class OwnKind:
             self.save(path)
 
     def note(self) -> None:
-        """Note what the file should say."""
+        """Note what the file should say; for steps alone, which change the ledger."""
         own = {"since": self.since, "delta": self.ledger.alpha, "recent": vars(self.recent).copy()}
         self.content = {**self.ledger.as_dict(self.ledger.spare(RESERVED)), **own}
 
@@ -115,13 +115,13 @@ class OwnKind:
         """
         try:
             with self._writing:
-                if self.content is self._written and reserves:
+                content, quarantined = now = self.content, self.quarantined
+                if reserves and all(map(operator.is_, now, self._written)):
                     return
                 self._allowed_for = -1
-                content = self.content
                 reserved = content["reserved"] if reserves else 0
-                write_json(path, {**content, "reserved": reserved})
-                self._written, self._allowed_for = content, content["misses"] + reserved
+                write_json(path, {**content, "reserved": reserved, "quarantined": quarantined})
+                self._written, self._allowed_for = now, content["misses"] + reserved
                 self.is_saved = True
         except OSError as error:
             if self.is_saved:
@@ -134,7 +134,7 @@ class OwnKind:
             self.is_saved = False
 
     @classmethod
-    def read(cls, name: str, path: Path) -> OwnKind | None:
+    def read(cls, name: str, path: Path) -> AdmittedKind | None:
         """The kind that a file describes; None if that is missing or damaged."""
         content = read_json(path)
         ledger = Ledger.of_dict(content)
@@ -142,8 +142,10 @@ class OwnKind:
             return None
         try:
             since, recent = float(content["since"]), content.get("recent", {})
-            own = cls(name, ledger, since, Recent(**{key: float(recent[key]) for key in recent}))
+            recent = Recent(**{key: float(recent[key]) for key in recent})
         except (LookupError, TypeError, ValueError):
             return None
-        own._written, own._allowed_for = own.content, ledger.misses
-        return own
+        quarantined = content.get("quarantined") or {}
+        found = cls(name, ledger, since, recent, quarantined=quarantined)
+        found._written, found._allowed_for = (found.content, quarantined), ledger.misses
+        return found
