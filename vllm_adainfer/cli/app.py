@@ -35,6 +35,11 @@ def errors_as_sentences(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def command(run: Callable[..., None]) -> Callable[..., None]:
+    """Add a command, by the name of its function."""
+    return app.command()(errors_as_sentences(run))
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(__version__)

@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from vllm_adainfer.cli.app import app, errors_as_sentences
+from vllm_adainfer.cli.app import command
 
 
-@app.command()
-@errors_as_sentences
+@command
 def kinds(
     directory: Annotated[
         Path, typer.Argument(help='The directory named by "auto" in the switch.', metavar="DIR")
@@ -33,8 +32,7 @@ def kinds(
         typer.echo(f"\npage: {write_page(directory)}")
 
 
-@app.command()
-@errors_as_sentences
+@command
 def autopilot(
     directory: Annotated[
         Path, typer.Argument(help='The directory of "auto" in the engine switch of a server.')

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from vllm_adainfer.artifact.kinds import ClassifierKind
-from vllm_adainfer.cli.app import app, errors_as_sentences
+from vllm_adainfer.cli.app import command
 from vllm_adainfer.cli.arguments import (
     ChatTemplate,
     Data,
@@ -39,8 +39,7 @@ from vllm_adainfer.offline.calibration.options import (
 )
 
 
-@app.command()
-@errors_as_sentences
+@command
 def calibrate(
     model: Model,
     data: Data,

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_adainfer.cli.app import app, errors_as_sentences
+from vllm_adainfer.cli.app import command
 from vllm_adainfer.cli.arguments import HfOverrides, Lora, Model, Template, overrides_of
 
 if TYPE_CHECKING:
     from vllm_adainfer.offline.doctor.finding import Finding
 
 
-@app.command()
-@errors_as_sentences
+@command
 def inspect(
     artifact: Annotated[str, typer.Argument(help="Directory or hub id of the artifact.")],
     html: Annotated[
@@ -42,8 +41,7 @@ def inspect(
     typer.echo(as_text(artifact_facts(config, details)))
 
 
-@app.command()
-@errors_as_sentences
+@command
 def push(
     artifact: Annotated[Path, typer.Argument(help="Directory of the artifact.")],
     repo: Annotated[str, typer.Argument(help="Hub id, such as org/name.")],
@@ -58,8 +56,7 @@ def push(
     typer.echo(upload(artifact, repo, private, base_model))
 
 
-@app.command()
-@errors_as_sentences
+@command
 def doctor(
     model: Annotated[
         str | None, typer.Option(help="Directory or hub id of the model to serve.")
@@ -97,8 +94,7 @@ def _of_auto(directory: str | None) -> Iterator[Finding]:
         yield from examine_auto(directory)
 
 
-@app.command()
-@errors_as_sentences
+@command
 def explain(
     text: Annotated[str, typer.Argument(help="The prompt; with --template its field 'text'.")],
     model: Model,
@@ -125,8 +121,7 @@ def explain(
         typer.secho(line, bold=exits, fg=typer.colors.GREEN if exits else None)
 
 
-@app.command()
-@errors_as_sentences
+@command
 def audit(
     paths: Annotated[
         list[Path],

@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from vllm_adainfer.cli.app import app, errors_as_sentences
+from vllm_adainfer.cli.app import command
 
 
-@app.command()
-@errors_as_sentences
+@command
 def demo(
     output: Annotated[
         Path, typer.Option(help="Directory for the model, the artifact and the report.")
@@ -23,8 +22,7 @@ def demo(
     typer.echo(run(output))
 
 
-@app.command()
-@errors_as_sentences
+@command
 def fetch_demo_model(
     output: Annotated[Path, typer.Option(help="Directory to write the checkpoint to.")],
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_adainfer.cli.app import app, errors_as_sentences
+from vllm_adainfer.cli.app import command
 from vllm_adainfer.cli.arguments import (
     ChatTemplate,
     HfOverrides,
@@ -22,8 +22,7 @@ from vllm_adainfer.cli.arguments import (
 from vllm_adainfer.errors import AdaInferError
 
 
-@app.command()
-@errors_as_sentences
+@command
 def evaluate(
     model: Model,
     artifact: Annotated[str, typer.Option(help="Directory or hub id of the artifact.")],

@@ -28,13 +28,8 @@ class EngineMetrics:
     ) -> None:
         """Create the engine's series, so that their rates begin at 0.
 
-        Args:
-            series: those of the server.
-            model_name: the served model's name.
-            engine: number of the engine.
-            configs: the artifacts' configs, by policy name.
-            calibrates_itself: whether policies that come later are its own, not those of adapters.
-
+        `configs` are by policy name; where it `calibrates_itself`, policies that come later are its
+        own, not those of adapters.
         """
         self._series = series
         self._calibrates_itself = calibrates_itself

@@ -81,6 +81,15 @@ KIND_COUNTERS = {
     ),
     "kind_tokens": ("kind_tokens", "Token rows that ran for them.", KIND),
 }
+# Name and help of each histogram, by its kind in reports; all are by policy.
+HISTOGRAMS = {
+    "tokens": ("exit_layer", "Number of layers run, by decided token."),
+    "shadow_moves": (
+        "shadow_largest_move",
+        "Largest difference between a label's early probability and that of full depth, rounded up "
+        "to a bucket.",
+    ),
+}
 # Help and labels of each gauge, by its name.
 GAUGES = {
     "shadow_disagreement": ("Fraction of early answers that differ from full depth.", LEVEL),
@@ -130,31 +139,31 @@ class Series:
     def __init__(
         self, layers: tuple[int, ...] | None, choices: bool = False, kinds: bool = False
     ) -> None:
-        """Register what a server can report.
+        """Register what a server can report: of `choices` that end early, and of `kinds`.
 
-        Args:
-            layers: buckets of ``adainfer:exit_layer``: exit points and full depth; None for a
-                server that runs stock vLLM.
-            choices: whether it ends choices early.
-            kinds: whether it counts kinds of requests.
-
+        `layers` are the buckets of ``adainfer:exit_layer``: exit points and full depth; None for a
+        server that runs stock vLLM.
         """
         counted = {
             **(EXIT_COUNTERS if layers else {}),
             **(CHOICE_COUNTERS if choices else {}),
             **(KIND_COUNTERS if kinds else {}),
         }
+        self._labels = {kind: labels for kind, (*_, labels) in counted.items()}
         self.counters = {kind: _register(Counter, *spec) for kind, spec in counted.items()}
         self.histograms: dict[str, Histogram] = {}
         self.gauges: dict[str, Gauge] = {}
         if layers:
-            self.histograms = _histograms(layers)
+            buckets = {"tokens": layers, "shadow_moves": MOVES}
+            self.histograms = {
+                kind: _register(Histogram, *spec, POLICY, buckets=buckets[kind])
+                for kind, spec in HISTOGRAMS.items()
+            }
             # Of several frontends, the one that was updated last has the current value.
             self.gauges = {
                 name: _register(Gauge, name, text, labels, multiprocess_mode="mostrecent")
                 for name, (text, labels) in GAUGES.items()
             }
-        self._labels = {kind: labels for kind, (*_, labels) in counted.items()}
 
     @property
     def all(self) -> list[MetricWrapperBase]:
@@ -167,9 +176,7 @@ class Series:
 
     def counters_of(self, labels: Sequence[str]) -> Iterator[Counter]:
         """The counters with these labels."""
-        for kind, its in self._labels.items():
-            if its == labels:
-                yield self.counters[kind]
+        return (self.counters[kind] for kind, its in self._labels.items() if its == labels)
 
     def remove(self, *labels: str) -> None:
         """Remove all series with these values of `POLICY`.
@@ -178,29 +185,8 @@ class Series:
         """
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             return
-        chosen = dict(zip(POLICY, labels, strict=True))
         found: list[MetricWrapperBase] = [*self.histograms.values()]
         found += [self.counters[kind] for kind in self.counters if self.is_by_policy(kind)]
         found += [self.gauges[name] for name, (_, its) in GAUGES.items() if "policy" in its]
         for metric in found:
-            metric.remove_by_labels(chosen)
-
-
-def _histograms(layers: tuple[int, ...]) -> dict[str, Histogram]:
-    return {
-        "tokens": _register(
-            Histogram,
-            "exit_layer",
-            "Number of layers run, by decided token.",
-            POLICY,
-            buckets=layers,
-        ),
-        "shadow_moves": _register(
-            Histogram,
-            "shadow_largest_move",
-            "Largest difference between a label's early probability and that of full depth, "
-            "rounded up to a bucket.",
-            POLICY,
-            buckets=MOVES,
-        ),
-    }
+            metric.remove_by_labels(dict(zip(POLICY, labels, strict=True)))

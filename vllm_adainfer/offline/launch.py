@@ -39,14 +39,13 @@ def with_switch(
 ) -> list[str]:
     """`arguments` of a vLLM command, with the switch for `policies` in the additional config.
 
-    Other keys of an additional config in `arguments` are kept.
+    Other keys of an additional config in `arguments` are kept, and of its ``auto``.
 
     Args:
         arguments: arguments of the command line.
         policies: the artifacts, each as a directory or hub id, or ``NAME=`` and one of these.
         epsilon: bound to serve with; None for each artifact's own.
-        auto: directory of a server that makes policies of its own traffic. Other keys of the
-            switch's ``auto`` are kept.
+        auto: directory of a server that makes policies of its own traffic.
 
     Raises:
         AdaInferError: the arguments contradict each other, or an artifact cannot be served.

@@ -48,12 +48,7 @@ def examine(
 ) -> Iterator[Finding]:
     """Make every check that the arguments allow, the cheap ones first.
 
-    Args:
-        model: directory or hub id; None skips the checks that need a model.
-        artifact: directory or hub id; None skips the checks that need an artifact.
-        adapter: the LoRA adapter that the artifact is for, if it is for one.
-        hf_overrides: what to change in the model's config, as vLLM's option of that name.
-
+    `model` and `artifact` are directories or hub ids, `adapter` is that of the artifact.
     """
     findings = [
         check() for check in (versions, entry_point, plugin_filter, kill_switch, audio_wheels)

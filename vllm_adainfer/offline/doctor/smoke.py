@@ -33,14 +33,7 @@ SENTENCES = (
 
 
 def examine_engine(model: Model, artifact: str, config: ArtifactConfig) -> Iterator[Finding]:
-    """Start an engine with the artifact; run short requests with exits and at full depth.
-
-    Args:
-        model: a model that the artifact fits, with the adapter of the artifact.
-        artifact: directory or hub id.
-        config: the artifact's config.
-
-    """
+    """Start an engine with an artifact that fits; run short requests with exits and without."""
     from vllm.platforms import current_platform
 
     tokens = longest_choice(config.choices) if config.choices else 1
@@ -69,14 +62,7 @@ def examine_engine(model: Model, artifact: str, config: ArtifactConfig) -> Itera
 
 
 def smoke_examples(shared: SharedTokens, tokenizer: Any, longest: int) -> list[Example]:
-    """`SENTENCES` as prompts that the policy serves.
-
-    Args:
-        shared: the tokens that prompts must begin and end with.
-        tokenizer: Hugging Face tokenizer of the model.
-        longest: the most tokens a prompt may have; sentences are cut to it.
-
-    """
+    """`SENTENCES` as prompts that the policy serves, cut to the `longest` that one may be."""
     room = longest - len(shared.start) - len(shared.end)
     return [
         Example("doctor", line, [*shared.start, *own[:room], *shared.end], None)

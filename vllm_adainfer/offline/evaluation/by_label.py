@@ -26,13 +26,7 @@ def label_rows(
     """A row for each label that full depth, an early answer or the data names.
 
     A share has its 95 % interval under the same name with ``_95``, and is None without rows.
-
-    Args:
-        config: config of an artifact with labels.
-        examples: the prompts.
-        groups: [prompts], the group of each prompt; groups are independent.
-        early: our answers.
-        full: those of never exiting.
+    `groups` [prompts] are independent.
 
     Returns:
         for each label ``label``; ``full_depth`` and ``answered``, how many prompts full depth and

@@ -28,13 +28,8 @@ def changed_prompts(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The first `MOST` prompts for each bound, and sentences about what is not shown.
 
-    Args:
-        model: the model that answered.
-        source: directory or hub id of the artifact.
-        config: its config, with the bounds that were measured.
-        examples: the prompts.
-        runs: one round of ours by epsilon, with `NEVER_EXIT`.
-        max_tokens: generated tokens per prompt; what the policy saw is shown only for one token.
+    The policy's views are shown only where prompts get one token. `config`, of the artifact
+    `source`, has the bounds that were measured; `runs` are one round of ours by epsilon.
 
     Returns:
         of each prompt the index of the bound (``level``), the ``place`` of its row in the data, the

@@ -65,9 +65,7 @@ def reliability(probabilities: Floats, truth: Ints) -> list[dict[str, Any]]:
     scikit-learn's `calibration_curve(strategy="quantile")` does not give the number of rows in a
     bin, which the ECE needs, and its bins are unequal where many probabilities are equal.
 
-    Args:
-        probabilities: [rows, labels], among the labels.
-        truth: [rows], index of each row's true label.
+    `probabilities` [rows, labels] are among the labels, `truth` [rows] has the true label's index.
 
     Returns:
         the bins by rising confidence, at most one for each row: the number of rows, their mean
@@ -98,12 +96,7 @@ def brier_score(probabilities: Floats, truth: Ints) -> float:
     """Brier score: squared errors, summed over the labels, mean over the rows; 0 to 2.
 
     scikit-learn's `brier_score_loss` takes more than two labels only from 1.7 on, and halves the
-    score of two.
-
-    Args:
-        probabilities: [rows, labels], among the labels.
-        truth: [rows], index of each row's true label.
-
+    score of two. The arguments are those of `reliability`.
     """
     errors = probabilities - np.eye(probabilities.shape[1])[truth]
     return float((errors**2).sum(axis=1).mean())

@@ -52,14 +52,8 @@ def build_report(
 ) -> dict[str, Any]:
     """The JSON report. A share has its 95 % interval under the same name with ``_95``.
 
-    Args:
-        artifact: directory or hub id; the report has its last part.
-        data: file of the prompts; the report has its name without the directory.
-        config: the artifact's config.
-        examples: the prompts.
-        right_in: which answers are right; returns None without labels.
-        rounds: the measured runs.
-
+    It has the last parts of the paths `artifact` and `data`. `right_in` says which answers are
+    right, and returns None without labels.
     """
     measured = _Measured(config, examples, right_in, rounds)
     never = measured.at(NEVER_EXIT)

@@ -82,14 +82,8 @@ def explain(
 ) -> Explanation:
     """Run a prompt at full depth, and look at its states as the policy would.
 
-    Args:
-        text: the prompt, or with a template its field ``text``.
-        path: directory or hub id of the model.
-        source: directory or hub id of the artifact.
-        template: format string or ``@FILE``.
-        epsilon: the bound; None for the artifact's own.
-        adapter: the LoRA adapter of the artifact; None for the base model.
-        hf_overrides: see `load_config_and_tokenizer`.
+    The arguments are those of the command line, see `vllm-adainfer explain --help`: `path` is of
+    the model, `source` of the artifact.
 
     Raises:
         AdaInferError: model, artifact and prompt do not fit together.

@@ -136,12 +136,7 @@ def views_of_prompts(
 ) -> list[list[View]]:
     """The views of prompts, which run once more, at full depth.
 
-    Args:
-        source: directory or hub id of the artifact.
-        config: its config.
-        model: the model that it fits.
-        asked: each prompt, with the part that decides it and its row, see `decided_by`.
-
+    `asked` has each prompt with the part of the artifact `source` that decides it, and its row.
     """
     examples = list({id(example): example for example, _, _ in asked}.values())
     places = {id(example): place for place, example in enumerate(examples)}
@@ -174,10 +169,10 @@ def views_of(
     """The views of one prompt: one for each exit point, and one for full depth.
 
     Args:
-        artifact: the part that decides the prompt, with its tensors.
+        artifact: the part that decides the prompt.
         recording: states of one-token prompts at the artifact's exit points.
         prompt: the prompt's row in the recording.
-        thresholds: the row of its thresholds.
+        thresholds: its row of thresholds.
         name: names a token, see `token_namer`.
         subset: the labels that the prompt is about, as bits.
         text: what the student reads of the prompt; empty if it is not asked.
