@@ -1,4 +1,4 @@
-r"""What exits should cost and save on an H100, before anyone has measured it.
+r"""Predicts the cost and savings of exits on an H100, before anyone has measured them.
 
     .venv/bin/python benchmarks/gpu_model.py
 

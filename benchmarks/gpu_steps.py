@@ -1,4 +1,4 @@
-"""What only a GPU can show, step by step: `make gpu`.
+"""The tests and measurements that need a GPU, step by step: `make gpu`.
 
     python3 benchmarks/gpu_steps.py
     python3 benchmarks/gpu_steps.py --dry    # on any machine: can each step begin?

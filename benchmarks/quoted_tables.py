@@ -91,5 +91,5 @@ def auto_tables() -> list[str]:
 
 
 def ledger_tables() -> str:
-    """What a ledger lets exit, and when it closes a kind, before and after; simulated."""
+    """The requests that a ledger lets exit, and when it closes a kind, by simulation."""
     return (RESULTS / "ledger.md").read_text().rstrip()

@@ -159,7 +159,7 @@ def generated(what: str, section: str) -> list[str]:
 
 
 def nothing_saved(what: str, section: str) -> list[str]:
-    """What exit points cost where no request may exit."""
+    """The cost of exit points where no request may exit."""
     report = load("throughput")
     cases = [
         one["speedup"]

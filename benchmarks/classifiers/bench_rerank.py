@@ -191,7 +191,7 @@ def rerank(server: Server, query: Query) -> tuple[Floats, float]:
 def compared(
     queries: Sequence[Query], early: Sequence[Floats], full: Sequence[Floats], top_k: TopK
 ) -> dict[str, Any]:
-    """What differs from stock, and how good the orders are."""
+    """The differences from stock, and the quality of the orders."""
     count, pairs = len(queries), [*zip(early, full, strict=True)]
     moves = np.concatenate([np.abs(ours - theirs) for ours, theirs in pairs])
     within = slice(top_k.k)

@@ -86,7 +86,7 @@ def batches(queries: Sequence[Query], negatives: int, epochs: int) -> Iterator[l
 
 
 def render(query: str, document: str) -> str:
-    """What `CHAT_TEMPLATE` makes of a pair."""
+    """A pair in `CHAT_TEMPLATE`."""
     return f"Query: {query}\nPassage: {document}\nRelevant:"
 
 
@@ -102,7 +102,7 @@ def scores_of(
 
 
 def loss_of(scores: torch.Tensor) -> torch.Tensor:
-    """Of `(questions, passages)`, the right one first: its rank, and each passage's yes or no."""
+    """The loss of `(questions, passages)`, the right one first: its rank, and each yes or no."""
     right = torch.zeros_like(scores)
     right[:, 0] = 1
     rank = torch.nn.functional.cross_entropy(scores, right)

@@ -1,4 +1,4 @@
-"""What the parts of a step ask of a GPU, counted on a CPU: for tests and for the cost model."""
+"""Launches, uploads and reads of the parts of a step, counted on a CPU: for tests and a model."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def loop_of(threshold: float, rows: int, **changes: Any) -> ExitLoop:
 def decode_step(
     threshold: float, rows: int = 16, full_depth: int = 0, compaction_cost: int = COMPACTION_COST
 ) -> Launches:
-    """What a decode step asks beside its layers, see `step_of` and `loop_of`."""
+    """The launches of a decode step beside its layers, see `step_of` and `loop_of`."""
     reading = Launches()
     loop = loop_of(threshold, rows, compaction_cost=compaction_cost, read=reading.read)
     step, ids = step_of(rows, full_depth), torch.zeros(rows, dtype=torch.int64)

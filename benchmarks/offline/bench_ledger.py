@@ -1,4 +1,4 @@
-r"""How many requests a ledger lets exit, and when it closes a kind, by simulated traffic.
+r"""The requests that a ledger lets exit, and when it closes a kind, by simulated traffic.
 
     .venv/bin/python benchmarks/offline/bench_ledger.py --label after
 
@@ -107,7 +107,7 @@ def exits_by_age(size: int, streams: int) -> list[float]:
 
 
 def steady(share: float) -> int:
-    """How many of `STEADY_RUNS` kinds are closed whose traffic never changes."""
+    """The number of `STEADY_RUNS` kinds that are closed although their traffic never changes."""
     closed = 0
     for seed in range(STEADY_RUNS):
         traffic = Traffic(64, seed)
@@ -117,7 +117,7 @@ def steady(share: float) -> int:
 
 
 def change(size: int, good: int, share: float, streams: int) -> dict[str, Any]:
-    """What happens until a kind is closed whose traffic changes after a good past; medians."""
+    """The requests until a kind is closed whose traffic changes after a good past; medians."""
     requests, changed = [], []
     for seed in range(streams):
         traffic = Traffic(size, seed)
@@ -139,7 +139,7 @@ def change(size: int, good: int, share: float, streams: int) -> dict[str, Any]:
 
 
 def tables(report: Mapping[str, Any]) -> str:
-    """What exits, by age and size of the steps; and who is closed, and when. All by label."""
+    """Exits by age and size of the steps, and the kinds that are closed, and when; by label."""
     ages = [f"{begin:,} to {end:,}" for begin, end in pairwise(AGES)]
     results = list(report.values())
     exits = [

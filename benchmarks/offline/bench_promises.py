@@ -1,4 +1,4 @@
-r"""What each promise costs: the best label, a tolerance, gates, one label's recall, never early.
+r"""The cost of each promise: the best label, a tolerance, gates, one label's recall, never early.
 
     .venv/bin/python benchmarks/offline/bench_promises.py --model MODEL --title SST-2 \
         --data rows.jsonl --template $'Review: {text}\nSentiment:' --labels negative,positive

@@ -35,7 +35,7 @@ Baselines = Mapping[Form, Run]
 
 @dataclass(frozen=True)
 class Round:
-    """What all engines and policies did with the same prompts, in turn.
+    """The runs of all engines and policies on the same prompts, in turn.
 
     Attributes:
         stock: runs of stock vLLM, by the kind of output that was asked for.

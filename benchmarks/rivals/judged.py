@@ -45,7 +45,7 @@ class Unseen:
         return self._share_right(self.teacher)
 
     def result(self, answers: Ints, spared: Floats, by_request: bool) -> dict[str, Any]:
-        """What a method does, as a row of the report.
+        """The outcome of a method, as a row of the report.
 
         Args:
             answers: int64 [tests], its answers.
@@ -100,7 +100,7 @@ def certified_threshold(differs: Bools, sure: Floats, bound: Bound, epsilon: flo
 
 
 def of_policy(policy: FittedPolicy, epsilon: float, tests: Unseen) -> dict[str, Any]:
-    """What one of our policies does."""
+    """The outcome of one of our policies."""
     exits, depth = exits_on(policy, tests.rows), policy.costs.depth
     layers = [exit.layer for exit in exits]
     held_out = [exit.held_out for exit in exits]

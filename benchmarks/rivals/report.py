@@ -24,7 +24,7 @@ TITLES = {
 
 
 def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
-    """What is spared with each number of prompts, and the times after one of them."""
+    """The shares spared with each number of prompts, and the times after one of them."""
     return "\n".join(f"## {one['task']}\n\n{_shares(one)}\n{_times(one)}" for one in reports)
 
 

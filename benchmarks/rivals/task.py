@@ -81,13 +81,13 @@ def read_task(request: CalibrationRequest, most: int) -> Task:
 
 
 def ends_of(texts: Sequence[str]) -> tuple[int, int]:
-    """How many characters all texts begin with, and end with."""
+    """The number of characters that all texts begin with, and end with."""
     start = _shared(texts)
     return start, _shared([text[start:][::-1] for text in texts])
 
 
 def _shared(texts: Sequence[str]) -> int:
-    """How many characters all texts begin with."""
+    """The number of characters that all texts begin with."""
     first, last = min(texts), max(texts)  # if these two do, those between them do
     pairs = enumerate(zip(first, last, strict=False))
     return next((place for place, (one, other) in pairs if one != other), len(first))

@@ -173,7 +173,7 @@ def all_at_once(server: Server, tasks: Sequence[Task], requests: int) -> float:
 
 
 def on_merged(task: Task, folder: Path) -> dict[str, Any]:
-    """What a policy saves and changes with the adapter merged into the weights."""
+    """Savings and changes by a policy with the adapter merged into the weights."""
     output = folder / f"{task.name}-merged"
     request = replace(task.case.calibration, model=task.merged, adapter=None, output=output)
     calibrate(request)

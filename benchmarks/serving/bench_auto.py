@@ -47,7 +47,7 @@ REPORTED_AT = 2_000, 5_000  # requests of a kind
 
 @dataclass
 class Seen:
-    """What has been seen of one kind.
+    """The observations of one kind.
 
     Attributes:
         requests: how many were sent.
@@ -233,14 +233,14 @@ def _kind_of(body: Mapping[str, Any], salt: bytes) -> str | None:
 
 
 def _title(line: Mapping[str, Any]) -> str:
-    """What the file calls a kind: the part of `custom_id` before the first slash."""
+    """The name of a kind in the file: the part of `custom_id` before the first slash."""
     return str(line["custom_id"]).split("/")[0]
 
 
 def _added(
     now: Mapping[str, float], before: Mapping[str, float], series: str, label: str, value: str
 ) -> float:
-    """What a counter has grown by, over all series with a value of a label."""
+    """The growth of a counter, over all series with a value of a label."""
     chosen = [n for n in now if f":{series}" in n and f'{label}="{value}"' in n]
     return sum(now[name] - before.get(name, 0.0) for name in chosen)
 

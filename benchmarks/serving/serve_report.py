@@ -89,7 +89,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def differences(report: Mapping[str, Any]) -> str:
-    """How many answers differ from full depth and from stock, or how far scores moved."""
+    """The share of answers that differ from full depth and from stock, or the moves of scores."""
     answers, bound = report["answers"], f"{report['epsilon']:.0%} at delta {report['delta']:g}"
     if "moves" not in answers:
         ours, stock, rounding = (

@@ -76,7 +76,7 @@ RUNTIME = {
 
 @dataclass
 class Mix:
-    """What happens besides questions, and what came of it.
+    """The traffic besides questions, and its outcome.
 
     Attributes:
         largest: largest size factor of hostile requests.

@@ -57,7 +57,7 @@ def at_rest(server: Server) -> dict[str, float]:
 def counters(
     before: Mapping[str, float], after: Mapping[str, float], layers: int
 ) -> dict[str, Any]:
-    """What a scenario added to the plugin's counters, and to vLLM's for comparison.
+    """The numbers that a scenario added to the plugin's counters, and to vLLM's for comparison.
 
     A row is a token that goes through the layers: each uncached prompt token, and each generated
     token but a request's last. vLLM counts what it has sent to the API server. So after a client

@@ -44,7 +44,7 @@ STREAM = {"max_tokens": 64, "stream": True}
 
 @dataclass
 class Stage:
-    """What a scenario works with.
+    """The things that a scenario works with.
 
     Attributes:
         server: a healthy server.

@@ -1,4 +1,4 @@
-"""What a soak is judged by: how long its good clients waited, beside stock's, and its memory."""
+"""Judges a soak: by the waits of its good clients, beside stock's, and by its memory."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def main(
 def lessons_of(
     task: Task, data_dir: Path | None, tokenizer: Any, kept: int, rows: int
 ) -> list[Lesson]:
-    """What to learn of a task: at most `rows` training rows after the first `kept`.
+    """The lessons of a task: at most `rows` training rows after the first `kept`.
 
     Raises:
         AdaInferError: the task has no more than those; or see `load_task`.

@@ -83,7 +83,7 @@ def main(
 
 @dataclass(frozen=True)
 class SuiteRequest:
-    """What to run.
+    """A run of the suite.
 
     Attributes:
         model: directory or hub id of the model.

@@ -72,7 +72,7 @@ def smoke_examples(shared: SharedTokens, tokenizer: Any, longest: int) -> list[E
 
 
 def exits_found(early: Run, full: Run, depth: int) -> Finding:
-    """How many requests exited, and how many answers are the same as at full depth."""
+    """The number of requests that exited, and of answers that are the same as at full depth."""
     count = len(early.texts)
     exits = {layer: some for layer, some in sorted(early.exit_histogram.items()) if layer < depth}
     if not exits:

@@ -27,7 +27,7 @@ WORTH_MORE_PROMPTS = 1.0  # percentage points that the second half of the prompt
 
 
 def artifact_facts(config: ArtifactConfig, details: Mapping[str, Any]) -> list[Block]:
-    """What an artifact is for, what it promises, and what the next looser bound would save.
+    """The purpose and the promise of an artifact, and the savings at the next looser bound.
 
     `details` is its ``calibration.json``.
     """
@@ -205,7 +205,7 @@ def _learning_curve(details: Mapping[str, Any]) -> list[str]:
 
 
 def expected_savings(config: ArtifactConfig) -> str:
-    """How many layers the policy should save within its bound, and within the next looser one."""
+    """The layers that the policy should save within its bound, and within the next looser one."""
     level = config.levels[config.level_of(None)]
     if not level.layers_saved:
         return "Nothing is saved within this bound: all requests will run at full depth."

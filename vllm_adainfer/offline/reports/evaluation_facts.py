@@ -20,7 +20,7 @@ SCORES = {
 
 
 def evaluation_facts(report: Mapping[str, Any]) -> list[Block]:
-    """What an evaluation measured."""
+    """The measurements of an evaluation."""
     ours, stock = report["adainfer"], report["stock"]
     engines = (
         ("stock vLLM", stock, report["layers_total"]),
@@ -69,7 +69,7 @@ def _engine(name: str, engine: Row, layers_run: float) -> Facts:
 
 
 def level_facts(level: Row) -> Facts:
-    """What was measured at one bound."""
+    """The measurements at one bound."""
     return {
         "bound": f"{level['epsilon']:.1%}",
         "speedup": f"{level['speedup']:.2f}x",

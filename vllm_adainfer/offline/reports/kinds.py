@@ -117,7 +117,7 @@ class Watched:
     pools: Sequence[Mapping[str, Any]]
 
     def share(self, tokens: int) -> str:
-        """Which share of the token rows `tokens` are."""
+        """The share of the token rows that `tokens` are."""
         return f"{tokens / max(1, self.tokens):.1%}"
 
 

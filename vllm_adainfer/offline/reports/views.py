@@ -56,7 +56,7 @@ class View:
 
     @property
     def facts(self) -> Facts:
-        """What it says, by the headings of a table."""
+        """The cells of a table, by their headings."""
         return {
             "answer": self.answer,
             "after layer": str(self.layer),
