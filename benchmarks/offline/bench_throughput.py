@@ -173,7 +173,7 @@ def main(
 
 
 def side_by_side(quick: bool) -> list[tuple[str, ...]]:
-    """The engines that run in turn: all, or on a GPU, whose memory is full then, each with stock."""
+    """The engines that run in turn: all, or each with stock on a GPU, whose memory is full then."""
     if ON_GPU:
         return [(STOCK, other) for other in (HALF, ONE, FOUR)]
     return [(STOCK, HALF, ONE) if quick else (STOCK, HALF, IDLE, ONE, FOUR)]

@@ -1,4 +1,4 @@
-r"""Other ways to answer cheaply, under one promise: small classifiers, a cut model, other exits, ours.
+r"""Other ways to answer cheaply, under one promise: small classifiers, a cut model, other exits.
 
     .venv/bin/python benchmarks/rivals/bench_rivals.py --model MODEL --title CR \
         --data rows.jsonl --template $'Review: {text}\nSentiment:' --labels negative,positive

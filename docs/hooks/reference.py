@@ -13,7 +13,7 @@ from typer.cli import get_docs_for_click
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.cli import app
-from vllm_adainfer.frontend.series import Series
+from vllm_adainfer.frontend.series import register_series
 from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.settings.engine import Switch
 
@@ -55,7 +55,7 @@ def artifact() -> str:
 def metrics() -> str:
     """Series on ``/metrics``."""
     rows = []
-    for metric in Series((1,), choices=True, kinds=True).all:
+    for metric in register_series((1,), choices=True, kinds=True).values():
         [family] = metric.describe()
         suffix = "_total" if family.type == "counter" else ""
         labels = ", ".join(f"`{name}`" for name in metric._labelnames)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from vllm_adainfer.frontend.series import Series
+from vllm_adainfer.frontend.series import register_series
 
 FILE = Path(__file__).parents[2] / "docs" / "grafana.json"
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
@@ -26,7 +26,7 @@ def dashboard() -> Any:
 @pytest.fixture(scope="module")
 def series() -> dict[str, set[str]]:
     """Labels of each of our series, by its name on /metrics."""
-    ours = Series((2, 6), choices=True, kinds=True).all
+    ours = register_series((2, 6), choices=True, kinds=True).values()
     labels = {metric._name: set(metric._labelnames) for metric in ours}
     return {
         metric.name + suffix: labels[metric.name] | ({"le"} if suffix == "_bucket" else set())

@@ -13,7 +13,7 @@ from vllm_adainfer.artifact.fields import Adapter
 from vllm_adainfer.artifact.kinds import PROBABILITY_FEATURES
 from vllm_adainfer.engine.self_test.parts import PARTS
 from vllm_adainfer.frontend.metrics import EngineMetrics
-from vllm_adainfer.frontend.series import Series
+from vllm_adainfer.frontend.series import register_series
 from vllm_adainfer.promise.probabilities import MOVES
 from vllm_adainfer.settings.engine import NO_POLICY
 
@@ -76,7 +76,7 @@ def reading(epsilon: float, checked: int, disagreed: int, **more: Any) -> dict[s
 
 @pytest.mark.parametrize("seed", range(3))
 def test_reports_of_two_engines_add_up_by_engine_and_policy(configs, seed):
-    series = Series(BUCKETS)
+    series = register_series(BUCKETS)
     engines = [EngineMetrics(series, "tiny", number, configs) for number in range(2)]
     generator = np.random.default_rng(seed)
     totals: Counter[Any] = Counter()
@@ -94,7 +94,7 @@ def test_reports_of_two_engines_add_up_by_engine_and_policy(configs, seed):
 
 
 def test_promises_about_labels_have_series_of_their_own(configs):
-    engine = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
+    engine = EngineMetrics(register_series(BUCKETS), "tiny", 0, configs)
     for count in (3, 4):
         engine.add(report(("labels_checked", "a", "0.02", "recall", "bad", count)))
     engine.add(report(("labels_changed", "a", "0.02", "recall", "bad", 2)))
@@ -105,7 +105,7 @@ def test_promises_about_labels_have_series_of_their_own(configs):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_tokens_are_in_the_bucket_of_the_layers_they_ran(configs, seed):
-    engine = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
+    engine = EngineMetrics(register_series(BUCKETS), "tiny", 0, configs)
     generator = np.random.default_rng(seed)
     tokens = {layer: int(generator.integers(1, 20)) for layer in BUCKETS}
     engine.add(report(*(("tokens", "a", str(layer), count) for layer, count in tokens.items())))
@@ -120,7 +120,7 @@ def test_tokens_are_in_the_bucket_of_the_layers_they_ran(configs, seed):
 @pytest.mark.parametrize(("kind", "detail"), [("tokens", "3"), ("shadow_moves", "0.01")])
 def test_a_report_costs_as_many_updates_however_much_it_counts(configs, monkeypatch, kind, detail):
     """The API server's event loop waits for them."""
-    engine = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
+    engine = EngineMetrics(register_series(BUCKETS), "tiny", 0, configs)
     updates, inc = [], MutexValue.inc
     monkeypatch.setattr(MutexValue, "inc", lambda *args: (updates.append(args), inc(*args)))
     engine.add(report((kind, "a", detail, 1)))
@@ -132,7 +132,7 @@ def test_a_report_costs_as_many_updates_however_much_it_counts(configs, monkeypa
 def test_moves_of_probabilities_are_a_histogram_of_the_policies_that_promise_them(configs):
     promises = {"risk": "probability", "tolerance": 0.05, "features": PROBABILITY_FEATURES}
     configs["a"] = configs["a"].model_copy(update=promises)
-    engine = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
+    engine = EngineMetrics(register_series(BUCKETS), "tiny", 0, configs)
     name = "adainfer:shadow_largest_move"
     assert value(f"{name}_count", 0, policy="a") == 0
     assert value(f"{name}_count", 0, policy="b") is None
@@ -143,7 +143,7 @@ def test_moves_of_probabilities_are_a_histogram_of_the_policies_that_promise_the
 
 
 def test_before_the_first_request_rates_begin_at_0_and_all_may_exit(configs):
-    EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
+    EngineMetrics(register_series(BUCKETS), "tiny", 0, configs)
     for name in WORK.values():
         assert [value(name, 0, policy=policy) for policy in ("a", "b", NO_POLICY)] == [0, 0, 0]
     assert [value(name, 0) for name in TIME.values()] == [0, 0]
@@ -161,7 +161,7 @@ def test_before_the_first_request_rates_begin_at_0_and_all_may_exit(configs):
 def test_gauges_show_what_shadow_requests_show(
     configs, policy, checked, disagreed, low, high, tightened
 ):
-    engine = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
+    engine = EngineMetrics(register_series(BUCKETS), "tiny", 0, configs)
     seen = reading(0.02, checked, disagreed, low=low, high=high, tightened=tightened)
     engine.add(report(**{policy: [seen, reading(0.05, 0, 0)]}))
     shown = {"": disagreed / checked, "_low": low, "_high": high}
@@ -175,7 +175,7 @@ def test_gauges_show_what_shadow_requests_show(
 
 
 def test_weights_that_policies_are_not_for_show_in_their_own_gauge_of_each_engine(configs):
-    series = Series(BUCKETS)
+    series = register_series(BUCKETS)
     engines = [EngineMetrics(series, "tiny", number, configs) for number in range(2)]
     name = "adainfer:weights_differ"
     assert [value(name, number) for number in range(2)] == [0, 0]
@@ -185,7 +185,7 @@ def test_weights_that_policies_are_not_for_show_in_their_own_gauge_of_each_engin
 
 
 def test_parts_that_the_self_test_has_switched_off_show_in_a_gauge_of_each_engine(configs):
-    series = Series(BUCKETS)
+    series = register_series(BUCKETS)
     engines = [EngineMetrics(series, "tiny", number, configs) for number in range(2)]
     engines[1].add(report(failed_parts=["segment_graphs"]))
     for part in PARTS:
@@ -195,7 +195,7 @@ def test_parts_that_the_self_test_has_switched_off_show_in_a_gauge_of_each_engin
 
 @pytest.mark.parametrize(("kind", "name"), SHADOW.items())
 def test_shadow_answers_are_counted_for_each_bound(configs, kind, name):
-    engine = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
+    engine = EngineMetrics(register_series(BUCKETS), "tiny", 0, configs)
     for epsilon, added in ("0.02", 3), ("0.05", 1), ("0.02", 2):
         engine.add(report((kind, "a", epsilon, added)))
     assert value(name, 0, policy="a", epsilon="0.02") == 5
@@ -203,9 +203,9 @@ def test_shadow_answers_are_counted_for_each_bound(configs, kind, name):
 
 
 def test_the_series_of_a_second_server_in_the_process_replace_those_of_the_first(configs):
-    first = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
+    first = EngineMetrics(register_series(BUCKETS), "tiny", 0, configs)
     first.add(report(("layers_run", "a", 7), a=[reading(0.02, 1, 1, tightened=True)]))
-    second = EngineMetrics(Series((4, 6)), "tiny", 0, configs)
+    second = EngineMetrics(register_series((4, 6)), "tiny", 0, configs)
     second.add(report(("layers_run", "a", 2), ("tokens", "a", "4", 1)))
     first.add(report(("layers_run", "a", 7)))
     assert value(WORK["layers_run"], 0, policy="a") == 2
@@ -217,15 +217,15 @@ def test_the_series_of_a_second_server_in_the_process_replace_those_of_the_first
 
 def test_series_of_others_stay(configs):
     others = [metric.name for metric in REGISTRY.collect() if "adainfer" not in metric.name]
-    Series(BUCKETS)
-    Series(BUCKETS)
+    register_series(BUCKETS)
+    register_series(BUCKETS)
     assert [metric.name for metric in REGISTRY.collect() if "adainfer" not in metric.name] == others
 
 
 def test_each_policy_is_described_by_its_adapter_also_one_that_came_with_it(tiny_model):
     mood = Adapter(name="mood", fingerprint="1")
     configs = {"a": tiny_config(tiny_model), "b": tiny_config(tiny_model, adapter=mood)}
-    engine = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
+    engine = EngineMetrics(register_series(BUCKETS), "tiny", 0, configs)
     engine.add(report(("layers_run", "later", 5), ("layers_run", NO_POLICY, 5)))
     described = {"a": "", "b": "mood", "later": "later"}
     for policy, adapter in described.items():
@@ -235,7 +235,7 @@ def test_each_policy_is_described_by_its_adapter_also_one_that_came_with_it(tiny
 
 def test_the_series_of_a_policy_that_has_gone_with_its_adapter_go_and_all_others_stay(configs):
     """Rows of its requests that had waited are still counted by the worker."""
-    series = Series(BUCKETS)
+    series = register_series(BUCKETS)
     engines = [EngineMetrics(series, "tiny", number, configs) for number in range(2)]
     work = [(kind, "later", 5) for kind in WORK]
     seen = {"later": [reading(0.02, 4, 1)]}
@@ -258,7 +258,7 @@ def test_the_series_of_a_policy_that_has_gone_with_its_adapter_go_and_all_others
 
 def test_kinds_and_choices_are_counted_by_engine_also_without_a_policy():
     """Both may be asked for where the engine otherwise runs stock vLLM."""
-    series = Series(None, choices=True, kinds=True)
+    series = register_series(None, choices=True, kinds=True)
     engines = [EngineMetrics(series, "tiny", number, {}) for number in range(2)]
     names = "adainfer:kind_requests_total", "adainfer:kind_tokens_total"
     ended = "adainfer:choices_finished_total", "adainfer:choice_tokens_appended_total"

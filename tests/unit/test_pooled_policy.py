@@ -17,7 +17,7 @@ from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.frontend.metrics import EngineMetrics
-from vllm_adainfer.frontend.series import Series
+from vllm_adainfer.frontend.series import register_series
 from vllm_adainfer.offline.facts.artifact import artifact_facts
 from vllm_adainfer.offline.facts.document import as_text
 from vllm_adainfer.offline.reports.views import decided_by
@@ -137,7 +137,7 @@ def test_tensors_of_another_shape_or_of_no_part_are_refused(
 
 def test_each_part_has_its_series_from_the_start(pooled):
     configs = {"reviews": pooled}
-    EngineMetrics(Series((0, 2, 3, 5, 6)), "pooled", 0, configs)
+    EngineMetrics(register_series((0, 2, 3, 5, 6)), "pooled", 0, configs)
     for name, part in all_parts(configs).items():
         labels = {"model_name": "pooled", "engine": "0", "policy": name}
         assert REGISTRY.get_sample_value("adainfer:layer_rows_executed_total", labels) == 0

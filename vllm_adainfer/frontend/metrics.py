@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
+from prometheus_client import Histogram
+
 from vllm_adainfer.artifact.artifact import all_parts
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.kinds import NotCovered
 from vllm_adainfer.auto.kind_reports import NO_KIND, OTHERS
 from vllm_adainfer.engine.compat.prometheus import observe_many
 from vllm_adainfer.engine.self_test.parts import PARTS
-from vllm_adainfer.frontend.series import ENGINE, KIND, POLICY, Series
+from vllm_adainfer.frontend.series import (
+    ENGINE,
+    KIND,
+    LABELS,
+    POLICY,
+    Series,
+    counters_of,
+    remove_policy,
+)
 from vllm_adainfer.settings.engine import NO_POLICY
 
 
@@ -35,27 +45,27 @@ class EngineMetrics:
         self._calibrates_itself = calibrates_itself
         self._labels = model_name, str(engine)
         self._described = {NO_POLICY}
-        for counter in series.counters_of(ENGINE):
+        for counter in counters_of(series, ENGINE):
             counter.labels(*self._labels)
-        for counter in series.counters_of(KIND):
+        for counter in counters_of(series, KIND):
             for name in NO_KIND, OTHERS:
                 counter.labels(*self._labels, name)
-        if series.gauges:
+        if "weights_differ" in series:
             self._begin_exits(configs)
 
     def _begin_exits(self, configs: Mapping[str, ArtifactConfig]) -> None:
         for policy in configs:
             for reason in get_args(NotCovered):
-                self._series.counters["not_covered"].labels(*self._labels, policy, reason)
+                self._series["not_covered"].labels(*self._labels, policy, reason)
         configs = all_parts(configs)
         for name in (*configs, NO_POLICY):
-            for counter in self._series.counters_of(POLICY):
+            for counter in counters_of(self._series, POLICY):
                 counter.labels(*self._labels, name)
-            self._series.histograms["tokens"].labels(*self._labels, name)
+            self._series["tokens"].labels(*self._labels, name)
         for name, config in configs.items():
             self._describe(name, "" if config.adapter is None else config.adapter.name)
             if config.risk == "probability":
-                self._series.histograms["shadow_moves"].labels(*self._labels, name)
+                self._series["shadow_moves"].labels(*self._labels, name)
             for level in config.levels:
                 self._set("policy_exits_allowed", 1, name, f"{level.epsilon:g}")
         self._set("weights_differ", 0)
@@ -70,14 +80,14 @@ class EngineMetrics:
         if "serving" in report:
             self._show_policies(report["serving"])
         for kind, *labels, added in report["added"]:
-            if not self._series.is_by_policy(kind) or labels[0] in self._described:
+            if "policy" not in LABELS[kind] or labels[0] in self._described:
                 self._add(kind, labels, added)
         if "serving" in report:
             self._show_state(report)
 
     def _show_policies(self, serving: Sequence[str]) -> None:
         for policy in self._described.difference(serving):
-            self._series.remove(*self._labels, policy)
+            remove_policy(self._series, *self._labels, policy)
             self._described.remove(policy)
         for policy in set(serving) - self._described:
             # It came with the adapter of its name, or is for a kind of requests.
@@ -102,13 +112,15 @@ class EngineMetrics:
         self._set("policy_info", 1, policy, adapter)
 
     def _set(self, gauge: str, value: float, *labels: str) -> None:
-        self._series.gauges[gauge].labels(*self._labels, *labels).set(value)
+        self._of(gauge, labels).set(value)
 
     def _add(self, kind: str, labels: Sequence[str], added: float) -> None:
         """Add to a counter, or to a histogram, whose value comes after the policy in `labels`."""
-        histogram = self._series.histograms.get(kind)
-        if histogram is None:
-            self._series.counters[kind].labels(*self._labels, *labels).inc(added)
+        if isinstance(self._series[kind], Histogram):
+            *labels, value = labels
+            observe_many(self._of(kind, labels), float(value), int(added))
         else:
-            policy, value = labels
-            observe_many(histogram.labels(*self._labels, policy), float(value), int(added))
+            self._of(kind, labels).inc(added)
+
+    def _of(self, kind: str, labels: Sequence[str]) -> Any:
+        return self._series[kind].labels(*self._labels, *labels)

@@ -6,8 +6,8 @@ Not ``vllm:``: vLLM unregisters all series with that prefix when an engine start
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
@@ -15,7 +15,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from vllm_adainfer.auto.kind_reports import NO_KIND, OTHERS
 from vllm_adainfer.promise.probabilities import MOVES
 
-_Metric = TypeVar("_Metric", bound=MetricWrapperBase)
+Series = Mapping[str, MetricWrapperBase]  # by the kind of what they show in reports
 ENGINE = ["model_name", "engine"]
 POLICY = [*ENGINE, "policy"]
 LEVEL = [*POLICY, "epsilon"]
@@ -81,13 +81,14 @@ KIND_COUNTERS = {
     ),
     "kind_tokens": ("kind_tokens", "Token rows that ran for them.", KIND),
 }
-# Name and help of each histogram, by its kind in reports; all are by policy.
+# The same of each histogram; they are by policy.
 HISTOGRAMS = {
-    "tokens": ("exit_layer", "Number of layers run, by decided token."),
+    "tokens": ("exit_layer", "Number of layers run, by decided token.", POLICY),
     "shadow_moves": (
         "shadow_largest_move",
         "Largest difference between a label's early probability and that of full depth, rounded up "
         "to a bucket.",
+        POLICY,
     ),
 }
 # Help and labels of each gauge, by its name.
@@ -113,80 +114,63 @@ GAUGES = {
         ADAPTER,
     ),
 }
-
+LABELS = {
+    kind: labels
+    for specs in (EXIT_COUNTERS, CHOICE_COUNTERS, KIND_COUNTERS, HISTOGRAMS, GAUGES)
+    for kind, (*_, labels) in specs.items()
+}
 _registered: dict[str, MetricWrapperBase] = {}  # by the latest server in this process
 
 
-def _register(kind: type[_Metric], name: str, text: str, labels: list[str], **how: Any) -> _Metric:
-    """Register a series in place of that of an earlier engine in this process, as vLLM does."""
-    if name in _registered:
-        REGISTRY.unregister(_registered.pop(name))
-    metric = kind(f"adainfer:{name}", text, labels, **how)
-    _registered[name] = metric
-    return metric
+def register_series(
+    layers: tuple[int, ...] | None, choices: bool = False, kinds: bool = False
+) -> Series:
+    """The series of a server; its engines share them and differ in their labels.
 
+    They replace those of an earlier engine in this process, as vLLM's do.
 
-class Series:
-    """All series of a server; its engines share them and differ in their labels.
-
-    Attributes:
-        counters: the counters, by their kind in reports.
-        histograms: the histograms, by their kind in reports; each is by policy.
-        gauges: the gauges, by name.
+    Args:
+        layers: buckets of ``adainfer:exit_layer``: exit points and full depth; None for a server
+            that runs stock vLLM.
+        choices: whether it ends choices early.
+        kinds: whether it counts kinds of requests.
 
     """
+    found: dict[str, MetricWrapperBase] = {}
 
-    def __init__(
-        self, layers: tuple[int, ...] | None, choices: bool = False, kinds: bool = False
-    ) -> None:
-        """Register what a server can report: of `choices` that end early, and of `kinds`.
+    def register(metric: type[MetricWrapperBase], specs: Mapping[str, Any], **how: Any) -> None:
+        for kind, (name, text, labels) in specs.items():
+            if name in _registered:
+                REGISTRY.unregister(_registered.pop(name))
+            found[kind] = _registered[name] = metric(f"adainfer:{name}", text, labels, **how)
 
-        `layers` are the buckets of ``adainfer:exit_layer``: exit points and full depth; None for a
-        server that runs stock vLLM.
-        """
-        counted = {
-            **(EXIT_COUNTERS if layers else {}),
-            **(CHOICE_COUNTERS if choices else {}),
-            **(KIND_COUNTERS if kinds else {}),
-        }
-        self._labels = {kind: labels for kind, (*_, labels) in counted.items()}
-        self.counters = {kind: _register(Counter, *spec) for kind, spec in counted.items()}
-        self.histograms: dict[str, Histogram] = {}
-        self.gauges: dict[str, Gauge] = {}
-        if layers:
-            buckets = {"tokens": layers, "shadow_moves": MOVES}
-            self.histograms = {
-                kind: _register(Histogram, *spec, POLICY, buckets=buckets[kind])
-                for kind, spec in HISTOGRAMS.items()
-            }
-            # Of several frontends, the one that was updated last has the current value.
-            self.gauges = {
-                name: _register(Gauge, name, text, labels, multiprocess_mode="mostrecent")
-                for name, (text, labels) in GAUGES.items()
-            }
+    if layers:
+        register(Counter, EXIT_COUNTERS)
+        for (kind, spec), buckets in zip(HISTOGRAMS.items(), (layers, MOVES), strict=True):
+            register(Histogram, {kind: spec}, buckets=buckets)
+        # Of several frontends, the one that was updated last has the current value.
+        gauges = {name: (name, *spec) for name, spec in GAUGES.items()}
+        register(Gauge, gauges, multiprocess_mode="mostrecent")
+    if choices:
+        register(Counter, CHOICE_COUNTERS)
+    if kinds:
+        register(Counter, KIND_COUNTERS)
+    return found
 
-    @property
-    def all(self) -> list[MetricWrapperBase]:
-        """Every series."""
-        return [*self.counters.values(), *self.histograms.values(), *self.gauges.values()]
 
-    def is_by_policy(self, kind: str) -> bool:
-        """Whether counts of a kind in reports are those of a policy."""
-        return "policy" in self._labels.get(kind, POLICY)
+def counters_of(series: Series, labels: Sequence[str]) -> Iterator[MetricWrapperBase]:
+    """The counters with these labels."""
+    for kind, metric in series.items():
+        if isinstance(metric, Counter) and LABELS[kind] == labels:
+            yield metric
 
-    def counters_of(self, labels: Sequence[str]) -> Iterator[Counter]:
-        """The counters with these labels."""
-        return (self.counters[kind] for kind, its in self._labels.items() if its == labels)
 
-    def remove(self, *labels: str) -> None:
-        """Remove all series with these values of `POLICY`.
+def remove_policy(series: Series, *labels: str) -> None:
+    """Remove all series with these values of `POLICY`.
 
-        Several frontends keep theirs in files, from which prometheus_client cannot remove any.
-        """
-        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-            return
-        found: list[MetricWrapperBase] = [*self.histograms.values()]
-        found += [self.counters[kind] for kind in self.counters if self.is_by_policy(kind)]
-        found += [self.gauges[name] for name, (_, its) in GAUGES.items() if "policy" in its]
-        for metric in found:
-            metric.remove_by_labels(dict(zip(POLICY, labels, strict=True)))
+    Several frontends keep theirs in files, from which prometheus_client cannot remove any.
+    """
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        for kind, metric in series.items():
+            if "policy" in LABELS[kind]:
+                metric.remove_by_labels(dict(zip(POLICY, labels, strict=True)))

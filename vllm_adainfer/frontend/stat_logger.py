@@ -12,7 +12,7 @@ from vllm_adainfer.engine.compat.stats import take_report
 from vllm_adainfer.engine.pinned_artifacts import served_configs
 from vllm_adainfer.frontend.log_line import LogLines
 from vllm_adainfer.frontend.metrics import EngineMetrics
-from vllm_adainfer.frontend.series import Series
+from vllm_adainfer.frontend.series import register_series
 from vllm_adainfer.settings.engine import read_settings
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class WithExitStats(_Manager):
             points = {point for config in configs.values() for point in config.all_exit_points}
             layers = (*sorted(points.union(settings.fixed_exit_points(depth))), depth)
         has_channel = vllm_config.kv_transfer_config is None
-        series = Series(
+        series = register_series(
             layers,
             choices=has_channel and settings.finishes_choices,
             kinds=has_channel and settings.auto is not None,
