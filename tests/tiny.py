@@ -19,7 +19,7 @@ from vllm_adainfer.artifact.fields import Label, Level
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.fingerprints import WeightsFingerprint
 from vllm_adainfer.artifact.kinds import ProbeInput, features_of_risk
-from vllm_adainfer.policy.branch import StateEncoder
+from vllm_adainfer.policy.encoders import StateEncoder
 
 LAYERS = 6
 EXIT_POINTS = (2, 3, 5)

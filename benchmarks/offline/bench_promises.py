@@ -162,7 +162,7 @@ def made_policies(
         policy = best_heads(calibration, request.probe)
         if options.epsilon not in policy.points:
             say(f"{promise}: nothing is certified")
-        elif options.tolerance is not None and not policy.calibration.with_mass:
+        elif options.tolerance is not None and not policy.calibration.target.promise.covers_mass:
             say(f"{promise}: without the label mass, which this engine's requests read")
         else:
             policies[promise] = policy

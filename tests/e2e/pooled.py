@@ -25,7 +25,7 @@ from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.fields import Label, LastToken, Level, SharedTokens
 from vllm_adainfer.artifact.kinds import ProbeInput
-from vllm_adainfer.policy.branch import StateEncoder
+from vllm_adainfer.policy.encoders import StateEncoder
 from vllm_adainfer.policy.policy import tensors_of
 from vllm_adainfer.settings.engine import NO_POLICY
 

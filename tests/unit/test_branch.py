@@ -31,10 +31,9 @@ from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
 from vllm_adainfer.exits.recording.state_files import StateFiles
 from vllm_adainfer.offline.calibration import fit_policy as best
-from vllm_adainfer.offline.calibration.fit import cost, encoders
+from vllm_adainfer.offline.calibration.fit import cost, training
 from vllm_adainfer.offline.calibration.fit.choose import choose_exits, one_per_layer
 from vllm_adainfer.offline.calibration.fit.distil import Taught, distil
-from vllm_adainfer.offline.calibration.fit.encoders import branches_of, train_branch
 from vllm_adainfer.offline.calibration.fit.exits import with_trained
 from vllm_adainfer.offline.calibration.fit.training import Lesson
 from vllm_adainfer.offline.calibration.fit_policy import fit_policy, with_trained_probes
@@ -48,7 +47,7 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_tensors,
 )
 from vllm_adainfer.offline.reports.views import views_of
-from vllm_adainfer.policy.branch import StateEncoder
+from vllm_adainfer.policy.encoders import StateEncoder
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
@@ -372,7 +371,7 @@ def branched(monkeypatch) -> Any:
     """A pooled policy whose heads know little, and the same with the branches that pay."""
     monkeypatch.setattr(cost, "probe_seconds", lambda *_: 1e-6)
     monkeypatch.setattr(cost, "trained_seconds", lambda *_: 1e-6)
-    monkeypatch.setattr(encoders, "BRANCH_EPOCHS", 2)
+    monkeypatch.setattr(training, "BRANCH_EPOCHS", 2)
     recording = recording_of_prompts(mean_noise=1.0)
     heads = fit_policy(calibration(recording), "pooled-label-head")
     layers = [exit.layer for exit in heads.exits if exit.layer > 0]

@@ -136,7 +136,7 @@ def test_the_mass_is_promised_where_it_does_not_cost_most_of_the_layers(lead, wi
     """Where no label is the best token, every early answer in the vocabulary is wrong."""
     without = made(recorded(lead), with_mass=False)
     kept = with_mass_if_it_pays(without)
-    assert kept.calibration.with_mass == with_mass
+    assert kept.calibration.target.promise.covers_mass == with_mass
     assert EPSILON in kept.points
 
 

@@ -29,6 +29,7 @@ from vllm_adainfer.engine.scheduler.prompt_texts import PromptTexts
 from vllm_adainfer.engine.worker.served_policies import check_replaces
 from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy.encoders import BATCH, TextEncoder
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.own_text import (
     MOST_CHARACTERS,
@@ -39,7 +40,6 @@ from vllm_adainfer.policy.own_text import (
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import Probe
-from vllm_adainfer.policy.student import BATCH, TextEncoder
 from vllm_adainfer.settings.engine import Settings
 
 CPU = torch.device("cpu")

@@ -29,18 +29,18 @@ from vllm_adainfer.offline.calibration.data.student_base import (
     StudentBase,
     load_student_base,
 )
-from vllm_adainfer.offline.calibration.fit import cost, encoders, exits, training
+from vllm_adainfer.offline.calibration.fit import cost, exits, training
 from vllm_adainfer.offline.calibration.fit.calibration import TrainedProbe
 from vllm_adainfer.offline.calibration.fit.distil import Taught
-from vllm_adainfer.offline.calibration.fit.encoders import train_student
+from vllm_adainfer.offline.calibration.fit.training import train_student
 from vllm_adainfer.offline.calibration.fit.training import Lesson
 from vllm_adainfer.offline.calibration.fit_policy import fit_policy
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.facts.artifact import artifact_facts
 from vllm_adainfer.offline.facts.document import as_text
+from vllm_adainfer.policy.encoders import TextEncoder
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy import Policy
-from vllm_adainfer.policy.student import TextEncoder
 
 HINTS = (101, 202)  # a word for each label
 DESCRIBED = student.described(SharedTokens())
@@ -49,9 +49,9 @@ CLEAR = 0.03  # a lead that no rounding to bfloat16 turns, on any processor
 
 def learn_fast(patch: pytest.MonkeyPatch) -> None:
     """An encoder of random weights has more to learn than one that knows the language."""
-    patch.setattr(encoders, "STUDENT_LEARNING_RATE", 1e-2)
+    patch.setattr(training, "STUDENT_LEARNING_RATE", 1e-2)
     patch.setattr(training, "HEAD_LEARNING_RATE", 1e-2)
-    patch.setattr(encoders, "STUDENT_EPOCHS", 6)
+    patch.setattr(training, "STUDENT_EPOCHS", 6)
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def test_training_goes_to_its_end_unless_the_student_overfits(monkeypatch, error
     monkeypatch.setattr(training, "_error", error)
     taught = Taught(torch.empty(40, 0), torch.eye(2).repeat(20, 1))
     words, rows = [(400 + number % 7,) for number in range(40)], np.arange(40)
-    net = training.Net(TextEncoder(student.bert()), student.WIDTH, taught)
+    net = training.Net(TextEncoder(student.bert()), taught)
     lesson = Lesson(taught, rows, rows % 2, LABEL_IDS, seed=0)
     bar = SimpleNamespace(update=lambda: None)
     trainer = training._Trainer(words, lesson, 1e-3, bar)
@@ -161,7 +161,7 @@ def test_held_out_rows_change_no_weight(recording):
 
 def test_what_is_said_of_a_half_is_learned_from_the_other_one(recording, monkeypatch):
     """Rows that judge a net only tell when it overfits: never after one epoch."""
-    monkeypatch.setattr(encoders, "STUDENT_EPOCHS", 1)
+    monkeypatch.setattr(training, "STUDENT_EPOCHS", 1)
     base, rows = base_of(recording), np.arange(200)
     halves = rows % 2
     labels = torch.eye(2)[torch.from_numpy(halves)]
@@ -361,7 +361,7 @@ def test_minilm_learns_the_sentiment_of_reviews_from_a_few_hundred_of_them(monke
     right = torch.tensor([names.index(row["label"]) for row in rows])
     halves = np.arange(len(rows)) % 2
     taught = Taught(torch.empty(len(rows), 0), one_hot(right, len(names)).float())
-    monkeypatch.setattr(encoders, "STUDENT_EPOCHS", 3)
+    monkeypatch.setattr(training, "STUDENT_EPOCHS", 3)
     lesson = Lesson(taught, np.arange(len(rows)), halves, torch.arange(len(names)), seed=0)
     trained = train_student(base, lesson)
     assert trained.asked(np.arange(len(rows))).all()

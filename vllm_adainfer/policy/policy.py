@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,13 +16,11 @@ from vllm_adainfer.artifact.kinds import FEATURES, ProbeInput
 from vllm_adainfer.artifact.label_subsets import mask_of, restrict
 from vllm_adainfer.artifact.tensors import served_shape
 from vllm_adainfer.policy.answers import Answers, best_token
-from vllm_adainfer.policy.branch import StateEncoder
+from vllm_adainfer.policy.encoders import StateEncoder, TextEncoder
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.probe import Probe, lens_of
-from vllm_adainfer.policy.probe_view import ProbeView
 from vllm_adainfer.policy.score import score
-from vllm_adainfer.policy.student import TextEncoder
 from vllm_adainfer.promise.kinds import promise_of
 from vllm_adainfer.promise.probabilities import (
     features_among,
@@ -32,6 +30,26 @@ from vllm_adainfer.promise.probabilities import (
 from vllm_adainfer.promise.promise import Outcome
 
 LINEAR_SHAPE = served_shape("svm", len(FEATURES))
+
+
+@dataclass(frozen=True)
+class ProbeView:
+    """A policy's view of some rows, as `explain` shows it to people; all tensors are [rows].
+
+    Attributes:
+        tokens: int64, the token that the probe would answer.
+        top_prob: fp32, its probability among the tokens that the probe scores.
+        gap: fp32, its lead over the second.
+        odds: fp32, the classifier's score, log odds that the answer is final.
+        threshold: fp32, the least score at which a row is settled.
+
+    """
+
+    tokens: Tensor
+    top_prob: Tensor
+    gap: Tensor
+    odds: Tensor
+    threshold: Tensor
 
 
 class Policy(ExitPolicy):
@@ -66,7 +84,8 @@ class Policy(ExitPolicy):
         self.probe_inputs = config.probe_inputs
         self.promise = promise_of(config)
         self.answer_ids = tensors.get("shortlist")
-        of_labels, has_rest = config.candidates == "labels", self.promise.reads_probabilities
+        of_labels = config.candidates == "labels"
+        has_rest = of_labels and self.promise.reads_probabilities
         if of_labels:
             self.answer_ids = torch.tensor(config.label_ids, device=device)
         self._scored = partial(

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.label_subsets import restrict
-from vllm_adainfer.policy.branch import StateEncoder
-from vllm_adainfer.policy.student import TextEncoder
+from vllm_adainfer.policy.encoders import StateEncoder, TextEncoder
 
 NO_LENS: Ints = np.arange(0)
 

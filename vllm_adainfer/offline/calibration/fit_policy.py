@@ -20,13 +20,13 @@ from vllm_adainfer.offline.calibration.fit.cost import (
     measured_costs,
     untrained_branch_layers,
 )
-from vllm_adainfer.offline.calibration.fit.encoders import branches_of, train_student
+from vllm_adainfer.offline.calibration.fit.training import branches_of, train_student
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_exits, with_trained
 from vllm_adainfer.offline.calibration.fit.training import Lesson
 from vllm_adainfer.offline.calibration.options import ProbeChoice
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates
 from vllm_adainfer.offline.progress import progress, say
-from vllm_adainfer.policy.student import TextEncoder
+from vllm_adainfer.policy.encoders import TextEncoder
 from vllm_adainfer.promise.kinds import asked_for
 
 # A policy also promises probabilities in the whole vocabulary if it keeps at least this share of

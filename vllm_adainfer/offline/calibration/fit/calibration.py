@@ -13,13 +13,13 @@ from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.fields import Label, SharedTokens
-from vllm_adainfer.artifact.kinds import ClassifierKind, ScoreHead
+from vllm_adainfer.artifact.kinds import ScoreHead
 from vllm_adainfer.offline.calibration.data.choices import Choices
 from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows
+from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.questions import End
 from vllm_adainfer.promise.accuracy import RightTokens
@@ -114,29 +114,3 @@ class Calibration:
     def held_out(self) -> Ints:
         """The decision rows of the prompts that certify."""
         return self.rows.of(self.split.certify)
-
-    @property
-    def folds(self) -> Ints:
-        """[rows that fit], 0 to `FOLDS`: a probe is judged on rows of the fold it has not seen.
-
-        The sums that tuned lenses learn from are by prompt; else no group of prompts is torn.
-        """
-        prompts = self.rows.prompts[self.fitted]
-        folds: Ints = (prompts if self.rows.moments else self.split.units[prompts]) % FOLDS
-        return folds
-
-    @property
-    def halves(self) -> Ints:
-        """[rows that fit], 0 or 1: two halves, between which no group of prompts is torn."""
-        halves: Ints = self.split.units[self.rows.prompts[self.fitted]] % 2
-        return halves
-
-    @property
-    def linear(self) -> ClassifierKind:
-        """The kind of classifier of one exit point; a CRF is over several, see `fit_crf_chain`."""
-        return "svm" if self.options.classifier == "crf" else self.options.classifier
-
-    @property
-    def with_mass(self) -> bool:
-        """Whether probabilities in the whole vocabulary are promised."""
-        return self.target.promise.covers_mass

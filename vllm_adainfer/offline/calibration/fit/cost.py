@@ -13,13 +13,13 @@ from adainfer_kernels import Head
 from torch import Tensor
 
 from vllm_adainfer.arrays import Floats, Ints
-from vllm_adainfer.artifact.branch_shapes import BRANCH_WIDTH, MOST_BRANCH_TOKENS
+from vllm_adainfer.artifact.branch_shapes import MOST_BRANCH_TOKENS
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit
 from vllm_adainfer.offline.calibration.fit.probes import answers_of_probe
 from vllm_adainfer.offline.calibration.fit.training import SERVED_DTYPE
 from vllm_adainfer.offline.calibration.record.rows import Rows
-from vllm_adainfer.policy.branch import StateEncoder
+from vllm_adainfer.policy.encoders import StateEncoder
 from vllm_adainfer.policy.probe import Probe
 
 ROUNDS = 20
@@ -129,7 +129,7 @@ def untrained_branch_layers(calibration: Calibration) -> float:
     states, model = calibration.rows.final, calibration.rows.model
     tokens = float(tokens_of(calibration).mean())
     encoder = StateEncoder(states.shape[1]).to(SERVED_DTYPE).eval()
-    head = Head(torch.zeros(2, 2 * BRANCH_WIDTH), torch.zeros(2))
+    head = Head(torch.zeros(2, encoder.width), torch.zeros(2))
     branch = Probe(head, token_ids=torch.arange(2), encoder=encoder, fused=False)
     length = min(max(1, round(tokens)), MOST_BRANCH_TOKENS)
     lens = np.full(max(1, round(STEP_ROWS / tokens)), length)

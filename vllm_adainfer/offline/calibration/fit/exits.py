@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Floats, Ints
+from vllm_adainfer.artifact.kinds import ClassifierKind
 from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
-from vllm_adainfer.offline.calibration.fit.classifier import fit_classifier
-from vllm_adainfer.offline.calibration.fit.crf import fit_crf
+from vllm_adainfer.offline.calibration.fit.classifier import fit_classifier, fit_crf
 from vllm_adainfer.offline.calibration.fit.probes import (
     ProbeAnswers,
     Target,
@@ -27,7 +27,7 @@ from vllm_adainfer.offline.calibration.fit.probes import (
     fit_probes,
 )
 from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows
-from vllm_adainfer.policy.branch import StateEncoder
+from vllm_adainfer.policy.encoders import StateEncoder
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.score import score
 from vllm_adainfer.promise.accuracy import RightTokens
@@ -89,17 +89,12 @@ class Scored:
         """The same with the score of a linear classifier."""
         return replace(self, score=score(self.features, classifier, None))
 
-    def never_at(self, tokens: Collection[int]) -> Scored:
-        """The same, but rows whose answer is one of `tokens` are never settled."""
-        if not tokens:
-            return self
-        there = torch.from_numpy(np.isin(self.tokens, [*tokens]))
-        return replace(self, score=self.score.masked_fill(there, -torch.inf))
-
-    def only_where(self, asked: Bools) -> Scored:
-        """The same, but other rows are never settled."""
-        never = torch.from_numpy(~asked)
-        return replace(self, score=self.score.masked_fill(never, -torch.inf))
+    def never_at(self, tokens: Collection[int], asked: Bools | None = None) -> Scored:
+        """The same, but never settled where the answer is one of `tokens` or none is `asked`."""
+        never = np.isin(self.tokens, [*tokens])
+        if asked is not None:
+            never |= ~asked
+        return replace(self, score=self.score.masked_fill(torch.from_numpy(never), -torch.inf))
 
     def of_rows(self, rows: Bools | Ints) -> Scored:
         """The same for those of `rows` alone, a mask or indices."""
@@ -133,7 +128,9 @@ class FittedExit:
 def fit_exits(calibration: Calibration, layers: Iterable[int]) -> list[FittedExit]:
     """Fit an exit point after each of `layers`; leave out those that cannot be learned."""
     rows, target, right = calibration.rows, calibration.target, calibration.right
-    folds = calibration.folds
+    prompts = rows.prompts[calibration.fitted]
+    # The sums that tuned lenses learn from are by prompt; else no group of prompts is torn.
+    folds = (prompts if rows.moments else calibration.split.units[prompts]) % FOLDS
     # Out of fold: a probe that has not seen a prompt judges its decision rows.
     places = [np.flatnonzero(folds == fold) for fold in range(FOLDS)]
     exits = []
@@ -174,12 +171,14 @@ def fit_exit(
     learned = asked(prompts[calibration.fitted])
     features = unseen.features[torch.from_numpy(learned)]
     settled = target.settled(unseen.agrees, unseen.loss)[learned]
-    seed, names = calibration.options.seed, target.promise.feature_names
-    classifier = fit_classifier(calibration.linear, features, settled, seed, names)
+    options, names = calibration.options, target.promise.feature_names
+    # A CRF is over several exit points, see `fit_crf_chain`.
+    kind: ClassifierKind = "svm" if options.classifier == "crf" else options.classifier
+    classifier = fit_classifier(kind, features, settled, options.seed, names)
     if classifier is None:
         return None
     fitted, certifying = (
-        one.scored(classifier).never_at(target.never_settled).only_where(asked(prompts[rows]))
+        one.scored(classifier).never_at(target.never_settled, asked(prompts[rows]))
         for one, rows in ((unseen, calibration.fitted), (held_out, calibration.held_out))
     )
     return FittedExit(layer, probe, classifier, fitted, certifying)

@@ -41,11 +41,6 @@ class CrossValidated:
     without: tuple[Linear, ...]
 
 
-def total(folds: Sequence[Moments]) -> Moments:
-    """The moments of the rows of all folds."""
-    return functools.reduce(operator.add, folds)
-
-
 def solve(moments: Moments, penalty: float) -> Linear:
     """Minimise the weighted squared error plus `penalty` times the squared coefficients.
 
@@ -61,12 +56,7 @@ def solve(moments: Moments, penalty: float) -> Linear:
     factor = torch.linalg.cholesky(scaled)
     coefficients = torch.cholesky_solve(moments.xy * scale.unsqueeze(1), factor)
     matrix = (coefficients * scale.unsqueeze(1)).T
-    return Linear(matrix, intercept(moments, matrix))
-
-
-def intercept(moments: Moments, matrix: Tensor) -> Tensor:
-    """The bias [n] that makes `matrix` [n, d] right on average."""
-    return moments.y_mean - matrix @ moments.x_mean
+    return Linear(matrix, moments.y_mean - matrix @ moments.x_mean)
 
 
 def squared_error(moments: Moments, linear: Linear) -> float:
@@ -79,7 +69,7 @@ def squared_error(moments: Moments, linear: Linear) -> float:
 
 def choose(folds: Sequence[Moments], penalties: Sequence[float]) -> CrossValidated:
     """The penalty (all are positive) with the least error on folds it was not fitted on."""
-    whole = total(folds)
+    whole = functools.reduce(operator.add, folds)
     errors = dict.fromkeys(penalties, 0.0)
     for fold in folds:
         others = whole - fold

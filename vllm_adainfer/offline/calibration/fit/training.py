@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,14 @@ from torch import Tensor, nn
 
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.label_subsets import restrict
-from vllm_adainfer.offline.calibration.fit.calibration import Calibration
+from vllm_adainfer.offline.calibration.data.student_base import StudentBase
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
 from vllm_adainfer.offline.calibration.fit.distil import Taught
 from vllm_adainfer.offline.calibration.fit.probes import taught_by_full_depth
+from vllm_adainfer.offline.calibration.record.own_states import OwnStates
 from vllm_adainfer.offline.progress import progress, say
-from vllm_adainfer.policy.branch import StateEncoder
+from vllm_adainfer.policy.encoders import StateEncoder, TextEncoder
 from vllm_adainfer.policy.probe import Probe
-from vllm_adainfer.policy.student import TextEncoder
 
 # A net overfits once the cross-entropy of inputs that it does not learn from is this much above its
 # least. On some hundred inputs less is noise: nets of the epoch with the least answered up to a
@@ -43,22 +45,18 @@ HEAD_LEARNING_RATE = 1e-3
 LARGEST_LEAD = 3.0
 LEADS_UP_TO = 0.95  # of the answers
 SERVED_DTYPE = torch.bfloat16
+STUDENT_EPOCHS, STUDENT_LEARNING_RATE = 8, 5e-5
+BRANCH_EPOCHS, BRANCH_LEARNING_RATE = 15, 1e-3
 
 
 class Net(nn.Module):
-    """An encoder with a head, as training sees them.
+    """An encoder with a head, as training sees them; it reads inputs that have a length."""
 
-    Attributes:
-        encoder: reads a sequence of inputs, each with a length: fp32 [inputs, width].
-        head: scores the labels.
-
-    """
-
-    def __init__(self, encoder: StateEncoder | TextEncoder, width: int, taught: Taught) -> None:
-        """Put an untrained head for what is `taught` on `encoder`, which gives this `width`."""
+    def __init__(self, encoder: StateEncoder | TextEncoder, taught: Taught) -> None:
+        """Put an untrained head for what is `taught` on `encoder`."""
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(width, taught.labels.shape[1] + (taught.mass is not None))
+        self.head = nn.Linear(encoder.width, taught.labels.shape[1] + (taught.mass is not None))
 
     def score(self, inputs: Sequence[Any], rows: Ints) -> Tensor:
         """Scores of some rows, fp32 [rows, labels, and one for the mass if it is taught]."""
@@ -75,7 +73,7 @@ class Lesson:
     Attributes:
         taught: what full depth says about the rows; what they read is not used.
         prompts: [rows], the prompt of each.
-        halves: [rows], 0 or 1: the half that each is in.
+        halves: [rows], 0 or 1: two halves, between which no group of prompts is torn.
         label_ids: int64 [labels].
         seed: the seed of heads, the order of the inputs and dropout.
 
@@ -95,16 +93,46 @@ class Lesson:
         return cls(
             taught_by_full_depth(rows, target, where, torch.empty(len(where), 0)),
             rows.prompts[where],
-            calibration.halves,
+            calibration.split.units[rows.prompts[where]] % 2,
             target.label_ids,
             calibration.options.seed,
         )
 
 
+def train_student(base: StudentBase, lesson: Lesson) -> TrainedProbe:
+    """Train the encoder of `base`, which has read all prompts, and a head."""
+
+    def encoder() -> TextEncoder:
+        own = TextEncoder(copy.deepcopy(base.model))
+        # Half of a small encoder, and a few hundred texts have few of its words.
+        own.model.get_input_embeddings().requires_grad_(False)
+        return own
+
+    def texts(prompts: Ints) -> list[Sequence[int]]:
+        return [base.texts[prompt] for prompt in prompts.tolist()]
+
+    how = STUDENT_EPOCHS, STUDENT_LEARNING_RATE
+    probe, unseen = train("a student", encoder, texts(lesson.prompts), lesson, *how)
+    return TrainedProbe(0, probe, unseen, texts, base)
+
+
+def branches_of(calibration: Calibration, states: OwnStates) -> tuple[TrainedProbe, ...]:
+    """A branch for each layer of `states`, trained on the prompts that fit."""
+    lesson = Lesson.of(calibration)
+    return tuple(train_branch(layer, states, lesson) for layer in states.rows)
+
+
+def train_branch(layer: int, states: OwnStates, lesson: Lesson) -> TrainedProbe:
+    """Train a branch after `layer` on the prompts of `lesson`, given all prompts' `states`."""
+    inputs = states.of(layer, lesson.prompts)
+    name, encoder = f"a branch after layer {layer}", partial(StateEncoder, inputs[0].shape[1])
+    probe, unseen = train(name, encoder, inputs, lesson, BRANCH_EPOCHS, BRANCH_LEARNING_RATE)
+    return TrainedProbe(layer, probe, unseen, partial(states.of, layer))
+
+
 def train(
     name: str,
     encoder: Callable[[], StateEncoder | TextEncoder],
-    width: int,
     inputs: Sequence[Any],
     lesson: Lesson,
     epochs: int,
@@ -112,18 +140,9 @@ def train(
 ) -> tuple[Probe, Tensor]:
     """Train a probe on each half of the inputs, which the other half judges, and one on all.
 
-    Args:
-        name: what it is, in words.
-        encoder: makes an encoder to train, which gives this `width`.
-        width: see `encoder`.
-        inputs: [rows of the lesson]; empty ones are left out.
-        lesson: what is learned.
-        epochs: times that an input is seen, at most.
-        learning_rate: that of the encoder.
-
-    Returns:
-        the probe trained on all inputs, as it serves, and `TrainedProbe.unseen`.
-
+    Returns the latter, as it serves, and `TrainedProbe.unseen`. `encoder` makes one to train;
+    `inputs` are [rows of the lesson], and empty ones are left out. Each is seen at most `epochs`
+    times. The learning rate is that of the encoder.
     """
     taught, halves = lesson.taught, lesson.halves
     everyone = np.flatnonzero([len(one) > 0 for one in inputs])
@@ -132,7 +151,7 @@ def train(
 
     def fresh() -> Net:
         torch.manual_seed(lesson.seed)
-        return Net(encoder(), width, taught)
+        return Net(encoder(), taught)
 
     with torch.random.fork_rng():
         time_needed = _minutes(fresh(), inputs, everyone, steps)

@@ -19,8 +19,8 @@ from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.policy.encoders import TextEncoder
 from vllm_adainfer.policy.probe import Probe
-from vllm_adainfer.policy.student import TextEncoder
 
 
 def write_artifact(
@@ -97,7 +97,7 @@ def policy_config(
         top_k=options.top_k,
         label_bounds=options.label_bounds,
         never_early=options.never_early,
-        label_mass=calibration.with_mass,
+        label_mass=calibration.target.promise.covers_mass,
         score_head=calibration.score_head,
         label_pool=calibration.target.subsets is not None,
         choices=() if calibration.choices is None else calibration.choices.texts,
