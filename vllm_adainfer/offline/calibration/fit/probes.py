@@ -17,7 +17,6 @@ from torch import Tensor
 from vllm_adainfer.arrays import Bools, Floats, Ints
 from vllm_adainfer.artifact.kinds import LABEL_HEADS, ProbeKind
 from vllm_adainfer.artifact.label_subsets import restrict
-from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration.fit import ridge
 from vllm_adainfer.offline.calibration.fit.distil import (
     PENALTIES,
@@ -88,7 +87,7 @@ class Target:
     def settled(self, agrees: Bools, loss: Floats) -> Bools:
         """[rows], whether an answer with this loss is as good as the full model's.
 
-        Some promises hold with another best label, too; see `Judged` for the arguments.
+        Some promises hold with another best label, too; see `Scored` for the arguments.
         """
         settled: Bools = (loss == 0) & (agrees | (not self.promise.best_counts))
         return settled
@@ -111,30 +110,22 @@ def fit_probes(
 
     `folds` [where] are those of the rows.
     """
-    if target.kind in LABEL_HEADS:
-        return _fit_label_heads(rows, target, where, layer, folds)
-    plain = logit_lens(rows, target)
-    if target.kind == "logit-lens":
-        return plain, [plain] * FOLDS
-    return _fit_tuned_lenses(plain, rows.moments[layer])
-
-
-def _fit_label_heads(
-    rows: Rows, target: Target, where: Ints, layer: int, folds: Ints
-) -> tuple[Probe, Sequence[Probe]]:
-    """A head that gives the labels the probabilities of full depth, and perhaps the label mass."""
-    assert target.label_ids is not None
+    if target.kind not in LABEL_HEADS:
+        plain = logit_lens(rows, target)
+        if target.kind == "logit-lens":
+            return plain, [plain] * FOLDS
+        tuned = ridge.choose(rows.moments[layer], RIDGE_PENALTIES)
+        return _with_lens(plain, tuned.whole), [_with_lens(plain, one) for one in tuned.without]
     read = rows.read_by_probe(layer, where, target.is_pooled)
     taught = taught_by_full_depth(rows, target, where, read.float())
     penalties = PENALTIES if target.full_depth is None else PENALTIES_FOR_PROBABILITIES
-    fitted = distil(taught, folds, penalties)
-    fused = taught.mass is None and taught.subsets is None
+    fitted, fused = distil(taught, folds, penalties), taught.mass is None and taught.subsets is None
 
-    def probe(linear: ridge.Linear) -> Probe:
-        head = Head(linear.matrix.float().contiguous(), linear.bias.float())
-        return Probe(head, token_ids=target.label_ids, fused=fused)
+    def head(linear: ridge.Linear) -> Probe:
+        rows_of_head = Head(linear.matrix.float().contiguous(), linear.bias.float())
+        return Probe(rows_of_head, token_ids=target.label_ids, fused=fused)
 
-    return probe(fitted.whole), [probe(linear) for linear in fitted.without]
+    return head(fitted.whole), [head(linear) for linear in fitted.without]
 
 
 def taught_by_full_depth(rows: Rows, target: Target, where: Ints, read: Tensor) -> Taught:
@@ -186,15 +177,10 @@ def logit_lens(rows: Rows, target: Target) -> Probe:
     return plain if tokens is None else plain.of_tokens(tokens)
 
 
-def _fit_tuned_lenses(plain: Probe, folds: Sequence[Moments]) -> tuple[Probe, list[Probe]]:
-    """`plain` with a tuned lens from all `folds`, and for each fold one from the others."""
-    fitted, dtype = ridge.choose(folds, RIDGE_PENALTIES), plain.head.weight.dtype
-
-    def with_lens(linear: ridge.Linear) -> Probe:
-        weight = linear.matrix.T.to(dtype).contiguous()
-        return replace(plain, lens=Lens(weight, linear.bias.to(dtype)))
-
-    return with_lens(fitted.whole), [with_lens(linear) for linear in fitted.without]
+def _with_lens(plain: Probe, linear: ridge.Linear) -> Probe:
+    dtype = plain.head.weight.dtype
+    lens = Lens(linear.matrix.T.to(dtype).contiguous(), linear.bias.to(dtype))
+    return replace(plain, lens=lens)
 
 
 def full_depth_labels(
@@ -205,14 +191,8 @@ def full_depth_labels(
 ) -> Outcome:
     """What full depth answers on each row, with the probabilities that vLLM returns of its labels.
 
-    They are from logits in the model's dtype, computed from the recorded final states.
-
-    Args:
-        rows: what full depth did.
-        label_ids: int64 [labels].
-        subsets: bool [rows, labels], the labels that each row is about; None for all.
-        link: how scores become probabilities.
-
+    They are from logits in the model's dtype, computed from the recorded final states. `subsets`,
+    bool [rows, labels], are the labels that each row is about; None for all.
     """
     lens = rows.model.as_served(rows.model.logit_lens)
     whole = lens.score(lens.readout(rows.final))
