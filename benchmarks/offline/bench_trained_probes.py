@@ -38,8 +38,7 @@ from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.offline.calibration.calibrate import calibration_of, record_prompts
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
-from vllm_adainfer.offline.calibration.fit.training import branches_of, train_student
-from vllm_adainfer.offline.calibration.fit.training import Lesson
+from vllm_adainfer.offline.calibration.fit.training import Lesson, branches_of, train_student
 from vllm_adainfer.offline.calibration.fit_policy import (
     FittedPolicy,
     best_heads,

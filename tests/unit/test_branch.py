@@ -35,7 +35,7 @@ from vllm_adainfer.offline.calibration.fit import cost, training
 from vllm_adainfer.offline.calibration.fit.choose import choose_exits, one_per_layer
 from vllm_adainfer.offline.calibration.fit.distil import Taught, distil
 from vllm_adainfer.offline.calibration.fit.exits import with_trained
-from vllm_adainfer.offline.calibration.fit.training import Lesson
+from vllm_adainfer.offline.calibration.fit.training import Lesson, branches_of, train_branch
 from vllm_adainfer.offline.calibration.fit_policy import fit_policy, with_trained_probes
 from vllm_adainfer.offline.calibration.record import collect
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates, own_states_of

@@ -32,8 +32,7 @@ from vllm_adainfer.offline.calibration.data.student_base import (
 from vllm_adainfer.offline.calibration.fit import cost, exits, training
 from vllm_adainfer.offline.calibration.fit.calibration import TrainedProbe
 from vllm_adainfer.offline.calibration.fit.distil import Taught
-from vllm_adainfer.offline.calibration.fit.training import train_student
-from vllm_adainfer.offline.calibration.fit.training import Lesson
+from vllm_adainfer.offline.calibration.fit.training import Lesson, train_student
 from vllm_adainfer.offline.calibration.fit_policy import fit_policy
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.facts.artifact import artifact_facts

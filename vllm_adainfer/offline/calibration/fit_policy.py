@@ -20,9 +20,8 @@ from vllm_adainfer.offline.calibration.fit.cost import (
     measured_costs,
     untrained_branch_layers,
 )
-from vllm_adainfer.offline.calibration.fit.training import branches_of, train_student
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_exits, with_trained
-from vllm_adainfer.offline.calibration.fit.training import Lesson
+from vllm_adainfer.offline.calibration.fit.training import Lesson, branches_of, train_student
 from vllm_adainfer.offline.calibration.options import ProbeChoice
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates
 from vllm_adainfer.offline.progress import progress, say
