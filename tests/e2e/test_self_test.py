@@ -44,10 +44,9 @@ from vllm_adainfer.engine.segments import attention
 from vllm_adainfer.engine.segments.attention import StepAttention, with_own_builders
 from vllm_adainfer.engine.segments.segments import Stack
 from vllm_adainfer.engine.self_test.kernels import wrong_kernels
-from vllm_adainfer.engine.self_test.passed import configuration_of, record_of
 from vllm_adainfer.engine.self_test.scripted_steps import ScriptedSteps
 from vllm_adainfer.engine.self_test.self_test import Failure, self_test
-from vllm_adainfer.engine.worker.gpu_worker import AdaInferGPUWorker
+from vllm_adainfer.engine.worker.gpu_worker import AdaInferGPUWorker, configuration_of, record_of
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.kv.policies import ExactKV
@@ -533,7 +532,7 @@ def test_a_device_that_has_passed_is_not_tested_again(tested, monkeypatch, tmp_p
     for name, value in (
         ("torch.cuda.get_device_name", lambda _: "another GPU"),
         ("vllm.__version__", "0.32.1"),
-        ("vllm_adainfer.engine.self_test.passed.digest_of", lambda _: 7),
+        ("vllm_adainfer.engine.worker.gpu_worker.digest_of", lambda _: 7),
     ):
         monkeypatch.setattr(name, value)
         assert not record_of(configuration_of(runner)).exists()

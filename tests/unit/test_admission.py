@@ -15,7 +15,7 @@ from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.artifact.fields import MOST_ANSWERS, Label
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.auto.directory import AutoDirectory
-from vllm_adainfer.engine.admission import arrival, threshold_rows
+from vllm_adainfer.engine.admission import arrival, policies
 from vllm_adainfer.engine.admission import traffic_sample as sample
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.running import (
@@ -184,7 +184,7 @@ def test_clients_cannot_fill_the_log_with_the_values_of_an_argument(
     tiny_policy, label_ids, monkeypatch, settings, name
 ):
     said: list[str] = []
-    for module in (arrival, threshold_rows):
+    for module in (arrival, policies):
         monkeypatch.setattr(
             module.logger, "warning_once", lambda text, *values: said.append(text % values)
         )

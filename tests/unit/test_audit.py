@@ -13,7 +13,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_adainfer.cli import app
 from vllm_adainfer.engine.scheduler.audit import LONGEST_ANSWER, Trail, line_of
-from vllm_adainfer.exits.accounting.decided import Outcome, Provenance
+from vllm_adainfer.exits.accounting.report import Outcome, Provenance
 from vllm_adainfer.settings.engine import NO_POLICY
 
 DIGEST = "0123456789abcdef"

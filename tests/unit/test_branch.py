@@ -25,11 +25,11 @@ from vllm_adainfer.artifact.branch_shapes import (
     branch_shapes,
 )
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
-from vllm_adainfer.engine.worker.warm_up import warm_up
+from vllm_adainfer.engine.worker.gpu_worker import warm_up
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
-from vllm_adainfer.exits.recording.state_files import StateFiles
+from vllm_adainfer.exits.recording.recorder import StateFiles
 from vllm_adainfer.offline.calibration import fit_policy as best
 from vllm_adainfer.offline.calibration.fit import cost, training
 from vllm_adainfer.offline.calibration.fit.choose import choose_exits, one_per_layer

@@ -22,7 +22,7 @@ from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.artifact.label_subsets import bits_of
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.startup.banner import policy_banner
-from vllm_adainfer.engine.startup.policy_refusals import refuse_policy
+from vllm_adainfer.engine.startup.refusals import refuse_policy
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.offline.calibration.data.examples import Example

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.unit.readings import Compared, compare
-from vllm_adainfer.engine.scheduler.counters import Counters
+from vllm_adainfer.engine.scheduler.observer import Counters
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.accounting.report import StepNote, snapshot_of

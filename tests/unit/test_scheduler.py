@@ -25,8 +25,7 @@ from vllm_adainfer.engine.scheduler.scheduler import (
     build_scheduler,
     observers_of,
 )
-from vllm_adainfer.exits.accounting.decided import Provenance
-from vllm_adainfer.exits.accounting.report import StepNote
+from vllm_adainfer.exits.accounting.report import Provenance, StepNote
 from vllm_adainfer.settings.engine import Audit as AuditSettings
 from vllm_adainfer.settings.engine import read_settings
 

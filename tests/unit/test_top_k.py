@@ -16,8 +16,7 @@ from vllm_adainfer.artifact.fields import TopK
 from vllm_adainfer.engine.admission import traffic_sample
 from vllm_adainfer.engine.admission.traffic_sample import GroupSample
 from vllm_adainfer.engine.compat.requests import LONGEST, begins_group, request_group
-from vllm_adainfer.engine.startup.policy_refusals import refuse_policy
-from vllm_adainfer.engine.startup.refusals import refuse_torn_captures
+from vllm_adainfer.engine.startup.refusals import refuse_policy, refuse_torn_captures
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import certify, rows_allowed

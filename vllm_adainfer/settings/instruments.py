@@ -26,7 +26,7 @@ class LensRecord(Keys):
 
 
 class StatesRecord(Keys):
-    """The states to keep of whole prompts, in files; see `exits.recording.state_files`."""
+    """The states to keep of whole prompts, in files; see `exits.recording.recorder`."""
 
     layers: tuple[int, ...] = Field(min_length=1)
     directory: str

@@ -13,14 +13,13 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.artifact.label_subsets import ALL, bits_of
 from vllm_adainfer.engine.admission.arrival import Arrival
-from vllm_adainfer.engine.admission.policies import Policies
+from vllm_adainfer.engine.admission.policies import Policies, Rows, ThresholdRows
 from vllm_adainfer.engine.admission.running import (
     NOT_POOLED,
     NOT_RECORDED,
     UNLIMITED,
     Running,
 )
-from vllm_adainfer.engine.admission.threshold_rows import Rows, ThresholdRows
 from vllm_adainfer.engine.compat.config import serves_prompt_logprobs
 from vllm_adainfer.engine.pinned_artifacts import served_configs
 from vllm_adainfer.exits.loop.step import FULL_DEPTH

@@ -19,9 +19,8 @@ from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
 from vllm_adainfer.exits.loop.loop import Loop
 from vllm_adainfer.exits.recording.moments import TunedLensSums
-from vllm_adainfer.exits.recording.recorder import Recorder
+from vllm_adainfer.exits.recording.recorder import Recorder, StateFiles
 from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
-from vllm_adainfer.exits.recording.state_files import StateFiles
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.script import ScriptedPolicy

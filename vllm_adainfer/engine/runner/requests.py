@@ -23,8 +23,13 @@ from vllm_adainfer.engine.admission.running import (
 from vllm_adainfer.engine.runner.adapters import LoadedAdapters, StepAdapters
 from vllm_adainfer.engine.runner.admitted_kinds import AdmittedKinds
 from vllm_adainfer.engine.runner.request_table import Columns, RequestTable
-from vllm_adainfer.exits.accounting.decided import Provenance, WhyFullDepth
-from vllm_adainfer.exits.accounting.report import INTERVAL, StepNote, snapshot_of
+from vllm_adainfer.exits.accounting.report import (
+    INTERVAL,
+    Provenance,
+    StepNote,
+    WhyFullDepth,
+    snapshot_of,
+)
 from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.loop.loop import Loop
 from vllm_adainfer.exits.loop.step import FULL_DEPTH, StepContext

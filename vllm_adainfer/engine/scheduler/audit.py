@@ -12,7 +12,7 @@ from typing_extensions import override
 from vllm_adainfer.engine.compat.requests import short_id
 from vllm_adainfer.engine.scheduler.line_files import LineFiles
 from vllm_adainfer.engine.scheduler.observer import Observer, Step
-from vllm_adainfer.exits.accounting.decided import Provenance
+from vllm_adainfer.exits.accounting.report import Provenance
 from vllm_adainfer.settings.engine import NO_POLICY
 from vllm_adainfer.settings.engine import Audit as AuditSettings
 

@@ -36,9 +36,8 @@ from vllm_adainfer.engine.compat.stats import attach_report
 from vllm_adainfer.engine.pinned_artifacts import served_configs
 from vllm_adainfer.engine.scheduler.audit import Audit
 from vllm_adainfer.engine.scheduler.capture import Capture
-from vllm_adainfer.engine.scheduler.counters import Counters
 from vllm_adainfer.engine.scheduler.kinds import KindCounts
-from vllm_adainfer.engine.scheduler.observer import Observer, Step, report_of
+from vllm_adainfer.engine.scheduler.observer import Counters, Observer, Step, report_of
 from vllm_adainfer.engine.scheduler.prefix_cache import (
     PrefixCacheGuard,
     guarded,

@@ -14,9 +14,9 @@ from vllm_adainfer.engine.compat.warm_up import blocks_for, ended, params_for_wa
 from vllm_adainfer.engine.model.execution import Execution
 from vllm_adainfer.engine.runner.build_loop import kv_policy_of
 from vllm_adainfer.engine.runner.ranks import read_from_rank0
-from vllm_adainfer.engine.self_test.script import Script
 from vllm_adainfer.engine.self_test.scripted_requests import (
     NotingLoop,
+    Script,
     ScriptedExits,
     ScriptedRequests,
 )

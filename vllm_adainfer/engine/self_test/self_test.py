@@ -20,7 +20,7 @@ from vllm_adainfer.engine.model.execution import Execution
 from vllm_adainfer.engine.runner.ranks import first_on_any_rank
 from vllm_adainfer.engine.self_test.kernels import wrong_kernels
 from vllm_adainfer.engine.self_test.parts import Part
-from vllm_adainfer.engine.self_test.script import TOKENS, Script
+from vllm_adainfer.engine.self_test.scripted_requests import TOKENS, Script
 from vllm_adainfer.engine.self_test.scripted_steps import ScriptedSteps, States
 
 logger = get_logger(__name__)

@@ -21,8 +21,11 @@ from vllm_adainfer.engine.startup.banner import (
     capture_notice,
     policy_banner,
 )
-from vllm_adainfer.engine.startup.policy_refusals import refuse_policy
-from vllm_adainfer.engine.startup.refusals import refuse_torn_captures, refuse_unsupported
+from vllm_adainfer.engine.startup.refusals import (
+    refuse_policy,
+    refuse_torn_captures,
+    refuse_unsupported,
+)
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Settings
 

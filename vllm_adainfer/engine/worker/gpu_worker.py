@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
+import vllm
+from adainfer_kernels import pool, rows_to_compile_for
 from typing_extensions import override
+from vllm import envs
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
+import vllm_adainfer
+from vllm_adainfer.artifact.artifact import digest_of
+from vllm_adainfer.artifact.kinds import ProbeInput
+from vllm_adainfer.artifact.label_subsets import ALL
 from vllm_adainfer.engine.compat.warm_up import WarmedUp
 from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0, same_on_all_ranks
-from vllm_adainfer.engine.self_test.passed import configuration_of, record_of, remember
 from vllm_adainfer.engine.self_test.self_test import self_test
-from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.engine.worker.worker import ExitWorker
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
+from vllm_adainfer.files import PUBLIC, replace_file
+from vllm_adainfer.policy.exit_policy import UndecidedRows
+from vllm_adainfer.policy.policy_set import PolicySet
 
 
 class AdaInferGPUWorker(ExitWorker, WarmedUp, Worker):
@@ -59,3 +73,65 @@ class AdaInferGPUWorker(ExitWorker, WarmedUp, Worker):
             return
         if not self_test(runner):
             remember(tested)
+
+
+def configuration_of(runner: Any) -> dict[str, Any]:
+    """What a Model Runner V2 is about to serve: device, versions, model and artifacts."""
+    model, config = runner.model, runner.vllm_config
+    return {
+        "device": torch.cuda.get_device_name(runner.device),
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "vllm": vllm.__version__,
+        "vllm_adainfer": vllm_adainfer.__version__,
+        "model": type(model).__name__,
+        "weights": model.fingerprint,
+        "artifacts": digest_of(model.artifacts),
+        "attention": sorted(
+            {group.backend.get_name() for some in runner.attn_groups for group in some}
+        ),
+        "config": config.compute_hash(),
+        "ranks": config.parallel_config.world_size,
+    }
+
+
+def record_of(tested: dict[str, Any]) -> Path:
+    """The file that is there if all of this has passed; its name is a digest of it."""
+    text = json.dumps(tested, sort_keys=True)
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Path(envs.VLLM_CACHE_ROOT) / "adainfer" / "self_test" / f"{name}.json"
+
+
+def remember(tested: dict[str, Any]) -> None:
+    """Note that it has passed. A failure is not remembered: it is tested again each time."""
+    path = record_of(tested)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(tested, indent=1, sort_keys=True), PUBLIC)
+
+
+TEXT = (1,) * 16  # for a student
+
+
+@torch.inference_mode()
+def warm_up(policies: PolicySet, states: torch.Tensor) -> None:
+    """Run all `policies` on rows of `states` [max requests, hidden size] and drop the decisions."""
+    if policies.reads(ProbeInput.PROMPT):
+        starts = torch.arange(len(states), device=states.device)
+        for residual in None, states:
+            for carried in None, torch.zeros_like(states, dtype=torch.float32):
+                pool(states, residual, starts, starts + 1, carried)
+    for rows in rows_to_compile_for(len(states)):
+        hidden = states[:rows]
+        threshold_rows = torch.zeros(rows, dtype=torch.int64, device=states.device)
+        subsets = torch.full_like(threshold_rows, ALL)
+        for policy in policies.policies:
+            memory = None
+            for exit_index, read in enumerate(policy.probe_inputs):
+                pooled = read is ProbeInput.PROMPT
+                state = torch.cat([hidden, hidden], 1).float() if pooled else hidden
+                texts = [TEXT] * rows if read is ProbeInput.TEXT else ()
+                lens = np.ones(rows, dtype=np.int64)
+                if read is ProbeInput.OWN_STATES:
+                    state = policy.probes[exit_index].project(hidden)
+                undecided = UndecidedRows(state, threshold_rows, memory, subsets, texts, lens)
+                memory = policy.decide(exit_index, undecided).memory

@@ -11,8 +11,8 @@ from typing_extensions import override
 
 from vllm_adainfer.arrays import AnyArray, Bools, Ints
 from vllm_adainfer.exits.accounting.counters import ExitStats
-from vllm_adainfer.exits.accounting.decided import DecidedToken, Outcome
 from vllm_adainfer.exits.accounting.layers import LayerAccounting
+from vllm_adainfer.exits.accounting.report import DecidedToken, Outcome
 from vllm_adainfer.exits.batch.batch import Batch, StackShape
 from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.decisions import Decisions

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.exits.accounting.counters import ExitStats
-from vllm_adainfer.exits.accounting.decided import DecidedToken
+from vllm_adainfer.exits.accounting.report import DecidedToken
 from vllm_adainfer.exits.batch.batch import Batch
 from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts

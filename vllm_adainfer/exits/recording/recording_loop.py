@@ -21,8 +21,7 @@ from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.loop import Loop, StepOutput
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
-from vllm_adainfer.exits.recording.recorder import Recorder
-from vllm_adainfer.exits.recording.state_files import StateFiles
+from vllm_adainfer.exits.recording.recorder import Recorder, StateFiles
 from vllm_adainfer.settings.engine import NO_POLICY
 
 REHEARSALS = 20  # steps in which exits are rehearsed

@@ -18,7 +18,7 @@ from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.branch_shapes import MOST_BRANCH_TOKENS
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.recording.moments import moments_of
-from vllm_adainfer.exits.recording.state_files import check_room
+from vllm_adainfer.exits.recording.recorder import check_room
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.asking import best_column, greedy, scores_of
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
