@@ -11,8 +11,7 @@ import numpy as np
 
 from benchmarks.rivals.contest import Contest
 from benchmarks.rivals.task import Task
-from vllm_adainfer.offline.calibration.record.asking import greedy
-from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
+from vllm_adainfer.offline.calibration.record.engine import greedy, start_engine, stop_engine
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import progress

@@ -38,7 +38,7 @@ from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, fit_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import split_of
-from vllm_adainfer.offline.calibration.record.collect import Plan, record, recording_engine
+from vllm_adainfer.offline.calibration.record.collect import Plan, recorded
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.evaluation.evaluate import check_file
@@ -50,7 +50,7 @@ from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.promise.accuracy import is_right
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    pass
 
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -178,20 +178,17 @@ class _Judging:
                 lens_prompts=0 if data.labels else len(data.train) // 2,
                 pooled_from=first,
             )
-            examples = (*data.train, *data.test)
-            model = self.request.model
-            with recording_engine(model, self.hf_config, examples, plan) as engine:
-                rows.append(self.one(engine, data, plan))
+            rows.append(self.one(data, plan))
         return rows
 
-    def one(self, engine: LLM, data: TaskData, plan: Plan) -> dict[str, Any]:
+    def one(self, data: TaskData, plan: Plan) -> dict[str, Any]:
         """The row of one task; writes its artifact if a policy was certified."""
         options = self.options
         split = split_of(np.arange(len(data.train)), options)
         order = random_order(split.groups, options.seed)
         examples = [*(data.train[index] for index in order), *data.test]
         right = [*(data.train_answers[index] for index in order), *data.answers]
-        recording = record(engine, examples, plan)
+        recording = recorded(self.request.model, self.hf_config, examples, plan)
         tests = np.arange(len(order), len(examples))
         kind = "pooled-label-head" if data.labels else "lens"
         candidates = candidate_layers(recording.model.depth, kind=kind)

@@ -38,8 +38,7 @@ from vllm_adainfer.offline.calibration.fit.exits import with_trained
 from vllm_adainfer.offline.calibration.fit.training import Lesson, branches_of, train_branch
 from vllm_adainfer.offline.calibration.fit_policy import fit_policy, with_trained_probes
 from vllm_adainfer.offline.calibration.record import collect
-from vllm_adainfer.offline.calibration.record.own_states import OwnStates, own_states_of
-from vllm_adainfer.offline.calibration.record.rows import FOLDS
+from vllm_adainfer.offline.calibration.record.rows import FOLDS, OwnStates, own_states_of
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_config,
@@ -200,12 +199,12 @@ def test_states_that_the_disk_has_no_room_for_are_refused_before_the_model_runs(
     started: list[Any] = []
     monkeypatch.setattr(collect, "start_engine", lambda *given, **_: started.append(given))
     monkeypatch.setattr(collect, "stop_engine", lambda _: None)
+    monkeypatch.setattr(collect, "record", lambda *_: None)
 
     def start() -> None:
         hf_config = SimpleNamespace(hidden_size=4096, num_hidden_layers=32)
         plan = collect.Plan((8, 16), pooled_from=2, branches=(8, 16))
-        with collect.recording_engine("model", hf_config, examples, plan):
-            pass
+        collect.recorded("model", hf_config, examples, plan)
 
     with pytest.raises(AdaInferError, match=r"layers 8, 16, which take 0\.8 GiB.* set TMPDIR to "):
         start()

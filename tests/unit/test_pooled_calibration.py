@@ -268,11 +268,9 @@ def test_a_prompt_is_explained_with_the_states_that_its_part_reads(monkeypatch, 
     found = fit_policy(calibration(recording, exit_points=(0, 2, 4, 6)), "pooled-label-head")
     config = policy_config(found, "tiny", HF_CONFIG)
     recorded: list[Any] = []
-    monkeypatch.setattr(
-        views, "recording_engine", lambda *args, **_: recorded.append(args[3].layers)
-    )
-    model = SimpleNamespace(path="", hf_config=None, engine_settings={})
-    with pytest.raises(TypeError):  # what the engine is here manages no context
+    monkeypatch.setattr(views, "recorded", lambda *args, **_: recorded.append(args[3].layers))
+    model = SimpleNamespace(path="", hf_config=None, engine_settings={}, lora_request=None)
+    with pytest.raises(AttributeError):  # nothing was recorded here
         views.record_prompts(model, config, [])
     assert recorded == [(0, 2, 4, 6)]
     artifact = Artifact(config, policy_tensors(found))

@@ -21,7 +21,7 @@ from vllm_adainfer.offline.calibration.fit.probes import Target, full_depth_labe
 from vllm_adainfer.offline.calibration.fit_policy import fit_policy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
-from vllm_adainfer.offline.calibration.record.collect import Plan, record, recording_engine
+from vllm_adainfer.offline.calibration.record.collect import Plan, recorded
 from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.pretrained import engine_settings
@@ -70,8 +70,8 @@ def record_prompts(
     settings = engine_settings(
         request.adapter, request.hf_overrides, request.quantization, request.kv_cache_dtype
     )
-    with recording_engine(request.model, hf_config, prompts.examples, plan, **settings) as engine:
-        rows = record(engine, prompts.examples, plan, request.adapter and request.adapter.request)
+    adapter = request.adapter and request.adapter.request
+    rows = recorded(request.model, hf_config, prompts.examples, plan, adapter, **settings)
     return rows if choices is None else replace(rows, tokens=choices.decided_by(rows.tokens))
 
 

@@ -23,7 +23,7 @@ from vllm_adainfer.offline.calibration.fit.cost import (
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_exits, with_trained
 from vllm_adainfer.offline.calibration.fit.training import Lesson, branches_of, train_student
 from vllm_adainfer.offline.calibration.options import ProbeChoice
-from vllm_adainfer.offline.calibration.record.own_states import OwnStates
+from vllm_adainfer.offline.calibration.record.rows import OwnStates
 from vllm_adainfer.offline.progress import progress, say
 from vllm_adainfer.policy.encoders import TextEncoder
 from vllm_adainfer.promise.kinds import asked_for

@@ -9,8 +9,12 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import SharedTokens
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.record.asking import greedy, scores_of
-from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
+from vllm_adainfer.offline.calibration.record.engine import (
+    greedy,
+    scores_of,
+    start_engine,
+    stop_engine,
+)
 from vllm_adainfer.offline.doctor.finding import Finding, fail, ok
 from vllm_adainfer.offline.evaluation.measure import run
 from vllm_adainfer.offline.evaluation.requests import choice_params, longest_choice

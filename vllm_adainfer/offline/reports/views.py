@@ -19,7 +19,7 @@ from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.artifact.label_subsets import ALL, bits_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.record.collect import Plan, record, recording_engine
+from vllm_adainfer.offline.calibration.record.collect import Plan, recorded
 from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.facts.document import Facts
 from vllm_adainfer.offline.pretrained import Model
@@ -81,8 +81,7 @@ def record_prompts(model: Model, config: ArtifactConfig, examples: Sequence[Exam
         branches=config.branches,
     )
     settings = {"enforce_eager": True, **model.engine_settings}
-    with recording_engine(model.path, model.hf_config, examples, plan, **settings) as engine:
-        rows = record(engine, examples, plan, model.lora_request)
+    rows = recorded(model.path, model.hf_config, examples, plan, model.lora_request, **settings)
     config.check_options(rows.model.engine_options)
     config.check_weights(rows.model.fingerprint)
     return rows

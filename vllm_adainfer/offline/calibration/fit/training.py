@@ -26,7 +26,7 @@ from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
 from vllm_adainfer.offline.calibration.fit.distil import Taught
 from vllm_adainfer.offline.calibration.fit.probes import taught_by_full_depth
-from vllm_adainfer.offline.calibration.record.own_states import OwnStates
+from vllm_adainfer.offline.calibration.record.rows import OwnStates
 from vllm_adainfer.offline.progress import progress, say
 from vllm_adainfer.policy.encoders import StateEncoder, TextEncoder
 from vllm_adainfer.policy.probe import Probe

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +19,14 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.recording.moments import moments_of
 from vllm_adainfer.exits.recording.recorder import check_room
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.record.asking import best_column, greedy, scores_of
-from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
-from vllm_adainfer.offline.calibration.record.own_states import own_states_of
-from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows, ServedModel
+from vllm_adainfer.offline.calibration.record.engine import (
+    best_column,
+    greedy,
+    scores_of,
+    start_engine,
+    stop_engine,
+)
+from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows, ServedModel, own_states_of
 from vllm_adainfer.offline.calibration.record.shards import by_layer, load_shards, read_shards
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.policy.probe import logit_lens_of
@@ -56,13 +59,19 @@ class Plan:
     branches: Sequence[int] = ()
 
 
-@contextmanager
-def recording_engine(
-    model: str, hf_config: Any, examples: Sequence[Example], plan: Plan, **settings: Any
-) -> Iterator[LLM]:
-    """An engine for `record`; see `start_engine`.
+def recorded(
+    model: str,
+    hf_config: Any,
+    examples: Sequence[Example],
+    plan: Plan,
+    adapter: LoRARequest | None = None,
+    **settings: Any,
+) -> Rows:
+    """Run `examples` through an engine of their own, perhaps with an adapter; see `start_engine`.
 
-    Rows in the prefix cache are not run again, so a shared prefix counts once.
+    Raises:
+        AdaInferError: the engine cannot start, or a token was not recorded.
+
     """
     switch: dict[str, Any] = {"record": [*plan.layers, hf_config.num_hidden_layers]}
     if plan.lens_prompts:
@@ -77,7 +86,7 @@ def recording_engine(
             switch["record_states"] = {"layers": [*plan.branches], "directory": directory}
         engine = start_engine(model, examples, switch, plan.max_tokens, **settings)
         try:
-            yield engine
+            return record(engine, examples, plan, adapter)
         finally:
             stop_engine(engine)
 
@@ -90,14 +99,15 @@ def _recorded(prompts: Iterable[Any] | None = None, **options: Any) -> Any:
 def record(
     engine: LLM, examples: Sequence[Example], plan: Plan, adapter: LoRARequest | None = None
 ) -> Rows:
-    """Run `examples` through an engine of `recording_engine`, perhaps with an adapter.
+    """Run `examples` through an engine that records as `recorded` tells its one to.
+
+    Rows in the prefix cache are not run again, so a shared prefix counts once.
 
     Raises:
         AdaInferError: a token was not recorded.
 
     """
     engine.reset_prefix_cache()
-
     classifies = engine.llm_engine.model_config.runner_type == "pooling"
 
     def run(rows: Sequence[int], reuse_prefixes: bool) -> list[Any]:

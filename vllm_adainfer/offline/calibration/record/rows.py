@@ -16,7 +16,6 @@ from torch import Tensor
 from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.exits.recording.moments import Moments
-from vllm_adainfer.offline.calibration.record.own_states import OwnStates
 from vllm_adainfer.policy.probe import Probe
 
 FOLDS = 5
@@ -75,6 +74,27 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
+class OwnStates:
+    """The states that branches read, see `PooledPrompts.read_states`.
+
+    Attributes:
+        rows: layer -> [tokens of all prompts, hidden size], the residual stream.
+        starts: [prompts], the first row of each.
+        ends: [prompts], the row after its last.
+
+    """
+
+    rows: Mapping[int, Tensor]
+    starts: Ints
+    ends: Ints
+
+    def of(self, layer: int, prompts: Ints) -> list[Tensor]:
+        """The states after `layer` [tokens, hidden size] of each of `prompts`, not yet read."""
+        spans = zip(self.starts[prompts].tolist(), self.ends[prompts].tolist(), strict=True)
+        return [self.rows[layer][start:end] for start, end in spans]
+
+
+@dataclass(frozen=True)
 class Rows:
     """The full model's states and answers on some prompts.
 
@@ -125,3 +145,27 @@ class Rows:
 def normed(states: Tensor) -> Tensor:
     """fp32 [rows, hidden size], the states as `adainfer_kernels.pool` norms them."""
     return adainfer_kernels.readout(states, Norm("rms", eps=EPS), dtype=torch.float32)
+
+
+def own_states_of(
+    files: Mapping[int, str], sums: Mapping[str, Tensor], like: Tensor, prompts: int
+) -> OwnStates | None:
+    """Those in `files`, by layer, of so many prompts; None if there are no files.
+
+    A prompt without tokens of its own has none. Files that are deleted then live on until these
+    states are dropped. `sums` are from `StateFiles.take`; a state has the width and dtype of `like`
+    [rows, hidden size].
+    """
+    if not files:
+        return None
+    tags, lens = sums["states.tags"].numpy(), sums["states.lens"].numpy()
+    starts, ends = np.zeros((2, prompts), dtype=np.int64)
+    ends[tags] = np.cumsum(lens)
+    starts[tags] = ends[tags] - lens
+    rows, tokens = {}, int(lens.sum())
+    for layer, file in files.items():
+        width, flat = like.shape[1], like.new_empty(0)
+        if tokens:  # an empty file cannot be mapped
+            flat = torch.from_file(file, size=tokens * width, dtype=like.dtype)
+        rows[layer] = flat.view(tokens, width)
+    return OwnStates(rows, starts, ends)
