@@ -12,12 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from vllm_adainfer.offline.calibration.certify.bound import (
-    Bound,
-    certified,
-    rows_needed,
-    upper_bound,
-)
+from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import certify
 from vllm_adainfer.offline.calibration.certify.path import (
     held_out_path,
@@ -67,7 +62,7 @@ def reference_p_value(losses, epsilon: float, delta: float, lowest: float) -> fl
 @pytest.mark.parametrize(("errors", "rows"), OUTCOMES)
 def test_the_exact_upper_bound_is_scipys(errors, rows, delta):
     two_sided = binomtest(errors, rows).proportion_ci(1 - 2 * delta, method="exact")
-    bound = upper_bound(zeros_and_ones(errors, rows), delta, "exact")
+    bound = Bound("exact", delta, 0).of(zeros_and_ones(errors, rows))
     assert bound == pytest.approx(two_sided.high, abs=1e-9)
 
 
@@ -77,7 +72,7 @@ def test_the_exact_upper_bound_is_scipys(errors, rows, delta):
 def test_exactly_certified_is_scipys_one_sided_binomial_test(errors, rows, epsilon, delta):
     test = binomtest(errors, rows, epsilon, alternative="less")
     losses = zeros_and_ones(errors, rows)
-    assert certified(losses, epsilon, delta, "exact") == (test.pvalue <= delta)
+    assert Bound("exact", delta, 0).holds(losses, epsilon) == (test.pvalue <= delta)
 
 
 SAMPLES = {
@@ -110,8 +105,8 @@ def test_wsr_is_the_papers_formula(losses, lowest, delta):
     losses = np.asarray(losses)
     for epsilon in [0.001, *EPSILONS, 0.9]:
         p_value = reference_p_value(losses, epsilon, delta, lowest)
-        assert certified(losses, epsilon, delta, "wsr", lowest) == (p_value <= delta)
-    bound = upper_bound(losses, delta, "wsr", lowest)
+        assert Bound("wsr", delta, lowest).holds(losses, epsilon) == (p_value <= delta)
+    bound = Bound("wsr", delta, lowest).of(losses)
     assert reference_p_value(losses, bound - 1e-9, delta, lowest) > delta
     assert bound == 1 or reference_p_value(losses, bound + 1e-9, delta, lowest) <= delta
 
@@ -127,10 +122,10 @@ def test_certified_means_that_the_upper_bound_is_within_epsilon(kind, lowest, da
     np.random.default_rng(data.draw(st.integers(0, 99))).shuffle(losses)
     if kind != "exact" and data.draw(st.booleans()):
         losses *= 0.7
-    bound = upper_bound(losses, delta, kind, lowest)
+    bound = Bound(kind, delta, lowest).of(losses)
     assert lowest <= bound <= 1
     assume(not math.isclose(bound, epsilon, rel_tol=1e-9))
-    assert certified(losses, epsilon, delta, kind, lowest) == (bound <= epsilon)
+    assert Bound(kind, delta, lowest).holds(losses, epsilon) == (bound <= epsilon)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -138,7 +133,7 @@ def test_certified_means_that_the_upper_bound_is_within_epsilon(kind, lowest, da
 @pytest.mark.parametrize(("kind", "lowest"), KINDS)
 def test_more_confidence_costs_a_higher_bound(kind, lowest, mean, seed):
     losses = draw(500, mean, lowest, seed)
-    bounds = [upper_bound(losses, delta, kind, lowest) for delta in np.geomspace(0.0001, 0.5, 30)]
+    bounds = [Bound(kind, delta, lowest).of(losses) for delta in np.geomspace(0.0001, 0.5, 30)]
     assert all(stricter > laxer for stricter, laxer in pairwise(bounds))
 
 
@@ -146,19 +141,19 @@ def test_more_confidence_costs_a_higher_bound(kind, lowest, mean, seed):
 @pytest.mark.parametrize("epsilon", EPSILONS)
 @pytest.mark.parametrize(("kind", "lowest"), KINDS)
 def test_rows_needed_is_the_smallest_number_of_rows_that_can_certify(kind, lowest, epsilon, delta):
-    needed = rows_needed(epsilon, delta, kind, lowest)
-    assert certified(np.zeros(needed), epsilon, delta, kind, lowest)
+    needed = Bound(kind, delta, lowest).groups_needed(1, epsilon)
+    assert Bound(kind, delta, lowest).holds(np.zeros(needed), epsilon)
     for fewer in range(max(1, needed - 400), needed):
-        assert not certified(np.zeros(fewer), epsilon, delta, kind, lowest)
+        assert not Bound(kind, delta, lowest).holds(np.zeros(fewer), epsilon)
 
 
 @pytest.mark.parametrize("kind", ["exact", "wsr"])
 def test_no_number_of_rows_certifies_that_nothing_is_ever_lost(kind):
     with pytest.raises(ValueError, match="epsilon 0: it must be positive"):
-        rows_needed(0.0, 0.1, kind)
+        Bound(kind, 0.1, 0).groups_needed(1, 0.0)
 
 
-@pytest.mark.parametrize("bound", [certified, upper_bound])
+@pytest.mark.parametrize("asked", [lambda bound, of: bound.holds(of, 0.1), Bound.of])
 @pytest.mark.parametrize(
     ("losses", "kind", "lowest", "message"),
     [
@@ -168,22 +163,21 @@ def test_no_number_of_rows_certifies_that_nothing_is_ever_lost(kind):
         ([0.0, 1.5], "wsr", -1, "between -1 and 1, got 0 to 1.5"),
     ],
 )
-def test_losses_that_a_bound_is_not_for_are_refused(bound, losses, kind, lowest, message):
-    epsilon = () if bound is upper_bound else (0.1,)
+def test_losses_that_a_bound_is_not_for_are_refused(asked, losses, kind, lowest, message):
     with pytest.raises(ValueError, match=message):
-        bound(np.array(losses), *epsilon, 0.1, kind, lowest)
+        asked(Bound(kind, 0.1, lowest), np.array(losses))
 
 
 def test_rows_needed_refuses_signed_losses_for_the_exact_bound():
     with pytest.raises(ValueError, match="losses of 0 or 1 only"):
-        rows_needed(0.1, 0.1, "exact", -1)
+        Bound("exact", 0.1, -1).groups_needed(1, 0.1)
 
 
 @pytest.mark.parametrize(("kind", "lowest"), KINDS)
 def test_a_mean_just_above_epsilon_is_certified_no_more_often_than_delta(kind, lowest):
     epsilon, delta, resamples = 0.05, 0.1, 1000
     samples = [draw(1500, epsilon + 1e-9, lowest, seed) for seed in range(resamples)]
-    rate = np.mean([certified(losses, epsilon, delta, kind, lowest) for losses in samples])
+    rate = np.mean([Bound(kind, delta, lowest).holds(losses, epsilon) for losses in samples])
     assert rate <= delta
     assert np.mean([losses.mean() <= epsilon for losses in samples]) > 0.4
 
@@ -191,7 +185,7 @@ def test_a_mean_just_above_epsilon_is_certified_no_more_often_than_delta(kind, l
 def test_wsr_certifies_signed_losses_of_small_variance_on_few_rows():
     epsilon, delta = 0.02, 0.1
     samples = [draw(1000, 0.0, -1, seed) for seed in range(100)]
-    assert np.mean([certified(losses, epsilon, delta, "wsr", -1) for losses in samples]) > 0.9
+    assert np.mean([Bound("wsr", delta, -1).holds(losses, epsilon) for losses in samples]) > 0.9
 
 
 DEPTH, LAYERS = 10, (3, 6)
@@ -287,7 +281,7 @@ def test_the_certified_point_is_the_last_whose_bounds_up_to_there_are_all_within
     exits = fitted_exits(population(rows, 5, risk), population(rows, 6, risk))
     path = list(held_out_path(exits, DEPTH, threshold_grid(exits)))
     point = certify(path, [epsilon], Bound(kind, DELTA, lowest))[epsilon]
-    bounds = [upper_bound(each.losses, DELTA, kind, lowest) for each in path]
+    bounds = [Bound(kind, DELTA, lowest).of(each.losses) for each in path]
     [first_bad, *_] = (index for index, bound in enumerate(bounds) if bound > epsilon)
     assert point.threshold == path[first_bad - 1].threshold
 
@@ -336,7 +330,7 @@ def test_the_allowance_is_the_most_that_certifies(kind, rows, epsilon):
 
 
 def test_nothing_is_certified_with_too_few_rows():
-    few = rows_needed(0.05, DELTA, "exact") - 1
+    few = Bound("exact", DELTA, 0).groups_needed(1, 0.05) - 1
     half = [disagreement(torch.rand(few), np.ones(few, dtype=np.bool_)) for _ in LAYERS]
     path = threshold_path(LAYERS, half, DEPTH, [math.inf, 0.5])
     assert certify(path, [0.05], Bound("exact", DELTA, 0)) == {}
@@ -391,15 +385,14 @@ def test_where_each_row_is_a_group_of_its_own_the_bound_is_that_of_rows_bit_for_
         assert groups.of(losses) == rows.of(losses)
         for epsilon in (0.005, 0.02, 0.03, 0.05, 0.1):
             assert groups.holds(losses, epsilon) == rows.holds(losses, epsilon)
-    assert groups.groups_needed(400, 0.02) == rows_needed(0.02, 0.1, kind, lowest)
+    assert groups.groups_needed(400, 0.02) == Bound(kind, 0.1, lowest).groups_needed(1, 0.02)
 
 
 def test_a_group_that_is_larger_than_can_be_does_not_count():
     groups = np.array([*range(400), *[400] * 30])
     losses = (groups == 400).astype(np.float64)
-    assert Bound("exact", 0.1, 0.0, groups, longest=1).of(losses) == upper_bound(
-        np.zeros(400), 0.1, "exact"
-    )
+    without = Bound("exact", 0.1, 0.0).of(np.zeros(400))
+    assert Bound("exact", 0.1, 0.0, groups, longest=1).of(losses) == without
     assert Bound("wsr", 0.1, 0.0, groups, longest=29).holds(losses, 0.5)
     assert not Bound("exact", 0.1, 0.0, np.zeros(30), longest=1).holds(np.zeros(30), 0.5)
     assert Bound("exact", 0.1, 0.0, np.zeros(30), longest=1).of(np.zeros(30)) == 1

@@ -10,7 +10,7 @@ import pytest
 from vllm_adainfer.artifact.fields import LabelBound, TopK
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.calibrate import say_what_they_share
-from vllm_adainfer.offline.calibration.certify.bound import Bound, certified
+from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import LabelTest
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.split import Split, alike_of, groups_of
@@ -64,7 +64,7 @@ def test_a_file_of_copies_certifies_no_more_often_than_its_prompts(copies):
     drawn = [(generator.random(once) < EPSILON + 1e-9).astype(float) for _ in range(DRAWS)]
     rows = [np.repeat(losses, copies) for losses in drawn]
     assert 0 < np.mean([bound.holds(losses, EPSILON) for losses in rows]) <= DELTA
-    naive = np.mean([certified(losses, EPSILON, DELTA, "exact") for losses in rows])
+    naive = np.mean([Bound("exact", DELTA, 0).holds(losses, EPSILON) for losses in rows])
     assert naive > 1.5 * DELTA
 
 
@@ -78,7 +78,7 @@ def test_a_prompt_that_is_asked_often_counts_as_often_as_it_is_asked():
         repeats = often & (np.cumsum(often) > 1)
         bound = Bound("exact", DELTA, 0.0, np.arange(600), repeats=repeats)
         certifying += bound.holds(losses, EPSILON)
-        naive += certified(losses[~repeats], EPSILON, DELTA, "exact")
+        naive += Bound("exact", DELTA, 0).holds(losses[~repeats], EPSILON)
     assert certifying / DRAWS <= DELTA
     assert naive == DRAWS, "each prompt counted once says nothing of how often it is asked"
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -111,19 +111,24 @@ class Bound:
         return replace(self, groups=groups, repeats=repeats)
 
     def holds(self, losses: Floats, epsilon: float) -> bool:
-        """Whether `losses` certify a mean of at most `epsilon`, however repeats are read."""
+        """Whether `losses` certify a mean of at most `epsilon`, however repeats are read.
+
+        The same as ``of(losses) <= epsilon``, but faster.
+
+        Raises:
+            ValueError: a loss is out of range, or the bound is exact and one is neither 0 nor 1.
+
+        """
+        mean = (epsilon - self.lowest) / (1 - self.lowest)
         return all(
-            len(one) > 0 and certified(one, epsilon, self.delta, self.kind, self.lowest)
+            len(one) > 0 and self._p_value(one)(mean) <= self.delta
             for one in self._readings(losses, epsilon)
         )
 
     def of(self, losses: Floats) -> float:
-        """Upper confidence bound of the mean loss."""
+        """Upper confidence bound of the mean loss; raises as `holds` does."""
         if self.longest == 1:
-            return max(
-                upper_bound(one, self.delta, self.kind, self.lowest) if len(one) else 1.0
-                for one in self._readings(losses, 0.0)
-            )
+            return max(map(self._upper, self._readings(losses, 0.0)))
         if not self.holds(losses, HIGHEST):
             return 1.0
         low, high = 0.0, HIGHEST
@@ -131,6 +136,16 @@ class Bound:
             middle = (low + high) / 2
             low, high = (low, middle) if self.holds(losses, middle) else (middle, high)
         return high
+
+    def _upper(self, losses: Floats) -> float:
+        """Upper confidence bound of the mean of independent losses, perhaps none."""
+        if not len(losses):
+            return 1.0
+        p_value = self._p_value(losses)
+        if p_value(1.0) > self.delta:
+            return 1.0
+        bound = brentq(lambda mean: p_value(mean) - self.delta, 0.0, 1.0, xtol=1e-14)
+        return float(self.lowest + (1 - self.lowest) * bound)
 
     def within(self, epsilon: float, losses: Floats) -> float:
         """The bound for losses that certify `epsilon`, which bisection may miss by a little."""
@@ -177,12 +192,47 @@ class Bound:
         by_group: Floats = (sums + epsilon * (self.longest - rows)) / self.longest
         return by_group[rows <= self.longest]
 
+    def _p_value(self, losses: Floats) -> Callable[[float], float]:
+        """The p-value of "the mean exceeds m", a function of m that never rises.
+
+        m is in [0, 1], the range to which the losses are scaled.
+        """
+        values, lowest = np.asarray(losses, dtype=np.float64), self.lowest
+        exact = self.kind == "exact"
+        if exact and (lowest != 0 or not ((values == 0) | (values == 1)).all()):
+            raise ValueError("the exact bound is for losses of 0 or 1 only: use wsr for others")
+        if values.min() < lowest or values.max() > 1:
+            raise ValueError(
+                f"losses must lie between {lowest:g} and 1, got {values.min():g} to "
+                f"{values.max():g}"
+            )
+        if exact:
+            return partial(_binomial, float(values.sum()), len(values))
+        scaled = (values - lowest) / (1 - lowest)
+        return partial(_betting, scaled, _bets(scaled, self.delta))
+
     def groups_needed(self, rows: int, epsilon: float) -> int:
-        """The fewest groups like those of `rows` rows that certify `epsilon` if nothing is lost."""
+        """The fewest groups like those of `rows` rows that certify `epsilon` if nothing is lost.
+
+        Raises:
+            ValueError: `epsilon` is not positive, or the bound is exact and `lowest` is not 0.
+
+        """
+        if epsilon <= 0:
+            raise ValueError(
+                f"no number of rows certifies epsilon {epsilon:g}: it must be positive"
+            )
         lossless = self._readings(np.zeros(rows), epsilon)[-1]
-        if not len(lossless):
-            lossless = np.zeros(1)
-        return rows_needed(epsilon, self.delta, self.kind, self.lowest, lossless)
+        alone = replace(self, groups=None, repeats=None)
+
+        def suffice(groups: int) -> bool:
+            pattern = lossless if len(lossless) else np.zeros(1)
+            return alone.holds(np.resize(pattern, groups), epsilon)
+
+        enough = 1
+        while not suffice(enough):
+            enough *= 2
+        return bisect_left(range(enough), True, lo=1, key=suffice)
 
     def allowance(self, rows: int, epsilon: float) -> float:
         """The largest mean of `rows` losses, each 0 or 1, that certifies `epsilon`.
@@ -200,81 +250,6 @@ class Bound:
             holds = self.holds((order < middle).astype(np.float64), epsilon)
             fits, fails = (middle, fails) if holds else (fits, middle)
         return fits / rows
-
-
-def certified(
-    losses: Floats, epsilon: float, delta: float, kind: BoundKind, lowest: float = 0.0
-) -> bool:
-    """Whether `losses` show that the mean is at most `epsilon`, at confidence 1 - `delta`.
-
-    Equals ``upper_bound(losses, delta, kind, lowest) <= epsilon``, but is faster.
-
-    Raises:
-        ValueError: a loss is out of range, or `kind` is ``exact`` and a loss is neither 0 nor 1.
-
-    """
-    return _p_value(losses, delta, kind, lowest)((epsilon - lowest) / (1 - lowest)) <= delta
-
-
-def upper_bound(losses: Floats, delta: float, kind: BoundKind, lowest: float = 0.0) -> float:
-    """Upper confidence bound on the mean loss, at confidence 1 - `delta`.
-
-    Raises:
-        ValueError: as in `certified`.
-
-    """
-    p_value = _p_value(losses, delta, kind, lowest)
-    if p_value(1.0) > delta:
-        return 1.0
-    bound = brentq(lambda mean: p_value(mean) - delta, 0.0, 1.0, xtol=1e-14)
-    return float(lowest + (1 - lowest) * bound)
-
-
-def rows_needed(
-    epsilon: float,
-    delta: float,
-    kind: BoundKind,
-    lowest: float = 0.0,
-    pattern: Sequence[float] | Floats = (0.0,),
-) -> int:
-    """The fewest rows that certify `epsilon` > 0 when all losses are 0.
-
-    With a `pattern`, whose mean is below `epsilon`, the losses repeat it.
-
-    Raises:
-        ValueError: `epsilon` is not positive, or `kind` is ``exact`` and `lowest` is not 0.
-
-    """
-    if epsilon <= 0:
-        raise ValueError(f"no number of rows certifies epsilon {epsilon:g}: it must be positive")
-
-    def suffice(rows: int) -> bool:
-        return certified(np.resize(pattern, rows), epsilon, delta, kind, lowest)
-
-    enough = 1
-    while not suffice(enough):
-        enough *= 2
-    return bisect_left(range(enough), True, lo=1, key=suffice)
-
-
-def _p_value(
-    losses: Floats, delta: float, kind: BoundKind, lowest: float
-) -> Callable[[float], float]:
-    """The p-value of "the mean exceeds m", a function of m that never rises.
-
-    m is in [0, 1], the range to which the losses are scaled.
-    """
-    values = np.asarray(losses, dtype=np.float64)
-    if kind == "exact" and (lowest != 0 or not ((values == 0) | (values == 1)).all()):
-        raise ValueError("the exact bound is for losses of 0 or 1 only: use wsr for others")
-    if values.min() < lowest or values.max() > 1:
-        raise ValueError(
-            f"losses must lie between {lowest:g} and 1, got {values.min():g} to {values.max():g}"
-        )
-    if kind == "exact":
-        return partial(_binomial, float(values.sum()), len(values))
-    scaled = (values - lowest) / (1 - lowest)
-    return partial(_betting, scaled, _bets(scaled, delta))
 
 
 def _binomial(successes: float, rows: int, rate: float) -> float:
