@@ -258,7 +258,7 @@ def test_a_later_try_certifies_on_newer_rows_with_a_smaller_share_of_delta(place
         asked.append((len(rows["final"]), held_out, delta))
         raise AdaInferError("not yet")
 
-    monkeypatch.setattr(training, "fit_policy", fit)
+    monkeypatch.setattr(training, "policy_of", fit)
     trainer = Trainer(place.directory, (300, 600, 1200))
     for rows in (300, 300, 600):
         place.record(name, rows)

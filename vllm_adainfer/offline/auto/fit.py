@@ -80,25 +80,6 @@ class Served:
         choices = find_choices(kind.choices, self.tokenizer, self.hf_config.vocab_size)
         return choices.labels, choices
 
-    def rows(
-        self, recorded: Mapping[str, Tensor], labels: tuple[Label, ...], choices: Choices | None
-    ) -> Rows:
-        """The rows as `record` would give them, answered by the tokens that a request allows."""
-        allowed = torch.tensor([label.token_id for label in labels])
-        if choices is not None:
-            allowed = choices.first_tokens.token_ids
-        model, final = self.model, recorded["final"]
-        plain = model.as_served(model.logit_lens.of_tokens(allowed))
-        tokens = plain.score(plain.readout(final)).top1_id.numpy()
-        return Rows(
-            model=model,
-            states=by_layer(recorded),
-            final=final,
-            tokens=tokens if choices is None else choices.decided_by(tokens),
-            prompts=np.arange(len(final)),
-            computed=recorded["computed"].double().numpy(),
-        )
-
 
 def policy_of(
     served: Served,
@@ -110,22 +91,33 @@ def policy_of(
 ) -> FittedPolicy:
     """Fit on the older of the `recorded` rows, and certify on the `held_out` newest.
 
+    They were answered by the tokens that a request of this kind allows.
+
     Raises:
         AdaInferError: no first token decides a choice of the kind.
 
     """
     labels, choices = served.answers(kind)
-    rows = served.rows(recorded, labels, choices)
-    first_tokens = None if choices is None else choices.first_tokens
     answers = torch.tensor([label.token_id for label in labels])
-    return fit_policy(
-        Calibration(
-            rows,
-            Target("label-head", answers, first_tokens=first_tokens),
-            Split.of_groups(rows.prompts, held_out),
-            PolicyOptions(epsilon=epsilon, delta=delta),
-            labels,
-            choices=choices,
-        ),
-        "label-head",
+    first_tokens = None if choices is None else choices.first_tokens
+    allowed = answers if first_tokens is None else first_tokens.token_ids
+    model, final = served.model, recorded["final"]
+    plain = model.as_served(model.logit_lens.of_tokens(allowed))
+    tokens = plain.score(plain.readout(final)).top1_id.numpy()
+    rows = Rows(
+        model=model,
+        states=by_layer(recorded),
+        final=final,
+        tokens=tokens if choices is None else choices.decided_by(tokens),
+        prompts=np.arange(len(final)),
+        computed=recorded["computed"].double().numpy(),
     )
+    calibration = Calibration(
+        rows,
+        Target("label-head", answers, first_tokens=first_tokens),
+        Split.of_groups(rows.prompts, held_out),
+        PolicyOptions(epsilon=epsilon, delta=delta),
+        labels,
+        choices=choices,
+    )
+    return fit_policy(calibration, "label-head")
