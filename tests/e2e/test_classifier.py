@@ -36,7 +36,7 @@ from vllm_adainfer import stats
 from vllm_adainfer.artifact.fields import Gate, Label, TopK
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Row
-from vllm_adainfer.offline.calibration.data.pairs import read_pairs
+from vllm_adainfer.offline.calibration.data.pairs import Pairs, read_pairs
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.watch.units import ENDED_SINCE
 
@@ -283,7 +283,7 @@ def test_pairs_are_the_prompts_that_vllm_makes_of_them(
     outputs = llm.score(query, documents, chat_template=chat_template, use_tqdm=False)
     hf_config, tokenizer = load_config_and_tokenizer(str(directory), overrides)
     row = Row("line 1", {"query": query, "documents": documents})
-    pairs = read_pairs([row], tokenizer, hf_config, chat_template, 64)
+    pairs = read_pairs([row], Pairs.of(tokenizer, hf_config, chat_template), 64)
     assert [output.prompt_token_ids for output in outputs] == [one.token_ids for one in pairs]
 
 

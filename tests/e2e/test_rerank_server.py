@@ -23,7 +23,7 @@ from tests.e2e.test_serve import FLAGS, environment, post
 from tests.tiny import EXIT_POINTS, tiny_artifact
 from vllm_adainfer.artifact.fields import TopK
 from vllm_adainfer.offline.calibration.data.examples import read_rows
-from vllm_adainfer.offline.calibration.data.scored import read_scored
+from vllm_adainfer.offline.calibration.data.read_examples import read_examples
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.promise.first_documents import loses_document
 from vllm_adainfer.watch.units import ENDED_SINCE
@@ -207,7 +207,7 @@ def test_captured_queries_are_whole_and_calibrate(server, captured, reranker):
     assert longest < 10_000  # whatever ids clients choose
     hf_config, tokenizer = load_config_and_tokenizer(str(reranker))
     rows = read_rows(captured)
-    examples = read_scored(rows, tokenizer, hf_config, None, None, "label", 512)
+    examples = read_examples(rows, tokenizer, hf_config, None, None, "label", 512)
     sizes: dict[str | None, int] = {}
     for example in examples:
         sizes[example.group] = sizes.get(example.group, 0) + 1

@@ -10,8 +10,8 @@ from transformers import LlamaConfig
 from tests.tiny import word_tokenizer
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Row
-from vllm_adainfer.offline.calibration.data.pairs import are_pairs, read_pairs
-from vllm_adainfer.offline.calibration.data.scored import read_scored
+from vllm_adainfer.offline.calibration.data.pairs import Pairs, are_pairs, read_pairs
+from vllm_adainfer.offline.calibration.data.read_examples import read_examples
 
 TEMPLATE = "Review : {{ messages[0].content }} Sentiment : {{ messages[1].content }}"
 GOOD = {"query": "good", "documents": ["bad", "positive negative"], "labels": ["no", "yes"]}
@@ -19,7 +19,7 @@ GOOD = {"query": "good", "documents": ["bad", "positive negative"], "labels": ["
 
 def read(*fields: dict[str, Any], template: str | None = None, longest: int = 64) -> Any:
     rows = [Row(f"line {number}", one) for number, one in enumerate(fields, start=1)]
-    return read_pairs(rows, word_tokenizer(), LlamaConfig(), template, longest)
+    return read_pairs(rows, Pairs.of(word_tokenizer(), LlamaConfig(), template), longest)
 
 
 def test_each_document_is_a_prompt_with_its_query_and_those_of_a_query_are_a_group():
@@ -94,10 +94,10 @@ def test_rows_of_two_forms_are_refused():
 def test_a_template_for_another_form_is_refused(fields, templates, message):
     template, chat_template = templates
     with pytest.raises(AdaInferError, match=message):
-        read_scored(
+        read_examples(
             [Row("line 1", fields)],
             word_tokenizer(),
-            LlamaConfig(),
+            LlamaConfig(architectures=["LlamaForSequenceClassification"]),
             template,
             chat_template,
             "label",

@@ -10,16 +10,16 @@ from transformers import LlamaConfig
 from tests.tiny import word_tokenizer
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example, Row
-from vllm_adainfer.offline.calibration.data.scored import read_scored
+from vllm_adainfer.offline.calibration.data.read_examples import read_examples
 
+CLASSIFIER = LlamaConfig(vocab_size=2000, architectures=["LlamaForSequenceClassification"])
 TEMPLATE = "Review : {{ messages[0].content }} {{ instruction }} : {{ messages[1].content }}"
 PAIRS = {"query": "good", "documents": ["bad", "positive negative"]}
 
 
 def read(*lines: dict[str, Any], chat_template: str | None = None, longest: int = 64) -> Any:
     rows = [Row(f"line {number}", one) for number, one in enumerate(lines, start=1)]
-    config = LlamaConfig(vocab_size=2000)
-    return read_scored(rows, word_tokenizer(), config, None, chat_template, "label", longest)
+    return read_examples(rows, word_tokenizer(), CLASSIFIER, None, chat_template, "label", longest)
 
 
 def line(url: str, **body: Any) -> dict[str, Any]:
@@ -105,4 +105,4 @@ def test_what_cannot_exit_is_left_out_and_counted(bad, reason, caplog):
 def test_requests_bring_their_prompts():
     row = Row("line 1", line("/rerank", **PAIRS))
     with pytest.raises(AdaInferError, match="bring their prompts: drop --template"):
-        read_scored([row], word_tokenizer(), LlamaConfig(), "{query}", None, "label", 64)
+        read_examples([row], word_tokenizer(), CLASSIFIER, "{query}", None, "label", 64)

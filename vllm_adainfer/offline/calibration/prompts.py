@@ -14,7 +14,7 @@ from vllm_adainfer.artifact.files import check_writable
 from vllm_adainfer.artifact.kinds import ProbeKind
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.certify.bound import Bound
-from vllm_adainfer.offline.calibration.data.batch_files import are_requests, read_requests
+from vllm_adainfer.offline.calibration.data.batch_files import are_requests
 from vllm_adainfer.offline.calibration.data.choices import (
     Choices,
     common_choices,
@@ -23,23 +23,21 @@ from vllm_adainfer.offline.calibration.data.choices import (
 )
 from vllm_adainfer.offline.calibration.data.examples import (
     Example,
-    Row,
     check_labels_known,
     find_labels,
     first_token,
-    make_examples,
     read_rows,
     read_template,
     shared_start,
 )
 from vllm_adainfer.offline.calibration.data.label_pool import common_labels, pool_of
+from vllm_adainfer.offline.calibration.data.read_examples import read_examples
 from vllm_adainfer.offline.calibration.data.score_labels import (
     is_classifier,
     score_columns,
     score_head_of,
     score_labels,
 )
-from vllm_adainfer.offline.calibration.data.scored import read_scored
 from vllm_adainfer.offline.calibration.data.shared import pooled_from, shared_tokens
 from vllm_adainfer.offline.calibration.data.split import (
     Split,
@@ -125,15 +123,22 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     check_options(request, holds_requests and not labels, bool(labels))
     if not holds_requests and not labels:
         check_rows(Split.halves(len(rows)), options, data)
+    examples = read_examples(
+        rows,
+        tokenizer,
+        hf_config,
+        request.template,
+        request.chat_template,
+        request.label_field,
+        most,
+    )
+    choices = None
     if labels:
-        choices, field = None, request.label_field
-        examples = read_scored(
-            rows, tokenizer, hf_config, request.template, request.chat_template, field, most
-        )
         check_labels_known(examples, labels)
     else:
-        read = _from_requests if holds_requests else _from_rows
-        examples, labels, choices = read(request, rows, tokenizer, hf_config.vocab_size, most)
+        examples, labels, choices = _answers(
+            request, examples, tokenizer, hf_config.vocab_size, holds_requests
+        )
     check_labels(options, labels)
     groups = groups_of(examples)
     if options.top_k is not None:
@@ -222,45 +227,38 @@ def begin_alike(examples: Sequence[Example], groups: Ints) -> bool:
     return True
 
 
-def _from_rows(
-    request: CalibrationRequest, rows: Sequence[Row], tokenizer: Any, vocabulary: int, most: int
+def _answers(
+    request: CalibrationRequest,
+    examples: list[Example],
+    tokenizer: Any,
+    vocabulary: int,
+    are_requests: bool,
 ) -> tuple[list[Example], tuple[Label, ...], Choices | None]:
-    """Prompts from rows for a template, the labels if there are any, and the choices."""
-    template = read_template(request.template)
-    examples = make_examples(rows, tokenizer, template, request.label_field, most)
-    if request.choices:
-        choices = find_choices(request.choices, tokenizer, vocabulary)
-        return with_labels(examples, request.choices), choices.labels, choices
-    labels = find_labels(request.labels, examples[0], tokenizer) if request.labels else ()
-    if labels:
-        check_labels_known(examples, labels)
-    return examples, labels, None
-
-
-def _from_requests(
-    request: CalibrationRequest, rows: Sequence[Row], tokenizer: Any, vocabulary: int, most: int
-) -> tuple[list[Example], tuple[Label, ...], Choices | None]:
-    """Prompts from requests, the labels of all of them, and the choices if they have any."""
-    examples = read_requests(rows, tokenizer, vocabulary, most)
-    texts: tuple[str, ...] = ()
-    if request.label_pool:
+    """The prompts whose answers are calibrated, their labels if any, and choices if any."""
+    texts = () if request.label_pool else request.choices
+    if are_requests and request.label_pool:
         examples = [example for example in examples if example.choices is None]
         if not examples:
             raise AdaInferError(
                 "all requests have structured_outputs.choice and none names labels: drop "
                 "--label-pool"
             )
-    else:
-        examples, texts = common_choices(examples, request.choices)
+    elif are_requests:
+        examples, texts = common_choices(examples, texts)
         check_options(replace(request, choices=texts), holds_requests=True)
-    if request.options.by_question:
+    if are_requests and request.options.by_question:
         check_questions(examples, request.options, str(request.data))
     if request.label_pool:
         return examples, pool_of(request.label_pool, examples, tokenizer), None
     if texts:
         choices = find_choices(texts, tokenizer, vocabulary)
         return with_labels(examples, texts), choices.labels, choices
-    return examples, common_labels(examples, tokenizer), None
+    if are_requests:
+        return examples, common_labels(examples, tokenizer), None
+    labels = find_labels(request.labels, examples[0], tokenizer) if request.labels else ()
+    if labels:
+        check_labels_known(examples, labels)
+    return examples, labels, None
 
 
 def right_tokens(examples: list[Example], labels: tuple[Label, ...], tokenizer: Any) -> RightTokens:

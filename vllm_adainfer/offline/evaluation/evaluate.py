@@ -18,7 +18,7 @@ from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.evaluation.changed import changed_prompts
 from vllm_adainfer.offline.evaluation.measure import measure
-from vllm_adainfer.offline.evaluation.prompts import load_examples, load_scored, right_answers
+from vllm_adainfer.offline.evaluation.prompts import load_examples, right_answers
 from vllm_adainfer.offline.evaluation.report import build_report, write_whole
 from vllm_adainfer.offline.evaluation.requests import engine_settings, longest_choice
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
@@ -72,19 +72,9 @@ def evaluate(
     count = _max_tokens(max_tokens, config)
     generated = longest_choice(config.choices) if config.choices else count
     longest = loaded.longest_prompt(generated)
-    if config.score_head is not None:
-        examples = load_scored(
-            data, template, chat_template, label_field, labels, config, loaded, longest
-        )
-    elif chat_template is not None:
-        raise AdaInferError(
-            "--chat-template joins the queries and documents of a reranker, and the artifact is "
-            "for a model that generates: drop it"
-        )
-    else:
-        examples = load_examples(
-            data, template, label_field, labels, config, loaded.tokenizer, longest
-        )
+    examples = load_examples(
+        data, template, chat_template, label_field, labels, config, loaded, longest
+    )
     epsilons = [NEVER_EXIT, *(level.epsilon for level in config.levels)]
     settings = {**engine_settings(config), **loaded.engine_settings}
     with ExitStack() as stack:

@@ -8,88 +8,22 @@ from typing import Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data.batch_files import are_requests, read_requests
+from vllm_adainfer.offline.calibration.data.batch_files import are_requests
 from vllm_adainfer.offline.calibration.data.choices import common_choices, find_choices, with_labels
 from vllm_adainfer.offline.calibration.data.examples import (
     Example,
     check_labels_known,
     find_labels,
     first_token,
-    make_examples,
     read_rows,
-    read_template,
 )
-from vllm_adainfer.offline.calibration.data.scored import read_scored
+from vllm_adainfer.offline.calibration.data.read_examples import read_examples
 from vllm_adainfer.offline.evaluation.sequences import Tokens, has_number, is_number
 from vllm_adainfer.offline.pretrained import Model
 from vllm_adainfer.promise.output import Form, Output
 
 
 def load_examples(
-    data: Path,
-    template: str | None,
-    label_field: str,
-    labels: Sequence[str],
-    config: ArtifactConfig,
-    tokenizer: Any,
-    longest: int,
-) -> list[Example]:
-    """The tokenised prompts of a data file.
-
-    Args:
-        data: JSON lines: rows, or requests in vLLM's batch format.
-        template: format string or ``@FILE``, for rows.
-        label_field: the field of a row with its label.
-        labels: the labels that the user named, if any; they must be those of the artifact.
-        config: the artifact's config.
-        tokenizer: Hugging Face tokenizer of the model.
-        longest: the most tokens a prompt may have.
-
-    Raises:
-        AdaInferError: the file is not readable, or its prompts do not fit the artifact.
-
-    """
-    rows = read_rows(data)
-    choices, names = ([one.text for one in config.choices], [one.name for one in config.labels])
-    if choices and labels:
-        raise AdaInferError("the artifact is for choices, which it names itself: drop --labels")
-    if are_requests(rows):
-        if template is not None or labels or config.max_tokens > 1:
-            raise AdaInferError(
-                f"{data} holds requests, which bring their prompts, labels and one token each: "
-                "drop --template and --labels, and use an artifact for labels"
-            )
-        examples = read_requests(rows, tokenizer, config.vocab_size, longest)
-        if choices:
-            examples, _ = common_choices(examples, choices)
-        else:
-            _check_requests_served(config, examples, tokenizer)
-            return examples
-    else:
-        examples = make_examples(rows, tokenizer, read_template(template), label_field, longest)
-    if choices:
-        if find_choices(choices, tokenizer, config.vocab_size).texts != config.choices:
-            raise AdaInferError(
-                "this model's tokenizer writes the choices with other tokens than at calibration: "
-                "use the model of the calibration"
-            )
-        return with_labels(examples, choices)
-    if not names:
-        return examples
-    if labels and set(labels) != set(names):
-        raise AdaInferError(
-            f"--labels {','.join(labels)} are not those of the artifact: {','.join(names)}"
-        )
-    if find_labels(names, examples[0], tokenizer) != config.labels:
-        raise AdaInferError(
-            "after this prompt the labels begin with other tokens than at calibration: use the "
-            "template and the model of the calibration"
-        )
-    check_labels_known(examples, config.labels)
-    return examples
-
-
-def load_scored(
     data: Path,
     template: str | None,
     chat_template: str | None,
@@ -99,22 +33,56 @@ def load_scored(
     model: Model,
     longest: int,
 ) -> list[Example]:
-    """The tokenised prompts of a data file for a classifier; arguments as for `load_examples`.
+    """The tokenised prompts of a data file, of at most `longest` tokens.
 
-    Raises:
-        AdaInferError: the file is not readable, or its prompts do not fit the artifact.
-
+    An AdaInferError if the file is not readable, or its prompts or the user's options, such as
+    `labels`, do not fit the artifact of `config`.
     """
-    rows = read_rows(data)
-    if labels:
+    rows, tokenizer, scores = read_rows(data), model.tokenizer, config.score_head is not None
+    choices, names = ([one.text for one in config.choices], [one.name for one in config.labels])
+    holds_requests = are_requests(rows) and not scores
+    if scores and labels:
         raise AdaInferError(
             "the artifact is for a classifier, which brings its labels: drop --labels"
         )
-    hf_config, tokenizer = model.hf_config, model.tokenizer
-    examples = read_scored(
-        rows, tokenizer, hf_config, template, chat_template, label_field, longest
+    if not scores and chat_template is not None:
+        raise AdaInferError(
+            "--chat-template joins the queries and documents of a reranker, and the artifact is "
+            "for a model that generates: drop it"
+        )
+    if choices and labels:
+        raise AdaInferError("the artifact is for choices, which it names itself: drop --labels")
+    if holds_requests and (template is not None or labels or config.max_tokens > 1):
+        raise AdaInferError(
+            f"{data} holds requests, which bring their prompts, labels and one token each: "
+            "drop --template and --labels, and use an artifact for labels"
+        )
+    examples = read_examples(
+        rows, tokenizer, model.hf_config, template, chat_template, label_field, longest
     )
-    check_labels_known(examples, config.labels)
+    if choices:
+        if holds_requests:
+            examples, _ = common_choices(examples, choices)
+        if find_choices(choices, tokenizer, config.vocab_size).texts != config.choices:
+            raise AdaInferError(
+                "this model's tokenizer writes the choices with other tokens than at calibration: "
+                "use the model of the calibration"
+            )
+        return with_labels(examples, choices)
+    if holds_requests:
+        _check_requests_served(config, examples, tokenizer)
+        return examples
+    if names and labels and set(labels) != set(names):
+        raise AdaInferError(
+            f"--labels {','.join(labels)} are not those of the artifact: {','.join(names)}"
+        )
+    if names and not scores and find_labels(names, examples[0], tokenizer) != config.labels:
+        raise AdaInferError(
+            "after this prompt the labels begin with other tokens than at calibration: use the "
+            "template and the model of the calibration"
+        )
+    if names:
+        check_labels_known(examples, config.labels)
     return examples
 
 

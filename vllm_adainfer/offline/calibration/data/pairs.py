@@ -14,10 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data.examples import (
-    Example,
-    Row,
-)
+from vllm_adainfer.offline.calibration.data.examples import Example, Row
 from vllm_adainfer.offline.calibration.data.score_labels import NO, YES, separates_texts
 
 QUERY, DOCUMENTS, LABELS = "query", "documents", "labels"
@@ -25,12 +22,7 @@ NAMES = {"0": NO, "1": YES, "False": NO, "True": YES}  # of labels, as data sets
 
 
 def are_pairs(rows: Sequence[Row]) -> bool:
-    """Whether rows hold a query and its documents.
-
-    Raises:
-        AdaInferError: some do, and others do not.
-
-    """
+    """Whether rows hold a query and its documents; an AdaInferError if only some do."""
     hold = [QUERY in row.fields and DOCUMENTS in row.fields for row in rows]
     if any(hold) and not all(hold):
         odd = rows[hold.index(False)]
@@ -60,20 +52,23 @@ class Pairs:
     def of(cls, tokenizer: Any, hf_config: Any, chat_template: str | None) -> Pairs:
         """The way of a server with this ``--chat-template``, a file or the template itself.
 
-        Raises:
-            AdaInferError: the file cannot be read.
-
+        An AdaInferError if the file cannot be read.
         """
-        return cls(tokenizer, read_chat_template(chat_template), separates_texts(hf_config))
+        if chat_template is not None and "{" not in chat_template:
+            try:
+                chat_template = Path(chat_template).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise AdaInferError(
+                    f"cannot read --chat-template {chat_template}: {error}"
+                ) from None
+        return cls(tokenizer, chat_template, separates_texts(hf_config))
 
     def rendered(
         self, row: Row, query: str, document: str, more: Mapping[str, Any] = MappingProxyType({})
     ) -> tuple[str, list[int]]:
         """Text and token ids of a pair; the template gets `more`, such as an instruction.
 
-        Raises:
-            AdaInferError: the template rejects the pair of `row`.
-
+        An AdaInferError if the template rejects the pair of `row`.
         """
         tokenizer = self.tokenizer
         if self.template is not None:
@@ -97,23 +92,11 @@ class Pairs:
         return query + document, list(tokenizer(query + document)["input_ids"])
 
 
-def read_pairs(
-    rows: Sequence[Row], tokenizer: Any, hf_config: Any, chat_template: str | None, longest: int
-) -> list[Example]:
+def read_pairs(rows: Sequence[Row], pairs: Pairs, longest: int) -> list[Example]:
     """The prompts of all pairs, those of a query in one group.
 
-    Args:
-        rows: each with a query, its documents, and perhaps a label for each of them.
-        tokenizer: that of the model.
-        hf_config: the model's Hugging Face config.
-        chat_template: the server's ``--chat-template``, a file or the template itself.
-        longest: the most tokens that a prompt may have.
-
-    Raises:
-        AdaInferError: a row is malformed, the template rejects it, or a prompt is too long.
-
+    An AdaInferError if a row is malformed, the template rejects it, or a prompt is too long.
     """
-    pairs = Pairs.of(tokenizer, hf_config, chat_template)
     examples = []
     for number, row in enumerate(rows):
         for query, document, label in _pairs_of(row):
@@ -125,21 +108,6 @@ def read_pairs(
                 )
             examples.append(Example(row.place, text, token_ids, label, group=str(number)))
     return examples
-
-
-def read_chat_template(chat_template: str | None) -> str | None:
-    """The content of a file; anything else is the template itself, as for vLLM's option.
-
-    Raises:
-        AdaInferError: the file cannot be read.
-
-    """
-    if chat_template is None or "{" in chat_template:
-        return chat_template
-    try:
-        return Path(chat_template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AdaInferError(f"cannot read --chat-template {chat_template}: {error}") from None
 
 
 def _pairs_of(row: Row) -> Iterator[tuple[str, str, str | None]]:
