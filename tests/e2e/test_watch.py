@@ -13,6 +13,7 @@ import torch
 from prometheus_client import REGISTRY
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.request import Request
 
 from tests.byte_model import save_byte_model
 from tests.conftest import tiny_engine
@@ -22,7 +23,7 @@ from vllm_adainfer import stats
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.table import RECURS
-from vllm_adainfer.engine.scheduler.kinds import KindFile
+from vllm_adainfer.engine.scheduler.kinds import KindCounts
 from vllm_adainfer.errors import AdaInferError
 
 DRAW = np.random.default_rng(0)
@@ -189,14 +190,15 @@ def test_only_the_servers_user_may_read_what_it_counts(written, directory):
 def test_a_restart_goes_on_and_another_model_begins_anew(written, directory):
     auto = AutoDirectory(directory)
     facts = {name: written[name] for name in ("model", "tokenizer")}
-    again = KindFile(auto, **facts)
-    again.arrived(Kind("label", (7, 11)), 5)
+    again = KindCounts(str(auto.root), "raw_logprobs", **facts)
+    params = SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=[7, 11])
+    again.arrived(Request("a", [3, 1, 4], params, None))
     again.close()
     name = Kind("label", (7, 11)).name(auto.salt)
     now = read_json(auto.kinds)
     assert now["kinds"][name]["requests"] == len(PROMPTS) + 1
     assert (now["requests"], now["since"]) == (written["requests"] + 1, written["since"])
-    KindFile(auto, **{**facts, "model": "another"}).close()
+    KindCounts(str(auto.root), "raw_logprobs", **{**facts, "model": "another"}).close()
     assert read_json(auto.kinds)["kinds"] == {}
 
 

@@ -13,7 +13,7 @@ from vllm_adainfer.auto.directory import AutoDirectory, read_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.table import RECURS
 from vllm_adainfer.engine.scheduler import kinds
-from vllm_adainfer.engine.scheduler.kinds import KindCounts, KindFile
+from vllm_adainfer.engine.scheduler.kinds import KindCounts
 from vllm_adainfer.engine.scheduler.observer import Step
 
 
@@ -44,7 +44,7 @@ def counts(tmp_path) -> Any:
 
 def counted(counts: KindCounts) -> dict[str, Any]:
     counts.close()
-    found: dict[str, Any] = read_json(counts.file._directory.kinds)
+    found: dict[str, Any] = read_json(counts._directory.kinds)
     return found
 
 
@@ -72,7 +72,7 @@ def test_the_end_of_a_request_is_not_that_of_another_one_with_its_name(counts):
     counts.ended(first, "abort")
     counts.stepped(step(a=4))
     counts.close()
-    assert counts.file._table.no_kind.tokens == 4
+    assert counts._table.no_kind.tokens == 4
 
 
 def test_what_came_is_reported_now_and_then_and_once_no_work_is_left(counts, monkeypatch):
@@ -94,19 +94,23 @@ def test_what_came_is_reported_now_and_then_and_once_no_work_is_left(counts, mon
     counts.close()
 
 
+def counting(directory: AutoDirectory) -> KindCounts:
+    return KindCounts(str(directory.root), "raw_logprobs", model="m")
+
+
 def test_two_servers_in_one_directory_do_not_overwrite_each_others_counts(own, monkeypatch):
     monkeypatch.setattr(kinds, "WRITE_SECONDS", 0.01)
-    first = KindFile(own, model="m")
-    first.arrived(None, 5)
+    first = counting(own)
+    first.arrived(request("a", max_tokens=9))
     wait_for(own.kinds.exists)
-    second = KindFile(own, model="m")
+    second = counting(own)
     for _ in range(9):
-        second.arrived(None, 5)
+        second.arrived(request("a", max_tokens=9))
     second.close()
     first.close()
     assert read_json(own.kinds)["requests"] == 1
-    third = KindFile(own, model="m")
-    third.arrived(None, 5)
+    third = counting(own)
+    third.arrived(request("a", max_tokens=9))
     third.close()
     assert read_json(own.kinds)["requests"] == 2
 
@@ -124,9 +128,9 @@ def test_a_disk_that_is_full_stops_nothing_and_is_said_once(own, monkeypatch, ca
 
     monkeypatch.setattr(kinds, "write_json", full)
     monkeypatch.setattr(kinds, "WRITE_SECONDS", 0.01)
-    counting = KindFile(own, model="m")
+    counts = counting(own)
     for _ in range(5):
-        counting.arrived(None, 5)
-        counting._closed.wait(0.03)
-    counting.close()
+        counts.arrived(request("a", max_tokens=9))
+        counts._closed.wait(0.03)
+    counts.close()
     assert caplog_vllm.text.count("No space left on device") == 1

@@ -31,27 +31,32 @@ CLOSE_SECONDS = 5.0  # how long a stopping engine waits for the disk
 REPORT_SECONDS = 0.25
 
 
-class KindFile:
-    """Writes the counts to a directory's file, on a thread of its own.
+class KindCounts(Observer):
+    """Counts kinds, in a file of a directory that a thread of its own writes.
 
-    The counts of earlier runs of the server are gone on from, unless it served another model. While
-    another server counts in the directory, nothing is written.
+    A request runs exactly as it would without. What it costs is a look at its parameters on
+    arrival, and an addition for each request of a step. The counts of earlier runs of the server
+    are gone on from, unless it served another model. While another server counts in the directory,
+    nothing is written.
     """
 
-    def __init__(self, directory: AutoDirectory, **facts: Any) -> None:
-        """Read what an earlier run left, and start the thread.
+    def __init__(self, directory: str, logprobs_mode: str, **facts: Any) -> None:
+        """Read what an earlier run left in the directory, and start the thread.
 
-        Args:
-            directory: where the file is.
-            facts: what else the file says; it begins anew if they are others.
-
+        `logprobs_mode`, vLLM's, says what a read of probabilities gets. `facts` are what else the
+        file says; it begins anew if they are others. An AdaInferError if this process cannot write.
         """
-        self._directory, self._facts, self._salt = directory, facts, directory.salt
+        self._directory = AutoDirectory(directory)
+        self._directory.create()
+        self._facts, self._salt, self._mode = facts, self._directory.salt, logprobs_mode
         self._table, self._lock = KindTable(), Lock()
-        before = read_json(directory.kinds)
+        before = read_json(self._directory.kinds)
         if isinstance(before, dict) and all(before.get(key) == facts[key] for key in facts):
             self._table.restore(before)
-        self.labels = KindLabels(self._table.recurring(), self._salt)
+        self._labels = KindLabels(self._table.recurring(), self._salt)
+        self._counts: dict[str, tuple[Request, KindCount, str]] = {}
+        self._added: Counter[tuple[str, str]] = Counter()  # by series and label
+        self._next_report = 0.0
         self._held: ExitStack | None = None
         self._written: tuple[int, int] | None = None
         self._failed = False
@@ -59,15 +64,51 @@ class KindFile:
         self._thread = Thread(target=self._write_often, name="adainfer-kinds", daemon=True)
         self._thread.start()
 
-    def arrived(self, kind: Kind | None, prompt_tokens: int) -> KindCount:
-        """See `KindTable.arrived`."""
+    @override
+    def arrived(self, request: Request) -> None:
+        kind = self._kind_of(request)
         with self._lock:
-            return self._table.arrived(kind, prompt_tokens, time.time())
+            count = self._table.arrived(kind, request.num_prompt_tokens, time.time())
+        label = self._labels.of(count)
+        self._added["kind_requests", label] += 1
+        self._counts[request.request_id] = request, count, label
 
-    def ran(self, tokens: int) -> None:
-        """Count the token rows of a step."""
-        self._table.tokens += tokens
+    def _kind_of(self, request: Request) -> Kind | None:
+        """The kind of a request, by what was resolved of it if something was."""
+        resolved, adapter = resolved_of(request), request.lora_request
+        if resolved is not None and resolved.output is not None:
+            return kind_of_output(resolved.output, resolved.max_tokens, adapter)
+        return kind_of(params_of(request), adapter, request.resumable, self._mode)
 
+    @override
+    def stepped(self, step: Step) -> None:
+        """Count the token rows of the step."""
+        for request_id, rows in step.rows.items():
+            if request_id in self._counts:
+                _, count, label = self._counts[request_id]
+                count.tokens += rows
+                self._added["kind_tokens", label] += rows
+        self._table.tokens += sum(step.rows.values())
+
+    @override
+    def ended(self, request: Request, why: str | None) -> None:
+        counted = self._counts.get(request.request_id)
+        if counted is not None and counted[0] is request:  # another one may have its name by now
+            del self._counts[request.request_id]
+
+    @override
+    def report(self) -> Mapping[str, Any]:
+        """What came, now and then and once no work is left."""
+        now = time.monotonic()
+        is_idle = all(request.is_finished() for request, *_ in self._counts.values())
+        if now < self._next_report and not is_idle:
+            return {}
+        self._next_report = now + REPORT_SECONDS
+        added, self._added = self._added, Counter()
+        told = [(*series, count) for series, count in added.items()]
+        return {"added": told, "reads": self._labels.reads} if told else {}
+
+    @override
     def close(self) -> None:
         """Write the last counts; give up on a disk that hangs."""
         self._closed.set()
@@ -114,77 +155,3 @@ class KindFile:
                     error,
                 )
             self._failed = True
-
-
-class KindCounts(Observer):
-    """Counts kinds.
-
-    A request runs exactly as it would without. What it costs is a look at its parameters on
-    arrival, and an addition for each request of a step.
-    """
-
-    def __init__(self, directory: str, logprobs_mode: str, **facts: Any) -> None:
-        """Open the directory.
-
-        Args:
-            directory: the server's directory.
-            logprobs_mode: vLLM's, which says what a read of probabilities gets.
-            facts: see `KindFile`.
-
-        Raises:
-            AdaInferError: this process cannot write to it.
-
-        """
-        opened = AutoDirectory(directory)
-        opened.create()
-        self.file = KindFile(opened, **facts)
-        self._mode = logprobs_mode
-        self._counts: dict[str, tuple[Request, KindCount, str]] = {}
-        self._added: Counter[tuple[str, str]] = Counter()  # by series and label
-        self._next_report = 0.0
-
-    @override
-    def arrived(self, request: Request) -> None:
-        count = self.file.arrived(self._kind_of(request), request.num_prompt_tokens)
-        label = self.file.labels.of(count)
-        self._added["kind_requests", label] += 1
-        self._counts[request.request_id] = request, count, label
-
-    def _kind_of(self, request: Request) -> Kind | None:
-        """The kind of a request, by what was resolved of it if something was."""
-        resolved, adapter = resolved_of(request), request.lora_request
-        if resolved is not None and resolved.output is not None:
-            return kind_of_output(resolved.output, resolved.max_tokens, adapter)
-        return kind_of(params_of(request), adapter, request.resumable, self._mode)
-
-    @override
-    def stepped(self, step: Step) -> None:
-        """Count the token rows of the step."""
-        for request_id, rows in step.rows.items():
-            if request_id in self._counts:
-                _, count, label = self._counts[request_id]
-                count.tokens += rows
-                self._added["kind_tokens", label] += rows
-        self.file.ran(sum(step.rows.values()))
-
-    @override
-    def ended(self, request: Request, why: str | None) -> None:
-        counted = self._counts.get(request.request_id)
-        if counted is not None and counted[0] is request:  # another one may have its name by now
-            del self._counts[request.request_id]
-
-    @override
-    def report(self) -> Mapping[str, Any]:
-        """What came, now and then and once no work is left."""
-        now = time.monotonic()
-        is_idle = all(request.is_finished() for request, *_ in self._counts.values())
-        if now < self._next_report and not is_idle:
-            return {}
-        self._next_report = now + REPORT_SECONDS
-        added, self._added = self._added, Counter()
-        told = [(*series, count) for series, count in added.items()]
-        return {"added": told, "reads": self.file.labels.reads} if told else {}
-
-    @override
-    def close(self) -> None:
-        self.file.close()
