@@ -65,10 +65,8 @@ class AutoDirectory:
     def create(self) -> None:
         """Create the directory and its salt if they are missing.
 
-        Raises:
-            AdaInferError: this process cannot write there, others may read it, or its salt is
-                damaged.
-
+        An AdaInferError if this process cannot write there, others may read it, or its salt is
+        damaged.
         """
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -41,14 +41,7 @@ class Evidence:
     """The capital of those who bet that a bound does not hold; see the module docstring."""
 
     def __init__(self, stakes: int, block: int, alpha: float) -> None:
-        """Begin without any.
-
-        Args:
-            stakes: how many there are.
-            block: units, after which the next gamblers begin.
-            alpha: the probability of ever being wrong.
-
-        """
+        """Begin without any; new gamblers begin with every `block` of units, see above."""
         self._block, self._enough = block, 1 / alpha
         self._capital = np.zeros(stakes)
         self._units = self._begun = 0
@@ -59,13 +52,7 @@ class Evidence:
         return float(self._capital.sum()) >= self._enough
 
     def add(self, factors: Floats, units: int = 1) -> None:
-        """Bet on units that become known at once.
-
-        Args:
-            factors: [stakes], the sum of their `log_factors`.
-            units: how many they are.
-
-        """
+        """Bet on units that become known at once; `factors` [stakes] sum their `log_factors`."""
         begun = 1 + self._units // self._block  # known before the units
         weight = 1 / (self._begun + 1) - 1 / (begun + 1)
         self._capital += weight / len(self._capital)

@@ -43,16 +43,9 @@ RATES = np.geomspace(1e-4, 0.98, 120)  # the grid, to which a watch adds its eps
 
 @lru_cache
 def confidence_interval(disagreed: int, checked: int, alpha: float) -> tuple[float, float]:
-    """The time-uniform confidence interval of the rate of disagreement.
+    """The time-uniform confidence interval of the rate of disagreement, within [0, 1].
 
-    Args:
-        disagreed: k, the number of answers that differed.
-        checked: n, the number of answers compared so far.
-        alpha: the probability with which the interval may ever miss the true rate.
-
-    Returns:
-        the lower and the upper end, in [0, 1].
-
+    `alpha` is the probability with which it may ever miss the true rate.
     """
     a, b = PRIOR
     agreed = checked - disagreed

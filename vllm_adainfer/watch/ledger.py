@@ -67,9 +67,7 @@ class Ledger:
     def __init__(self, epsilon: float, alpha: float, rate: float) -> None:
         """Open a ledger without requests; `rate` is the highest of its rates.
 
-        Raises:
-            AdaInferError: the rate is too low to bound anything.
-
+        An AdaInferError if the rate is too low to bound anything.
         """
         if growth(GRID[-1], rate) == math.inf:
             raise AdaInferError(
@@ -129,11 +127,8 @@ class Ledger:
     def add(self, requests: int, decided: int, misses: int) -> None:
         """Count a step, and set the rate for the next one.
 
-        Args:
-            requests: all requests of the kind in this step.
-            decided: how many of them were under a policy, the compared ones included.
-            misses: how many of the compared ones the policy would have changed.
-
+        Of its `requests`, `decided` were under a policy, the compared ones included; of these, the
+        policy would have changed `misses`.
         """
         self.requests += requests
         self.decided += decided

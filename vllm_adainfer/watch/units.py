@@ -143,11 +143,8 @@ class Queries(Units):
     def began(self, request_id: str, query: str) -> None:
         """A document of a shadow query begins to run, or does so again.
 
-        Args:
-            request_id: its request.
-            query: the request of the query's first document, which names the query. Of a query that
-                began before this watch did, some scores are not known, so it never counts.
-
+        `query` is the request of its first document, which names it. Of a query that began before
+        this watch did, some scores are not known, so it never counts.
         """
         document, query = request_id[-LONGEST:], query[-LONGEST:]
         if document == query and query not in self._of_parts:
@@ -167,14 +164,9 @@ class Queries(Units):
     def compared(
         self, request_ids: Sequence[str], levels: Ints, early: Floats, full: Floats
     ) -> None:
-        """Note the scores of documents.
+        """Note the scores of documents in service and at full depth; all are [documents].
 
-        Args:
-            request_ids: [documents], the request of each.
-            levels: [documents], the level each was decided at, or `NO_LEVEL`.
-            early: [documents], the scores that they have in service.
-            full: [documents], their scores at full depth.
-
+        `levels` are those that each was decided at, or `NO_LEVEL`.
         """
         documents = zip(request_ids, levels.tolist(), early.tolist(), full.tolist(), strict=True)
         for request_id, level, early_score, full_score in documents:

@@ -157,16 +157,9 @@ class Watch:
             self.labels.append(watch)
 
     def observe(self, request_ids: Sequence[str], levels: Ints, disagreed: Bools) -> list[Reading]:
-        """Count answers that have been compared with full depth.
+        """Count answers that have been compared with full depth; all are [answers].
 
-        Args:
-            request_ids: [answers], the request of each.
-            levels: [answers], the level each was decided at.
-            disagreed: [answers], True where the answer differs from full depth.
-
-        Returns:
-            the reading of each level whose bound has just been found broken.
-
+        Returns the reading of each level whose bound has just been found broken.
         """
         found = []
         answers = zip(request_ids, levels.tolist(), disagreed.tolist(), strict=True)

@@ -95,15 +95,9 @@ class AdmittedKinds:
     ) -> tuple[Bools, RecordedRequests | None]:
         """Let a step's requests exit as far as the ledgers allow, and record those of new kinds.
 
-        Args:
-            requests: those of the step.
-            first_tokens: places of those that yield their first token.
-            lens: [requests], the rows of each.
-            threshold_rows: [requests]; those that must run all layers get `FULL_DEPTH`.
-
-        Returns:
-            bool [requests], who runs all layers to be compared; and who is recorded.
-
+        Those at `first_tokens` yield their first token. `lens` [requests] are the rows of each;
+        `threshold_rows` [requests] become `FULL_DEPTH` where all layers must run. Returns bool
+        [requests], who runs all layers to be compared; and who is recorded.
         """
         self._started = time.perf_counter()
         compared = np.zeros(len(requests), dtype=np.bool_)

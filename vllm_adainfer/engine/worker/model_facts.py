@@ -38,12 +38,7 @@ class ModelFacts:
     ) -> None:
         """Forget rows, policies and ledgers that are for another model or other settings.
 
-        Args:
-            directory: where the trainer reads.
-            auto: the settings.
-            model: an `EarlyExit`, whose weights are loaded and whose loop is built.
-            vllm_config: the engine's config.
-
+        `model` is an `EarlyExit` whose weights are loaded and whose loop is built.
         """
         self._directory, self._model, self._config = directory, model, vllm_config
         self._identity = {
@@ -80,13 +75,7 @@ class ModelFacts:
         return self._directory.model.exists()
 
     def write(self, step_seconds: float, steps: int) -> None:
-        """Write them; by now it is known how fast the layers are.
-
-        Args:
-            step_seconds: time of all steps so far.
-            steps: their number.
-
-        """
+        """Write them; by now it is known how fast the layers are, by the time of all `steps`."""
         head = self._model.logit_lens().head.weight.cpu().contiguous()
         with whole_file(self._directory.head) as draft:
             save_file({"head_weight": head}, draft)

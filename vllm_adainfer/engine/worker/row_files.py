@@ -44,10 +44,8 @@ class RowFiles:
     ) -> None:
         """Write the rows of a chunk that are of `wanted` kinds; arguments as for `ChunkReader`.
 
-        Raises:
-            OSError: they cannot be written, or would be too many, or would leave too little of the
-                disk; the chunk is lost.
-
+        An OSError if they cannot be written, or would be too many, or would leave too little of the
+        disk; the chunk is lost.
         """
         root = self._directory.root
         if shutil.disk_usage(root).free < FREE_BYTES:

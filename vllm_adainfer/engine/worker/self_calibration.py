@@ -49,9 +49,7 @@ class SelfCalibration:
     def __init__(self, auto: Auto, served: ServedPolicies) -> None:
         """`served` are the worker's policies; its model's weights are loaded, its loop is built.
 
-        Raises:
-            AdaInferError: this process cannot write to the directory, or another server has it.
-
+        An AdaInferError if this process cannot write to the directory, or another server has it.
         """
         self._model = model = served.model
         self._directory = directory = AutoDirectory(auto.directory)

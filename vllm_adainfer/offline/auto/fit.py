@@ -51,9 +51,7 @@ class Served:
     def read(cls, directory: AutoDirectory) -> Served:
         """The model that the worker has described.
 
-        Raises:
-            AdaInferError: it has not, or the description or the model cannot be read.
-
+        An AdaInferError if it has not, or the description or the model cannot be read.
         """
         facts = read_json(directory.model)
         try:
@@ -71,9 +69,7 @@ class Served:
     def answers(self, kind: Kind) -> tuple[tuple[Label, ...], Choices | None]:
         """The labels of a kind, and its choices if it has any.
 
-        Raises:
-            AdaInferError: no first token decides a choice.
-
+        An AdaInferError if no first token decides a choice.
         """
         if not kind.choices:
             return labels_of(kind.labels, self.tokenizer), None
@@ -93,9 +89,7 @@ def policy_of(
 
     They were answered by the tokens that a request of this kind allows.
 
-    Raises:
-        AdaInferError: no first token decides a choice of the kind.
-
+    An AdaInferError if no first token decides a choice of the kind.
     """
     labels, choices = served.answers(kind)
     answers = torch.tensor([label.token_id for label in labels])

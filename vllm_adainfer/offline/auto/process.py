@@ -17,15 +17,9 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def run(root: Path, parent: int | None) -> None:
-    """Train for the server of a directory until this process is ended.
+    """Train for the server of a directory until this process ends, or `parent`, if that is given.
 
-    Args:
-        root: the directory.
-        parent: the process with which this one ends; None goes on without it.
-
-    Raises:
-        AdaInferError: another trainer works there, or this user may not write there.
-
+    An AdaInferError if another trainer works there, or this user may not write there.
     """
     if parent is not None:
         end_with_parent(parent)
@@ -50,9 +44,7 @@ def run(root: Path, parent: int | None) -> None:
 def only_one(directory: AutoDirectory) -> Iterator[None]:
     """Hold the trainer's lock of a directory.
 
-    Raises:
-        AdaInferError: another trainer holds it.
-
+    An AdaInferError if another trainer holds it.
     """
     with directory.held("trainer") as is_held:
         if not is_held:

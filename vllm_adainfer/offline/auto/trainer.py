@@ -68,13 +68,7 @@ class Trainer:
     """Looks after the kinds in a directory."""
 
     def __init__(self, directory: AutoDirectory, tries: Sequence[int] = TRIES) -> None:
-        """Begin; what a killed trainer left half-written is deleted.
-
-        Args:
-            directory: the server's directory.
-            tries: how many rows a kind has when it is tried.
-
-        """
+        """Begin at `tries` rows; what a killed trainer left half-written is deleted."""
         self.directory, self.tries = directory, tries
         self._begun: set[tuple[str, int]] = set()  # by this trainer
         self._waits: dict[str, tuple[float, float]] = {}  # until when, after how many seconds

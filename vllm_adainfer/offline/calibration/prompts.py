@@ -105,9 +105,7 @@ class Prompts:
 def load_prompts(request: CalibrationRequest) -> Prompts:
     """Check the request, and read its data.
 
-    Raises:
-        AdaInferError: the input, the model or the number of rows does not allow it.
-
+    An AdaInferError if the input, the model or the number of rows does not allow it.
     """
     check_writable(request.output)
     options, rows, data = request.options, read_rows(request.data), str(request.data)
@@ -264,9 +262,7 @@ def _answers(
 def right_tokens(examples: list[Example], labels: tuple[Label, ...], tokenizer: Any) -> RightTokens:
     """For each prompt, the first token of its label.
 
-    Raises:
-        AdaInferError: a row has no label.
-
+    An AdaInferError if a row has no label.
     """
     ids = {label.name: label.token_id for label in labels}
     right: list[set[int]] = []

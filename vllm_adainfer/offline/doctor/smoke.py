@@ -9,22 +9,21 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import SharedTokens
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.record.engine import (
-    greedy,
-    scores_of,
-    start_engine,
-    stop_engine,
-)
+from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.doctor.finding import Finding, fail, ok
 from vllm_adainfer.offline.evaluation.measure import run
-from vllm_adainfer.offline.evaluation.requests import choice_params, longest_choice
+from vllm_adainfer.offline.evaluation.requests import (
+    engine_settings,
+    longest_choice,
+    request_params,
+)
 from vllm_adainfer.offline.evaluation.run import Run
 from vllm_adainfer.offline.pretrained import Model
 from vllm_adainfer.settings.request import EXIT_ARG
 from vllm_adainfer.stats import stats
 
 if TYPE_CHECKING:
-    from vllm import LLM, PoolingParams, SamplingParams
+    from vllm import LLM
 
 SENTENCES = (
     "A warm and clever film that I would gladly see again.",
@@ -45,7 +44,8 @@ def examine_engine(model: Model, artifact: str, config: ArtifactConfig) -> Itera
     examples = smoke_examples(config.shared, model.tokenizer, longest)
     switch = {"artifact": artifact}
     try:
-        engine = start_engine(model.path, examples, switch, tokens, **model.engine_settings)
+        settings = {**engine_settings(config), **model.engine_settings}
+        engine = start_engine(model.path, examples, switch, tokens, **settings)
     except AdaInferError as error:
         yield fail(f"engine: {error}")
         return
@@ -53,9 +53,10 @@ def examine_engine(model: Model, artifact: str, config: ArtifactConfig) -> Itera
         yield _model_class(engine)
         if current_platform.is_cuda_alike():
             yield self_test_found(stats(engine)["failed_parts"])
+        asked = [request_params(config, None, extra) for extra in (None, {EXIT_ARG: 0})]
         early, full = (
             run(engine, examples, [params] * len(examples), config, True, model.lora_request)
-            for params in (_params(config, None), _params(config, {EXIT_ARG: 0}))
+            for params in asked
         )
         yield exits_found(early, full, config.layers)
         yield full_depth_found(full, config.layers)
@@ -116,22 +117,10 @@ def full_depth_found(full: Run, depth: int) -> Finding:
     return ok(f"full depth: {count} of {count} {requests} ran all {depth} layers")
 
 
-def _params(
-    config: ArtifactConfig, extra_args: dict[str, Any] | None
-) -> SamplingParams | PoolingParams:
-    if config.score_head is not None:
-        return scores_of(extra_args)
-    if config.choices:
-        return choice_params(config.choices, extra_args)
-    return greedy(config.label_ids, extra_args)
-
-
 def _model_class(engine: LLM) -> Finding:
     """The model class that runs, and where it runs.
 
-    Raises:
-        AdaInferError: the engine runs stock vLLM, without our counters.
-
+    An AdaInferError if the engine runs stock vLLM, without our counters.
     """
     from vllm.platforms import current_platform
 

@@ -39,16 +39,8 @@ def measure(
 ) -> Rounds:
     """Warm up, then run `repeat` rounds: stock once, then vllm-adainfer at each epsilon.
 
-    Args:
-        stock: an engine without the plugin.
-        ours: an engine with it. Both were started with the `engine_settings` of `config`.
-        examples: the prompts.
-        config: the artifact's config, which determines what the requests ask for.
-        epsilons: the bounds to measure.
-        repeat: number of rounds.
-        max_tokens: tokens to generate per prompt.
-        adapter: LoRA adapter of all requests; None for the base model.
-
+    Both engines were started with the `engine_settings` of `config`, the artifact's, which
+    determines what the requests ask for.
     """
 
     def once(engine: LLM, epsilon: float | None, prompts: Sequence[Example] = examples) -> Run:
@@ -81,17 +73,8 @@ def run(
 ) -> Run:
     """Run all prompts, starting from an empty prefix cache.
 
-    Args:
-        engine: the engine.
-        examples: the prompts.
-        params: parameters of each request.
-        config: the artifact's config.
-        counted: whether the engine has the plugin, which counts layers.
-        adapter: LoRA adapter of all requests; None for the base model.
-
-    Raises:
-        AdaInferError: `counted`, but the engine runs stock vLLM.
-
+    `counted`: whether the engine has the plugin, which counts layers; an AdaInferError if it runs
+    stock vLLM.
     """
     engine.reset_prefix_cache()
     before = stats(engine) if counted else None

@@ -32,12 +32,7 @@ def request_params(
 ) -> SamplingParams | PoolingParams:
     """Parameters of a greedy request for the output that the policy's bound covers.
 
-    Args:
-        config: the artifact's config.
-        labels: token ids of the labels that the request names; None for those of the artifact.
-        extra_args: the request's ``extra_args``.
-        max_tokens: how many tokens to generate, if the request is for tokens.
-
+    `labels` are ids of those that the request names; None for those of the artifact.
     """
     form, ids = Output.of_config(config).form, list(labels or config.label_ids)
     if form is Form.SCORES:

@@ -56,9 +56,7 @@ def read_requests(
     A request with several items or questions becomes as many prompts, as in vLLM. Token ids must be
     below `vocabulary`. Prompts of more than `max_tokens` tokens are left out.
 
-    Raises:
-        AdaInferError: a line is not a request, or none can exit.
-
+    An AdaInferError if a line is not a request, or none can exit.
     """
 
     def read(row: Row, url: str, body: Mapping[str, Any]) -> Iterator[Example]:
@@ -77,9 +75,7 @@ def read_lines(
 ) -> list[Example]:
     """What `read` makes of the url and body of each line; see `read_requests`.
 
-    Raises:
-        AdaInferError: a line is not a request, or none can exit.
-
+    An AdaInferError if a line is not a request, or none can exit.
     """
     examples: list[Example] = []
     left_out = Counter[str]()

@@ -53,9 +53,7 @@ class Choices:
 def find_choices(texts: Sequence[str], tokenizer: Any, vocabulary: int) -> Choices:
     """The tokens of each of `texts`, written as in requests, of a model's `vocabulary`.
 
-    Raises:
-        AdaInferError: there are fewer than two, one is empty, or no first token decides one.
-
+    An AdaInferError if there are fewer than two, one is empty, or no first token decides one.
     """
     if len(set(texts)) != len(texts) or len(texts) < 2 or not all(texts):
         raise AdaInferError(f"--choices needs at least two different texts, got {list(texts)}")
@@ -131,9 +129,7 @@ def token_bytes(tokenizer: Any, vocabulary: int) -> list[bytes]:
 def with_labels(examples: Sequence[Example], texts: Sequence[str]) -> list[Example]:
     """Name the right label of each example as its choice is written, with its blanks.
 
-    Raises:
-        AdaInferError: one is none of the choices.
-
+    An AdaInferError if one is none of the choices.
     """
     exact = {text.strip(): text for text in texts} | {text: text for text in texts}
     for example in examples:
@@ -152,9 +148,7 @@ def common_choices(
 ) -> tuple[list[Example], tuple[str, ...]]:
     """The requests with the choices `asked` for, or those that all have; none if they name labels.
 
-    Raises:
-        AdaInferError: no request has these choices, or requests differ and none are asked for.
-
+    An AdaInferError if no request has these choices, or requests differ and none are asked for.
     """
     sets = Counter(frozenset(example.choices or ()) for example in examples)
     wanted = frozenset(asked)

@@ -53,9 +53,7 @@ class Example:
 def read_rows(path: Path) -> list[Row]:
     """Read a JSON-lines file of objects, or all files ``*.jsonl`` of a directory.
 
-    Raises:
-        AdaInferError: there is none, it is empty, or a line is not a JSON object.
-
+    An AdaInferError if there is none, it is empty, or a line is not a JSON object.
     """
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     rows = [row for file in files for row in _rows_of(file)]
@@ -91,9 +89,7 @@ def read_template(template: str | None) -> str | None:
     A shell leaves ``\\n`` in quotes as it is, so it stands for a line break, as in the requests of
     clients.
 
-    Raises:
-        AdaInferError: the file cannot be read.
-
+    An AdaInferError if the file cannot be read.
     """
     if template is None or not template.startswith("@"):
         return None if template is None else template.replace("\\n", "\n")
@@ -115,9 +111,7 @@ def make_examples(
     Without a template (a format string over a row's fields), a row needs the field ``prompt`` or
     ``messages`` (chat). `max_tokens` is the longest prompt the model takes.
 
-    Raises:
-        AdaInferError: a field is missing or of the wrong kind, or a prompt is too long.
-
+    An AdaInferError if a field is missing or of the wrong kind, or a prompt is too long.
     """
     examples = []
     for row in rows:
@@ -155,9 +149,7 @@ def _render(row: Row, tokenizer: Any, template: str | None) -> tuple[str, bool]:
 def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
     """The prompt that the tokenizer's chat template makes of `messages`.
 
-    Raises:
-        ValueError: the template rejects them.
-
+    A ValueError if the template rejects them.
     """
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
@@ -168,9 +160,7 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options
 def fill(template: str, row: Row) -> str:
     """`template`, a format string, filled in with the row's fields.
 
-    Raises:
-        AdaInferError: the row lacks a field, or the template is not a valid format string.
-
+    An AdaInferError if the row lacks a field, or the template is not a valid format string.
     """
     try:
         for _, name, _, _ in string.Formatter().parse(template):
@@ -193,9 +183,7 @@ def fill(template: str, row: Row) -> str:
 def find_labels(names: Sequence[str], example: Example, tokenizer: Any) -> tuple[Label, ...]:
     """The token that stands for each label: its first one after the prompt.
 
-    Raises:
-        AdaInferError: there are fewer than two labels, or two labels share their first token.
-
+    An AdaInferError if there are fewer than two labels, or two labels share their first token.
     """
     if len(set(names)) != len(names) or len(names) < 2 or not all(names):
         raise AdaInferError(f"--labels needs at least two different names, got {list(names)}")
@@ -216,9 +204,7 @@ def first_token(prompt: str, answer: str, tokenizer: Any) -> int:
 
     A space goes between the two unless the prompt ends with white space.
 
-    Raises:
-        AdaInferError: the answer merges with the prompt into one token.
-
+    An AdaInferError if the answer merges with the prompt into one token.
     """
     separator = "" if prompt[-1:].isspace() else " "
     alone = tokenizer.encode(prompt, add_special_tokens=False)
@@ -234,9 +220,7 @@ def first_token(prompt: str, answer: str, tokenizer: Any) -> int:
 def check_labels_known(examples: Sequence[Example], labels: Sequence[Label]) -> None:
     """Check that every label in the data is one of `labels`.
 
-    Raises:
-        AdaInferError: one is not; the message names the first such row.
-
+    An AdaInferError if one is not; the message names the first such row.
     """
     names = [label.name for label in labels]
     for example in examples:

@@ -27,9 +27,7 @@ def pool_of(names: Sequence[str], examples: Sequence[Example], tokenizer: Any) -
 
     `names` are those of `POOLS`, or token ids; a label is the token that follows the first prompt.
 
-    Raises:
-        AdaInferError: a name is unknown, there are too many labels, or a request names another.
-
+    An AdaInferError if a name is unknown, there are too many labels, or a request names another.
     """
     tokens = [int(name) for name in names if name.isdecimal()]
     unknown = [name for name in names if not name.isdecimal() and name not in POOLS]
@@ -62,9 +60,7 @@ def pool_of(names: Sequence[str], examples: Sequence[Example], tokenizer: Any) -
 def common_labels(examples: Sequence[Example], tokenizer: Any) -> tuple[Label, ...]:
     """The labels of requests that all name the same ones.
 
-    Raises:
-        AdaInferError: they do not.
-
+    An AdaInferError if they do not.
     """
     sets = {frozenset(example.labels or ()) for example in examples}
     if len(sets) > 1:

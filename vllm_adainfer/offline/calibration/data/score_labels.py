@@ -33,9 +33,7 @@ def score_labels(hf_config: Any) -> tuple[Label, ...]:
     A single column, as rerankers have, gets the labels "no" and "yes": its sigmoid is the
     probability of "yes".
 
-    Raises:
-        AdaInferError: two columns have the same name.
-
+    An AdaInferError if two columns have the same name.
     """
     columns = score_columns(hf_config)
     names = [NO, YES] if columns == 1 else _names(hf_config)

@@ -31,9 +31,7 @@ def read_score_requests(
 
     Token ids must be below `vocabulary`. Prompts of more than `longest` tokens are left out.
 
-    Raises:
-        AdaInferError: a line is not a request, none can exit, or a template rejects a pair.
-
+    An AdaInferError if a line is not a request, none can exit, or a template rejects a pair.
     """
 
     def read(row: Row, url: str, body: Mapping[str, Any]) -> Iterator[Example]:

@@ -40,17 +40,10 @@ class StudentBase:
 def load_student_base(
     source: str, examples: Sequence[Example], model_tokenizer: Any, shared: SharedTokens
 ) -> StudentBase:
-    """Load an encoder, and read the prompts with its tokenizer.
+    """Load an encoder, a directory or hub id, and read the prompts with its tokenizer.
 
-    Args:
-        source: directory or hub id.
-        examples: the prompts.
-        model_tokenizer: that of the model whose prompts they are.
-        shared: the tokens that the prompts begin and end with; it reads what lies between.
-
-    Raises:
-        AdaInferError: there is no such encoder, or it cannot be a student.
-
+    It reads what lies between the tokens that are `shared`, decoded by `model_tokenizer`. An
+    AdaInferError if there is no such encoder, or it cannot be a student.
     """
     from transformers import AutoModel
 
