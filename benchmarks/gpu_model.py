@@ -66,18 +66,6 @@ PROMPTS, LENGTH = 32, 256  # of a step of prompts
 
 
 @dataclass(frozen=True)
-class Host:
-    """Microseconds of Python on this machine.
-
-    Attributes:
-        ask: at an exit point where requests are asked.
-
-    """
-
-    ask: float
-
-
-@dataclass(frozen=True)
 class Llama:
     """One rank's part of a model.
 
@@ -150,7 +138,7 @@ def outside_graphs(asked: dict[str, int], launches: float = 0) -> float:
     )
 
 
-def decoding(model: Llama, batch: int, host: Host) -> dict[str, float]:
+def decoding(model: Llama, batch: int, ask_us: float) -> dict[str, float]:
     """Milliseconds of a decode step."""
     layer, fixed = model.layer(batch, CONTEXT), ASSUMED["us of vLLM's own input and sampling"]
     own = fixed * MICRO + model.head(batch)
@@ -162,7 +150,7 @@ def decoding(model: Llama, batch: int, host: Host) -> dict[str, float]:
     )
     nobody = stock + staged + (POINTS + 1) * boundary
     asked = {name: n / len(EXIT_POINTS) for name, n in decode_step(NEVER).asked.items()}
-    question = outside_graphs(asked) + host.ask * MICRO + model.collectives(1, 1)  # type: ignore[arg-type]
+    question = outside_graphs(asked) + ask_us * MICRO + model.collectives(1, 1)  # type: ignore[arg-type]
     left = 3  # all leave together at the third point, after three fifths of the layers
     early = (
         fixed * MICRO
@@ -181,7 +169,7 @@ def decoding(model: Llama, batch: int, host: Host) -> dict[str, float]:
     }
 
 
-def prompts(model: Llama, host: Host) -> dict[str, float]:
+def prompts(model: Llama, ask_us: float) -> dict[str, float]:
     """Milliseconds of a step of prompts that are answered with labels, a fifth at each depth."""
     rows = PROMPTS * LENGTH
     own = ASSUMED["us of vLLM's own input and sampling"] * MICRO
@@ -195,19 +183,22 @@ def prompts(model: Llama, host: Host) -> dict[str, float]:
     for segment in range(POINTS + 1):
         part = rows * (POINTS + 1 - segment) // (POINTS + 1)
         early += model.layers / (POINTS + 1) * model.layer(part, LENGTH / 2)
-    early += POINTS * (outside_graphs(asked) + regroup + 2 * host.ask * MICRO)  # type: ignore[arg-type]
+    early += POINTS * (outside_graphs(asked) + regroup + 2 * ask_us * MICRO)  # type: ignore[arg-type]
     return {"stock": 1e3 * stock, "40 % saved": 1e3 * early}
 
 
-def measured_host() -> Host:
-    """Python's share, timed here; the kernels' work on 16 rows of 64 numbers is negligible."""
+def measured_ask() -> float:
+    """Microseconds of Python where requests are asked, timed here.
+
+    The kernels' work on 16 rows of 64 numbers is negligible.
+    """
     loop, ids = loop_of(NEVER, 16), torch.zeros(16, dtype=torch.int64)
 
     def run(full_depth: int) -> None:
         loop.run(Layers(), ids, step_of(16, full_depth))
 
     none, all_asked = timed(partial(run, 16)), timed(partial(run, 0))
-    return Host(ask=1e6 * (all_asked - none) / len(EXIT_POINTS))
+    return 1e6 * (all_asked - none) / len(EXIT_POINTS)
 
 
 def timed(run: Callable[[], object], repeats: int = 200) -> float:
@@ -226,17 +217,17 @@ def main(
     ),
 ) -> None:
     """Predict decode steps and steps of prompts on an H100."""
-    host = measured_host()
+    ask_us = measured_ask()
     report = {
         "predicted": "nothing here was measured on a GPU",
         "assumed": ASSUMED,
-        "host_us": vars(host),
+        "host_us": {"ask": ask_us},
         "decoding": {
-            name: {batch: decoding(Llama(SHAPES[name], ranks), batch, host) for batch in BATCHES}
+            name: {batch: decoding(Llama(SHAPES[name], ranks), batch, ask_us) for batch in BATCHES}
             for name, ranks in MODELS.items()
         },
         "prompts": {
-            name: prompts(Llama(SHAPES[name], ranks), host) for name, ranks in MODELS.items()
+            name: prompts(Llama(SHAPES[name], ranks), ask_us) for name, ranks in MODELS.items()
         },
         "provenance": provenance(),
     }

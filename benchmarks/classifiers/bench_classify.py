@@ -25,7 +25,8 @@ import typer
 
 from benchmarks.classifiers.label_classifier import label_classifier
 from benchmarks.common.intervals import share_of, shares_of, speedups_of
-from benchmarks.common.report_files import write_report
+from benchmarks.common.report_files import add_report
+from benchmarks.common.rounds import in_rounds
 from benchmarks.serving.bench_choices import layer_rows
 from benchmarks.serving.sending import Sent, send
 from benchmarks.serving.serve_report import OURS, STOCK
@@ -87,9 +88,7 @@ def main(
         **measured,
         "provenance": provenance(),
     }
-    found = json.loads(output.read_text()) if output.is_file() else []
-    reports = [*(one for one in found if one["task"] != title), report]
-    write_report(output, reports, table(reports))
+    add_report(output, report, table)
 
 
 def measure(
@@ -99,16 +98,14 @@ def measure(
     repeat: int,
 ) -> dict[str, Any]:
     """Send all requests to both servers in turn, at once and then some of them alone."""
-    at_once: dict[str, list[Sent]] = {name: [] for name in servers}
-    alone: dict[str, list[Sent]] = {name: [] for name in servers}
     for server in servers.values():
-        send(server, PATH, bodies[:ALONE], [0.0] * ALONE)
+        send(server, PATH, bodies[:ALONE])
     before = layer_rows(servers[OURS])
-    for _ in range(repeat):
-        for name, server in servers.items():
-            at_once[name].append(send(server, PATH, bodies, [0.0] * len(bodies)))
-        for name, server in servers.items():
-            alone[name].append(send(server, PATH, bodies[:ALONE]))
+    names = [*servers]
+    at_once = in_rounds(names, repeat, lambda name: send(servers[name], PATH, bodies))
+    alone = in_rounds(
+        names, repeat, lambda name: send(servers[name], PATH, bodies[:ALONE], at_once=1), "alone"
+    )
     run, skipped = layer_rows(servers[OURS]) - before
     answers = {name: labels_of(sent[0]) for name, sent in at_once.items()}
     count = len(bodies)

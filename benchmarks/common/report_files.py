@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,18 @@ def write_report(output: Path, report: Any, table: str, plot: bytes | None = Non
     if plot is not None:
         write_whole(output.with_suffix(".png"), plot)
     typer.echo(table)
+
+
+def add_report(
+    output: Path,
+    report: Mapping[str, Any],
+    table: Callable[[Sequence[Any]], str],
+    keys: Sequence[str] = ("task",),
+) -> None:
+    """Write `report` to `output`, beside those there that differ from it in one of `keys`."""
+    found = json.loads(output.read_text()) if output.is_file() else []
+    others = [one for one in found if any(one[key] != report[key] for key in keys)]
+    write_report(output, [*others, report], table([*others, report]))
 
 
 def as_png(figure: Figure, provenance: Mapping[str, Any]) -> bytes:

@@ -27,6 +27,7 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.common.report_files import write_report
+from benchmarks.common.rounds import in_rounds
 from vllm_adainfer.artifact.files import load_artifact_config, load_details
 from vllm_adainfer.offline.calibration.data.examples import Example, Row, make_examples
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
@@ -162,11 +163,12 @@ def measure_speed(
     """Measure interleaved rounds at one batch size; returns a row per variant."""
     for variant in VARIANTS:
         run(engines, variant, examples[:batch], batch, 4)
-    passes: dict[str, list[Run]] = {variant: [] for variant in VARIANTS}
-    for number in tqdm(range(rounds), desc=f"batch {batch}", unit="round"):
-        turn = number % len(VARIANTS)
-        for variant in VARIANTS[turn:] + VARIANTS[:turn]:
-            passes[variant].append(run(engines, variant, examples, batch, max_tokens))
+    passes = in_rounds(
+        VARIANTS,
+        rounds,
+        lambda variant: run(engines, variant, examples, batch, max_tokens),
+        f"batch {batch}",
+    )
     rows = []
     for variant, found in passes.items():
         is_stock = variant == STOCK

@@ -11,7 +11,6 @@ policies, which costs each of them a little.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -26,7 +25,7 @@ import numpy as np
 import typer
 
 from benchmarks.common.intervals import share_of, shares_of, speedups_of
-from benchmarks.common.report_files import write_report
+from benchmarks.common.report_files import add_report
 from benchmarks.offline.in_turn import Round, hold_back, measured, run_in_turn
 from benchmarks.offline.resamples import resampled
 from vllm_adainfer.arrays import Ints
@@ -101,9 +100,7 @@ def main(
         "policies": rows,
         "provenance": provenance(),
     }
-    found = json.loads(output.read_text()) if output.is_file() else []
-    reports = [*(one for one in found if one["task"] != title), report]
-    write_report(output, reports, "\n".join(map(table, reports)))
+    add_report(output, report, lambda reports: "\n".join(map(table, reports)))
 
 
 def promises(options: PolicyOptions, labels: Sequence[str]) -> dict[str, PolicyOptions]:

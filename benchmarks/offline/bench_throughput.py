@@ -108,7 +108,6 @@ CASES = [
     *(Case(1024, batch) for batch in (1, 8)),
     *(Case(32, batch, output=32) for batch in (1, 8, 32)),
 ]
-QUICK_CASES = [Case(32, 8), Case(128, 32)]
 GPU_CASES = [
     *(Case(128, batch) for batch in (1, 8, 64, 256)),
     *(Case(1024, batch) for batch in (1, 8, 32)),
@@ -138,16 +137,15 @@ def main(
     ],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/throughput.json"),
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="Two cases, one exit point.")] = False,
 ) -> None:
     """Measure, and write JSON, a Markdown table and a plot next to each other."""
     if model in SHAPES:
         model = str(write_shape(model, Path(tempfile.mkdtemp())))
     hf_config, _ = load_config_and_tokenizer(model)
     depth, vocabulary = hf_config.num_hidden_layers, hf_config.vocab_size
-    cases = QUICK_CASES if quick else GPU_CASES if ON_GPU else CASES
+    cases = GPU_CASES if ON_GPU else CASES
     measured: list[dict[str, dict[str, Any]]] = [{} for _ in cases]
-    for names in side_by_side(quick):
+    for names in side_by_side():
         engines = start_engines(model, depth, cases, names)
         for case, found in zip(tqdm(cases, desc="cases", unit="case"), measured, strict=True):
             prompts = random_prompts(case.batch, case.length, vocabulary)
@@ -172,11 +170,11 @@ def main(
     write_report(output, report, table(report), plot(report))
 
 
-def side_by_side(quick: bool) -> list[tuple[str, ...]]:
+def side_by_side() -> list[tuple[str, ...]]:
     """The engines that run in turn: all, or each with stock on a GPU, whose memory is full then."""
     if ON_GPU:
         return [(STOCK, other) for other in (HALF, ONE, FOUR)]
-    return [(STOCK, HALF, ONE) if quick else (STOCK, HALF, IDLE, ONE, FOUR)]
+    return [(STOCK, HALF, IDLE, ONE, FOUR)]
 
 
 def start_engines(

@@ -13,7 +13,6 @@ the answers stay, a layer takes as long as before, and there are twice as many.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ import typer
 
 from benchmarks.common.intervals import share_of, shares_of, speedups_of
 from benchmarks.common.minilm import fetch_minilm
-from benchmarks.common.report_files import write_report
+from benchmarks.common.report_files import add_report
 from benchmarks.offline.in_turn import hold_back, measured, run_in_turn
 from benchmarks.offline.resamples import resampled
 from benchmarks.offline.slow_model import with_idle_layers
@@ -114,15 +113,7 @@ def main(
         "policies": measured,
         "provenance": provenance(),
     }
-    reports = [*earlier(output, report), report]
-    write_report(output, reports, "\n".join(map(table, reports)))
-
-
-def earlier(output: Path, report: Mapping[str, Any]) -> list[Any]:
-    """The reports that `output` holds of other tasks."""
-    found = json.loads(output.read_text()) if output.is_file() else []
-    key = report["task"], report["slow"]
-    return [one for one in found if (one["task"], one["slow"]) != key]
+    add_report(output, report, lambda all: "\n".join(map(table, all)), ("task", "slow"))
 
 
 @dataclass(frozen=True)

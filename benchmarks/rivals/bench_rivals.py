@@ -14,7 +14,6 @@ chosen as if the student took no time, so that it is in its policies also where 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -28,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is import
 import typer
 
 from benchmarks.common.minilm import fetch_minilm
-from benchmarks.common.report_files import write_report
+from benchmarks.common.report_files import add_report
 from benchmarks.rivals.contest import Contest
 from benchmarks.rivals.report import markdown
 from benchmarks.rivals.task import read_task, sample
@@ -97,9 +96,7 @@ def main(
         "times": times,
         "provenance": provenance(),
     }
-    earlier = json.loads(output.read_text()) if output.is_file() else []
-    reports = [*(one for one in earlier if one["task"] != title), report]
-    write_report(output, reports, markdown(reports))
+    add_report(output, report, markdown)
 
 
 if __name__ == "__main__":

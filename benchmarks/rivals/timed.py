@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.common.rounds import in_rounds
 from benchmarks.rivals.contest import Contest
 from benchmarks.rivals.task import Task
 from vllm_adainfer.offline.calibration.record.engine import greedy, start_engine, stop_engine
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
-from vllm_adainfer.offline.progress import progress
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -86,19 +86,13 @@ def times_of(
         return time.perf_counter() - start
 
     everyone = range(AT_ONCE)
-    rounds: dict[str, list[float]] = {name: [] for name in ways}
-    single: dict[str, list[float]] = {name: [] for name in ways}
     for answer in ways.values():
         answer(everyone[:WARM_UP])
-    with progress(total=ROUNDS * len(ways) + ALONE, desc="measure", unit="run") as done:
-        for _ in range(ROUNDS):
-            for name, answer in ways.items():
-                rounds[name].append(seconds(answer, everyone))
-                done.update()
-        for place in everyone[:ALONE]:
-            for name, answer in ways.items():
-                single[name].append(seconds(answer, [place]))
-            done.update()
+    rounds = in_rounds([*ways], ROUNDS, lambda name: seconds(ways[name], everyone))
+    places = {name: iter(everyone) for name in ways}
+    single = in_rounds(
+        [*ways], ALONE, lambda name: seconds(ways[name], [next(places[name])]), "alone"
+    )
     return {
         name: {
             "seconds": rounds[name],

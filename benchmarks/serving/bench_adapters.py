@@ -32,6 +32,7 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.common.report_files import write_report
+from benchmarks.common.rounds import in_rounds
 from benchmarks.common.server import Server
 from benchmarks.serving.bench_choices import answers, layer_rows, turn
 from benchmarks.serving.choice_cases import Case, chat_cases, task_cases
@@ -103,10 +104,9 @@ def main(
         flags += [f"tasks={tasks.absolute()}", f"decisions={decisions.absolute()}"]
         with side_by_side(base, {"artifact": artifacts}, flags) as servers:
             found = [measured(servers, task, requests) for task in tqdm(served, desc="tasks")]
-            seconds: dict[str, list[float]] = {STOCK: [], OURS: []}
-            for number in range(rounds):
-                for server in list(servers)[:: 1 if number % 2 else -1]:
-                    seconds[server].append(all_at_once(servers[server], served, requests))
+            seconds = in_rounds(
+                [OURS, STOCK], rounds, lambda name: all_at_once(servers[name], served, requests)
+            )
     for one in found:
         one["merged"] = merged[one["name"]]
     report = {
@@ -162,10 +162,7 @@ def all_at_once(server: Server, tasks: Sequence[Task], requests: int) -> float:
         raise RuntimeError("the prefix cache is in use by a server that should be idle")
     asked = [(task.case, task.case.bodies[:requests]) for task in tasks]
     with ThreadPoolExecutor(len(asked)) as threads:
-        running = [
-            threads.submit(send, server, case.path, bodies, [0.0] * len(bodies))
-            for case, bodies in asked
-        ]
+        running = [threads.submit(send, server, case.path, bodies) for case, bodies in asked]
         done = [each.result() for each in running]
     for (case, _), one in zip(asked, done, strict=True):
         answers(case, one)

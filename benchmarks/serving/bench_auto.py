@@ -14,7 +14,6 @@ the first exit, too; the ledger compares within the same step.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 import tempfile
@@ -32,9 +31,9 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.common.report_files import write_report
-from benchmarks.common.server import Server, let_others_rest
+from benchmarks.common.server import Server
 from benchmarks.serving.auto_report import RECENT, table
-from benchmarks.serving.sending import session_of
+from benchmarks.serving.sending import send, text_of
 from benchmarks.serving.serve_report import OURS, STOCK
 from benchmarks.serving.side_by_side import side_by_side
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
@@ -133,12 +132,17 @@ def measure(
         part = lines[number : number + block]
         names = [_kind_of(line["body"], salt) for line in part]
         order = (OURS, STOCK) if number // block % 2 else (STOCK, OURS)
-        runs = {name: run(servers[name], part, at_once) for name in order}
+        paths, bodies = ([line[key] for line in part] for key in ("url", "body"))
+        runs = {name: send(servers[name], paths, bodies, at_once=at_once) for name in order}
         time.sleep(1.0)  # counters are sent four times a second, ledgers written once
         now = servers[OURS].metrics()
         opened = Counter[str]()
         for name, line, ours, stock in zip(
-            names, part, runs[OURS].answers, runs[STOCK].answers, strict=True
+            names,
+            part,
+            map(text_of, runs[OURS].answers),
+            map(text_of, runs[STOCK].answers),
+            strict=True,
         ):
             if name is None:
                 continue
@@ -184,43 +188,6 @@ def measure(
         )
         before = now
     return found, kinds
-
-
-@dataclass(frozen=True)
-class Run:
-    """One block at one server: the text of each answer, and latencies in seconds."""
-
-    answers: list[str]
-    latencies: list[float]
-    seconds: float
-
-    def latency(self, quantile: float) -> float:
-        """A quantile of the latencies, in milliseconds."""
-        return 1000 * float(np.quantile(self.latencies, quantile))
-
-
-def run(server: Server, lines: Sequence[Mapping[str, Any]], at_once: int) -> Run:
-    """Send `lines` with so many in flight."""
-    let_others_rest()
-    return asyncio.run(_run(server, lines, at_once))
-
-
-async def _run(server: Server, lines: Sequence[Mapping[str, Any]], at_once: int) -> Run:
-    room = asyncio.Semaphore(at_once)
-    async with session_of(server) as session:
-
-        async def one(line: Mapping[str, Any]) -> tuple[str, float]:
-            async with room:
-                start = time.perf_counter()
-                async with session.post(line["url"], json=line["body"]) as response:
-                    choice = (await response.json())["choices"][0]
-                text = choice["text"] if "text" in choice else choice["message"]["content"]
-                return text, time.perf_counter() - start
-
-        start = time.perf_counter()
-        done = await asyncio.gather(*(one(line) for line in lines))
-        seconds = time.perf_counter() - start
-    return Run([text for text, _ in done], [latency for _, latency in done], seconds)
 
 
 def _kind_of(body: Mapping[str, Any], salt: bytes) -> str | None:

@@ -34,10 +34,11 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.common.report_files import write_report
+from benchmarks.common.rounds import in_rounds
 from benchmarks.common.server import Server
 from benchmarks.serving.choice_cases import Case, chat_cases, task_cases
 from benchmarks.serving.label_requests import post
-from benchmarks.serving.sending import Sent, send
+from benchmarks.serving.sending import Sent, send, text_of
 from benchmarks.serving.serve_report import OURS, STOCK
 from benchmarks.serving.side_by_side import side_by_side
 from vllm_adainfer.offline.calibration.calibrate import calibrate
@@ -99,7 +100,7 @@ def measured(
     rounds: int,
 ) -> dict[str, Any]:
     """Throughput with all requests at once, latency of single requests, and texts that differ."""
-    found: dict[str, Any] = {"title": case.title, "choices": case.choices, STOCK: [], OURS: []}
+    found: dict[str, Any] = {"title": case.title, "choices": case.choices}
     several, few = case.bodies[:compared], case.bodies[:alone]
     before = layer_rows(servers[OURS])
     texts = {
@@ -108,20 +109,20 @@ def measured(
     }
     pairs = list(zip(texts[STOCK], texts[OURS], strict=True))
     found["compared"], found["differ"] = len(pairs), sum(a != b for a, b in pairs)
-    for number in range(rounds):
-        for name in list(servers)[:: 1 if number % 2 else -1]:
-            together = turn(servers[name], case, case.bodies[:requests], at_once=True)
-            single = turn(servers[name], case, few, at_once=False)
-            answers(case, together)
-            answers(case, single)
-            found[name].append(
-                {
-                    "requests_per_second": len(together.answers) / together.seconds,
-                    "p50_ms": single.latency(0.5),
-                    "p99_ms": single.latency(0.99),
-                    "completion_tokens": tokens_of(together),
-                }
-            )
+
+    def once(name: str) -> dict[str, Any]:
+        together = turn(servers[name], case, case.bodies[:requests], at_once=True)
+        single = turn(servers[name], case, few, at_once=False)
+        answers(case, together)
+        answers(case, single)
+        return {
+            "requests_per_second": len(together.answers) / together.seconds,
+            "p50_ms": single.latency(0.5),
+            "p99_ms": single.latency(0.99),
+            "completion_tokens": tokens_of(together),
+        }
+
+    found |= in_rounds([OURS, STOCK], rounds, once, case.title)
     executed, skipped = layer_rows(servers[OURS]) - before
     found["layers_saved"] = skipped / max(executed + skipped, 1)
     return found
@@ -138,7 +139,7 @@ def turn(server: Server, case: Case, bodies: Sequence[Mapping[str, Any]], at_onc
     """Send `bodies`, starting from an empty prefix cache."""
     if not post(server, "/reset_prefix_cache")["success"]:
         raise RuntimeError("the prefix cache is in use by a server that should be idle")
-    return send(server, case.path, bodies, [0.0] * len(bodies) if at_once else None)
+    return send(server, case.path, bodies, at_once=None if at_once else 1)
 
 
 def answers(case: Case, sent: Sent) -> list[str]:
@@ -148,11 +149,10 @@ def answers(case: Case, sent: Sent) -> list[str]:
         RuntimeError: a text is not one of the choices, or did not finish with `stop`.
 
     """
-    found = [answer["choices"][0] for answer in sent.answers]
-    texts = [one["text"] if "text" in one else one["message"]["content"] for one in found]
-    for one, text in zip(found, texts, strict=True):
-        if text not in case.choices or one["finish_reason"] != "stop":
-            raise RuntimeError(f"not a whole choice: {one}")
+    texts = [text_of(answer) for answer in sent.answers]
+    for answer, text in zip(sent.answers, texts, strict=True):
+        if text not in case.choices or answer["choices"][0]["finish_reason"] != "stop":
+            raise RuntimeError(f"not a whole choice: {answer}")
     return texts
 
 

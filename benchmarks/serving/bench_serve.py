@@ -32,9 +32,9 @@ from typing import Annotated, Any
 sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the checkout
 
 import typer
-from tqdm import tqdm
 
 from benchmarks.common.report_files import write_report
+from benchmarks.common.rounds import in_rounds
 from benchmarks.common.server import Server
 from benchmarks.serving.label_requests import Load, ask, bench, post, tokens_of
 from benchmarks.serving.scoring_requests import bench as bench_scores
@@ -160,14 +160,13 @@ def measure(
 ) -> list[tuple[float, dict[str, list[dict[str, Any]]]]]:
     """Measure interleaved rounds at each rate with `send`; returns the runs by server."""
     measured = []
-    with tqdm(total=len(rates) * rounds * len(servers), desc="runs", unit="run") as progress:
-        for rate in rates:
-            runs: dict[str, list[dict[str, Any]]] = {STOCK: [], OURS: []}
-            for number in range(rounds):
-                for name, done in runs.items():
-                    done.append(one_run(servers[name], load, rate, number, name == OURS, send))
-                    progress.update()
-            measured.append((rate, runs))
+    for rate in rates:
+        seeds = {name: iter(range(rounds)) for name in (STOCK, OURS)}
+
+        def once(name: str, rate: float = rate, seeds: dict[str, Any] = seeds) -> dict[str, Any]:
+            return one_run(servers[name], load, rate, next(seeds[name]), name == OURS, send)
+
+        measured.append((rate, in_rounds([STOCK, OURS], rounds, once, f"{rate:g} a second")))
     return measured
 
 

@@ -38,54 +38,59 @@ class Sent:
 
 def send(
     server: Server,
-    path: str,
+    path: str | Sequence[str],
     bodies: Sequence[Mapping[str, Any]],
     gaps: Sequence[float] | None = None,
+    at_once: int | None = None,
 ) -> Sent:
-    """Send `bodies`, waiting ``gaps[n]`` seconds before the n-th; None waits for each answer.
+    """Send requests all at once, or waiting ``gaps[n]`` seconds before the n-th.
+
+    `path` is that of all, or of each; at most `at_once` are in flight, by default any number.
 
     Raises:
         RuntimeError: a request failed.
 
     """
     let_others_rest()
-    return asyncio.run(_send(server, path, bodies, gaps))
+    paths = [path] * len(bodies) if isinstance(path, str) else path
+    return asyncio.run(_send(server, paths, bodies, gaps or [0.0] * len(bodies), at_once))
 
 
-def session_of(server: Server) -> aiohttp.ClientSession:
-    """A client of `server` that sends any number of requests at once, and raises if one fails."""
-    return aiohttp.ClientSession(
-        server.url,
-        connector=aiohttp.TCPConnector(limit=0),
-        timeout=aiohttp.ClientTimeout(total=SECONDS),
-        raise_for_status=True,
-    )
+def text_of(answer: Mapping[str, Any]) -> str:
+    """The text of a completion or of a chat."""
+    choice = answer["choices"][0]
+    return str(choice["text"] if "text" in choice else choice["message"]["content"])
 
 
 async def _send(
     server: Server,
-    path: str,
+    paths: Sequence[str],
     bodies: Sequence[Mapping[str, Any]],
-    gaps: Sequence[float] | None,
+    gaps: Sequence[float],
+    at_once: int | None,
 ) -> Sent:
-    async with session_of(server) as session:
+    room = asyncio.Semaphore(at_once or len(bodies))
+    async with aiohttp.ClientSession(
+        server.url,
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=SECONDS),
+        raise_for_status=True,
+    ) as session:
 
-        async def one(body: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
-            start = time.perf_counter()
-            async with session.post(path, json=body) as response:
-                answer: dict[str, Any] = await response.json()
-            return answer, time.perf_counter() - start
+        async def one(path: str, body: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+            async with room:
+                start = time.perf_counter()
+                async with session.post(path, json=body) as response:
+                    answer: dict[str, Any] = await response.json()
+                return answer, time.perf_counter() - start
 
         start = time.perf_counter()
         try:
-            if gaps is None:
-                done = [await one(body) for body in bodies]
-            else:
-                sent = []
-                for body, gap in zip(bodies, gaps, strict=True):
-                    await asyncio.sleep(gap)
-                    sent.append(asyncio.create_task(one(body)))
-                done = await asyncio.gather(*sent)
+            sent = []
+            for path, body, gap in zip(paths, bodies, gaps, strict=True):
+                await asyncio.sleep(gap)
+                sent.append(asyncio.create_task(one(path, body)))
+            done = await asyncio.gather(*sent)
         except aiohttp.ClientError as error:
             raise RuntimeError(f"a request failed: {error}") from error
         seconds = time.perf_counter() - start
