@@ -12,16 +12,13 @@ NormKind = Literal["rms", "layer"]
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm over the hidden size.
+    """A norm over the hidden size; a ValueError if the shapes do not fit together.
 
     Attributes:
         kind: "rms" (RMSNorm), or "layer" (LayerNorm, which subtracts the mean first).
         weight: [hidden size], multiplies the normalised state; None means ones.
         bias: [hidden size], added last; None means zeros.
         eps: added to the mean square (to the variance for "layer") before the square root.
-
-    Raises:
-        ValueError: the kind is unknown, or the shapes do not fit together.
 
     """
 
@@ -51,14 +48,8 @@ class Lens:
     """A tuned lens (Belrose et al. 2023, arXiv 2303.08112).
 
     It adds ``hidden @ weight + bias`` to a hidden state, to predict the last layer's state.
-
-    Attributes:
-        weight: [hidden size, hidden size]. The product is computed in the dtype of this matrix.
-        bias: [hidden size], added to the product; None means zeros.
-
-    Raises:
-        ValueError: the shapes do not fit together.
-
+    `weight` is [hidden size, hidden size]; the product is computed in its dtype. `bias` is [hidden
+    size]; None means zeros. Shapes that do not fit together are a ValueError.
     """
 
     weight: Tensor
@@ -80,16 +71,15 @@ class Lens:
 class Head:
     """An LM head, or some of its rows: ``soft_cap(readout @ weight.T + bias) * scale``.
 
+    Shapes that do not fit together, fewer than two rows, and numbers that are not positive are a
+    ValueError.
+
     Attributes:
         weight: [n, hidden size], fp32, fp16 or bf16; one row per token. Slice off the padding rows
             of a padded head (a slice copies nothing).
         bias: [n], added to the products; None means zeros.
         soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)``; None means no cap.
         scale: multiplies the scores, after the soft cap.
-
-    Raises:
-        ValueError: the shapes do not fit together, there are fewer than two rows, or a number is
-            not positive.
 
     """
 

@@ -8,15 +8,9 @@ import torch
 
 
 class LaunchShape(NamedTuple):
-    """The tile of the score kernel and how a program runs it.
+    """The score kernel's tile (head rows, batch rows, hidden elements) and how it is run.
 
-    Attributes:
-        block_v: head rows per tile.
-        block_r: batch rows per tile.
-        block_k: hidden elements per tile.
-        num_warps: warps per program.
-        num_stages: tiles in flight in a program (software pipelining).
-
+    `num_stages` is the number of tiles in flight in a program (software pipelining).
     """
 
     block_v: int

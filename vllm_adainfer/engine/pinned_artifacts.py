@@ -16,14 +16,10 @@ if TYPE_CHECKING:
 
 
 class PinnedSwitch(dict[str, Any]):
-    """The engine switch, with the digests of its artifacts.
+    """The engine switch, with the digests of its artifacts' files at config time, by policy name.
 
     vLLM copies ``additional_config``, sends it to its processes, and puts it as JSON into the key
     of its compile cache. An attribute is copied and sent, but is not part of the JSON.
-
-    Attributes:
-        pins: the digest of each artifact's files at config time, by policy name.
-
     """
 
     pins: Mapping[str, str]

@@ -37,20 +37,7 @@ LOOKAHEAD_BACKENDS = ("auto", "xgrammar", "guidance")
 class Admission:
     """Lets requests into a worker, each under its policy.
 
-    Attributes:
-        settings: the engine switch.
-        policies: the engine's policies.
-        arrival: decides what follows from what clients send.
-        serves_prompt_logprobs: whether the engine survives requests for log-probabilities of the
-            prompt, see the function of that name in `engine/compat/config.py`.
-        is_recording: whether the engine records hidden states for calibration.
-        has_pools: whether any policy has a label pool.
-        has_choices: whether any policy is for choices.
-        has_pooled: whether any policy reads whole prompts, or the engine records them.
-        has_students: whether any policy has a student.
-        any_stand: whether the answers of any policy stand, see `ArtifactConfig.answers_stand`.
-        may_serve_choices: whether any policy is for choices, or one may be loaded with an adapter.
-
+    `may_serve_choices`: whether any policy is for choices, or one may be loaded with an adapter.
     """
 
     def __init__(

@@ -31,11 +31,7 @@ Rows: TypeAlias = tuple[int, int, NotCovered | None]
 class Policies:
     """The policies of an engine.
 
-    Attributes:
-        configs: the configs of their artifacts, by policy name.
-        have_adapters: whether any policy is for a LoRA adapter.
-        ends_choices: whether the scheduler ends a request once one choice is left.
-
+    `ends_choices`: whether the scheduler ends a request once one choice is left.
     """
 
     def __init__(
@@ -165,9 +161,7 @@ class Policies:
 class ThresholdRows:
     """The threshold rows of an engine's policies.
 
-    Attributes:
-        first: the first row of each part of a policy, by its name; as `PolicySet` numbers them.
-
+    `first` is the first row of each part of a policy, by its name, as `PolicySet` numbers them.
     """
 
     def __init__(

@@ -21,11 +21,8 @@ class DecodeBuffers:
     """A batch of requests with one row each, and their hidden states.
 
     During capture no batch is staged: each request has one token and no blocks. Rows beyond the
-    staged batch are padding: requests without tokens, keys and values without a slot.
-
-    Attributes:
-        positions: int64 [size], each request's position in its sequence.
-
+    staged batch are padding: requests without tokens, keys and values without a slot. `positions`,
+    int64 [size], has each request's position in its sequence.
     """
 
     def __init__(self, size: int, block_tables: Sequence[Tensor], device: torch.device) -> None:

@@ -86,14 +86,9 @@ class CompiledBatch(Batch):
 
 @dataclass(frozen=True)
 class ReplayedBatch(Batch):
-    """Replays the CUDA graphs of segments, for requests with one row each.
+    """Replays CUDA graphs for requests with one row each, in place of a batch that is `compiled`.
 
-    Attributes:
-        compiled: the batch that this one replaces.
-        layout: the rows.
-        graphs: with these rows in their buffers.
-        graph: the size to replay, of each segment.
-
+    The `graphs` have the rows of `layout` in their buffers; `graph` is the size to replay.
     """
 
     compiled: CompiledBatch

@@ -36,9 +36,7 @@ logger = get_logger(__name__)
 class ModelHead(_Model):
     """The LM head, or the score head of a classifier. Must precede the vLLM class in the MRO.
 
-    Attributes:
-        decoder: the conventions of the model's family.
-
+    `decoder` has the conventions of the model's family.
     """
 
     decoder: ClassVar[type[Decoder]]

@@ -44,11 +44,7 @@ class LoadedAdapters:
     """The fingerprints of a worker's adapters, taken of the files when vLLM loads them.
 
     A step reads files only for an adapter that it is about to load; the load then confirms the
-    fingerprint.
-
-    Attributes:
-        numbers: vLLM's number of each adapter with a bundled policy, by name.
-
+    fingerprint. `numbers` are vLLM's, of each adapter with a bundled policy, by name.
     """
 
     def __init__(self) -> None:

@@ -26,15 +26,10 @@ LONGEST_TRACE = 64  # characters of a `traceparent` of W3C; a client may send an
 
 @dataclass
 class Trail:
-    """Where the tokens of one request came from so far.
+    """Where the tokens of one request came from: counts by layers run, and as in `Provenance`.
 
-    Attributes:
-        by: the last policy that decided a token of it; None before its first token.
-        layers: tokens by the number of layers that they ran.
-        outcomes: tokens by `DecidedToken.outcome`.
-        full_depth: tokens by `Provenance.why_full_depth`.
-        scores: those of a classifier; None for a request that generates.
-
+    `by` is the last policy that decided a token of it; None before its first token. `scores` are
+    those of a classifier; None for a request that generates.
     """
 
     by: Provenance | None = None

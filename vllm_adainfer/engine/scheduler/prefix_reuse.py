@@ -20,13 +20,7 @@ HORIZON = 64.0  # requests of a group after which the counts are halved
 
 @dataclass
 class Seen:
-    """Counts of one group of requests.
-
-    Attributes:
-        new: number of requests with new blocks.
-        again: sum of the fractions of their new blocks that were reused.
-
-    """
+    """How many requests of a group had new blocks, and the sum of the shares reused."""
 
     new: float = PRIOR
     again: float = 0.0

@@ -56,10 +56,7 @@ else:
 class ObservedScheduler(_Scheduler):
     """Mixin over vLLM's schedulers; must precede them in the MRO.
 
-    Attributes:
-        admission: resolves requests; None where the engine runs stock vLLM.
-        observers: what watches, in the order in which it is told.
-
+    `admission` resolves requests; None where the engine runs stock vLLM. `observers` watch.
     """
 
     kv_cache_manager: Any  # vLLM's KVCacheManager, or the guard around it

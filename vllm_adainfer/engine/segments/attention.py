@@ -130,14 +130,8 @@ class StepAttention:
     """Builds attention metadata for any rows of a step's requests.
 
     The slot mapping is built twice, in the metadata and by layer: vLLM 0.32 writes keys and values
-    with the second.
-
-    Attributes:
-        groups: attention groups from `with_own_builders`.
-        block_tables: int32 [requests, blocks] of each KV cache group, on the device.
-        block_sizes: tokens per block, by KV cache group.
-        device: the device of the rows.
-
+    with the second. By KV cache group there are attention groups from `with_own_builders`, block
+    tables on the device, int32 [requests, blocks], and block sizes in tokens.
     """
 
     groups: Groups

@@ -40,14 +40,7 @@ MOST = 0.5
 
 @dataclass(frozen=True)
 class Failure:
-    """A fast path whose results differ from the reference.
-
-    Attributes:
-        part: what it is.
-        why: what was seen.
-        instead: what is done now.
-
-    """
+    """A fast path whose results differ from the reference, and what is done now."""
 
     part: Part
     why: str

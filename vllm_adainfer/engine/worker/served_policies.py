@@ -34,13 +34,7 @@ Built: TypeAlias = Mapping[str, tuple[Artifact, Mapping[str, Policy]]]
 
 
 class ServedPolicies:
-    """A worker's policies: checked and built beside the steps, and replaced between two of them.
-
-    Attributes:
-        model: the served model, an `EarlyExit`.
-        vllm_config: the engine's config.
-
-    """
+    """A worker's policies: checked and built beside the steps, and replaced between two of them."""
 
     def __init__(self, model: Any, vllm_config: VllmConfig, running: RunningRequests) -> None:
         """`running` are the requests that the policies decide."""

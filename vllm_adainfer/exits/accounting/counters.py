@@ -98,11 +98,9 @@ class ExitStats:
         passes_possible: the same at full depth.
         seconds: time in the stack by the host's clock, on a CPU; elsewhere 0.
         probe_seconds: the part of it that policies took to decide.
-        by_policy: all other counters, by the name of the policy; `NO_POLICY` stands for requests
-            that may not exit.
+        by_policy: all other counters, by policy; `NO_POLICY` is for requests that may not exit.
         serving: names of the policies that serve now, and `NO_POLICY`.
-        weights_differ: whether no request may exit because the weights are not those that the
-            policies were calibrated for.
+        weights_differ: whether no request may exit, as these are other weights than in calibration.
         failed_parts: what the self-test on this device has switched off, see `self_test`.
         shadow: the monitors, by policy; empty (and no key in `as_dict`) where there are none.
 

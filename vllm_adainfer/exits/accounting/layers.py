@@ -22,13 +22,9 @@ Tokens: TypeAlias = Sequence[tuple[PolicyStats, int]]  # how many each policy ha
 
 
 class LayerAccounting:
-    """Counts an engine's token-layers.
+    """Counts an engine's token-layers in `stats`.
 
     Policies are numbered once and for all: a number outlives the policy, whose tokens may wait.
-
-    Attributes:
-        stats: the counters.
-
     """
 
     def __init__(self, stats: ExitStats, names: Sequence[str]) -> None:

@@ -24,12 +24,7 @@ FIRST_SIZE = 256  # rows of a pool; the size doubles whenever more are kept
 
 
 class RowPool:
-    """Keeps all rows in one tensor, so that any number goes in or out in one operation.
-
-    Attributes:
-        taken: the number of places in use.
-
-    """
+    """Keeps all rows in one tensor, so that any number goes in or out in one operation."""
 
     taken = 0
 

@@ -31,13 +31,7 @@ class ExitLoop(Loop):
     with it to be worth a smaller batch. Until then it stays in. If it reaches full depth after all,
     its early answer is dropped, unless the policy's answers stand. A shadow request always reaches
     full depth, and both answers are compared. The KV policy takes care of what later tokens find in
-    the layers that a request has skipped.
-
-    Attributes:
-        policies: decide who may leave.
-        accounting: counts what runs.
-        keep_states: gets the states of `StepContext.recorded`; None if nothing is recorded.
-
+    the layers that a request has skipped. `keep_states` gets the states of `StepContext.recorded`.
     """
 
     def __init__(

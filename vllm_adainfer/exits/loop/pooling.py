@@ -67,9 +67,7 @@ class CarriedPrompts:
 class PooledPrompts:
     """The prompts of one step that pooled policies read.
 
-    Attributes:
-        chunks: requests whose prompts have rows to read here, and go on in a later step.
-
+    `chunks` are requests whose prompts have rows to read here, and go on in a later step.
     """
 
     def __init__(self, step: StepContext, carried: CarriedPrompts) -> None:

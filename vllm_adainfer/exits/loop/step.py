@@ -22,11 +22,8 @@ NOBODY = np.arange(0)
 class RecordedRequests:
     """Requests of a step whose states are kept; all of them run all layers.
 
-    Attributes:
-        places: int64 [recorded], their places in the step's batch.
-        kinds: [recorded], the name of each one's kind.
-        computed: [recorded], the token rows of each that the layers run.
-
+    They have places in the step's batch, int64 [recorded], the names of their kinds, and as
+    `computed` the token rows of each that the layers run.
     """
 
     places: Ints

@@ -31,12 +31,7 @@ def check_room(directory: str, tokens: int, hidden_size: int, layers: Sequence[i
 
 
 class StateFiles:
-    """Writes the states of each prompt's tokens as they come, a file for each layer.
-
-    Attributes:
-        layers: those after which states are kept.
-
-    """
+    """Writes the states of each prompt's tokens after `layers`, a file for each layer."""
 
     def __init__(self, directory: str, layers: Sequence[int]) -> None:
         """Write to `directory`, which exists."""
@@ -116,12 +111,9 @@ class ServedRecorder:
 
 
 class Recorder:
-    """Keeps the states of decision rows, and sums for a tuned lens if there is one to fit.
+    """Keeps the states of decision rows after `layers`, of which the last is the model's.
 
-    Attributes:
-        layers: those after which it records; the last one is the model's.
-        files: of the states of whole prompts; None if they are not recorded.
-
+    Also sums for a tuned lens if there is one to fit, and files of the states of whole prompts.
     """
 
     def __init__(
