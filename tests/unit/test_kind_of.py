@@ -13,7 +13,7 @@ from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
 from vllm_adainfer.artifact.fields import MOST_ANSWERS, MOST_CHOICE_CHARACTERS
 from vllm_adainfer.auto.kinds import Kind
-from vllm_adainfer.engine.admission.kind_of import kind_of
+from vllm_adainfer.engine.admission.arrival import kind_of
 
 LORA = LoRARequest("mood", 1, "/nowhere")
 

@@ -75,12 +75,10 @@ class Setup:
     def __init__(self, **manager: Any) -> None:
         self.manager = FakeManager(**manager)
         self.completed: list[FakeRequest] = []
-        self.guard = PrefixCacheGuard(
-            self.manager,
-            lambda request, computed: request.may_exit,
-            self.complete,
-            lambda request: ("policy", SAVED),
-        )
+        self.guard: Any = PrefixCacheGuard(self.manager)
+        self.guard._may_exit = lambda request, computed: request.may_exit
+        self.guard._complete = self.complete
+        self.guard._saving = lambda request: ("policy", SAVED)
 
     def complete(self, request: FakeRequest) -> None:
         request.may_exit = False

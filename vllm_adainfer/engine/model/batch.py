@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from vllm.forward_context import ForwardContext, override_forward_context
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from vllm_adainfer.engine.cuda_graphs.segment_graphs import SegmentGraphs
-from vllm_adainfer.engine.runner.adapters import RowAdapters
+from vllm_adainfer.engine.runner.adapters import StepAdapters
 from vllm_adainfer.engine.segments.attention import StepAttention
 from vllm_adainfer.engine.segments.segments import Stack, without_graphs
 from vllm_adainfer.exits.batch.batch import Batch
@@ -28,7 +29,8 @@ class CompiledBatch(Batch):
         context: vLLM's forward context, with these rows' attention metadata and slots.
         attention: builds both for other rows of the step.
         graphs: CUDA graphs for those other rows; None if the runner has captured none.
-        adapters: the LoRA adapters of the rows; None where LoRA is off.
+        adapters: the LoRA adapters of the step's requests; None where LoRA is off.
+        use_adapters: lets layers apply those of the rows; None where LoRA is off.
 
     """
 
@@ -37,19 +39,20 @@ class CompiledBatch(Batch):
     context: ForwardContext
     attention: StepAttention
     graphs: SegmentGraphs | None
-    adapters: RowAdapters | None
+    adapters: StepAdapters | None
+    use_adapters: Callable[[], None] | None
 
     @override
     def run(self, segment: int, states: HiddenStates) -> HiddenStates:
-        if self.adapters is not None:
-            self.adapters.use()
+        if self.use_adapters is not None:
+            self.use_adapters()
         with override_forward_context(self.context):
             return self.stack.run(segment, self.positions, states)
 
     @override
     def write_last_kv(self, states: HiddenStates) -> None:
-        if self.adapters is not None:
-            self.adapters.use()
+        if self.use_adapters is not None:
+            self.use_adapters()
         with override_forward_context(without_graphs(self.context)):
             self.stack.write_last_kv(self.positions, states, self.context.slot_mapping)
 
@@ -74,8 +77,8 @@ class CompiledBatch(Batch):
             slot_mapping=slots,
             is_padding=None,  # no row is padding here, and the step's mask describes other rows
         )
-        adapters = None if self.adapters is None else self.adapters.step.of_rows(layout)
-        return replace(self, positions=positions, context=context, adapters=adapters)
+        use = None if self.adapters is None else self.adapters.of_rows(layout)
+        return replace(self, positions=positions, context=context, use_adapters=use)
 
     def replayed(self, layout: RowLayout) -> Batch | None:
         """A batch of the rows in `layout` that replays CUDA graphs; None if no graphs fit them."""

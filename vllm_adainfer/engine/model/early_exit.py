@@ -174,7 +174,7 @@ class EarlyExit(ModelHead):
             positions = positions[0]
         prepared, self.prepared = self.prepared, None
         if prepared is None:
-            return self.stack.profile(positions, input_ids)
+            return self.stack.run_all(positions, input_ids, with_last_kv=True)
         context = self.execution.applied_to(get_forward_context())
         if self.exits_off:
             with override_forward_context(context):
@@ -186,6 +186,7 @@ class EarlyExit(ModelHead):
             context,
             attention,
             self.graphs,
+            self._adapters,
             None if self._adapters is None else self._adapters.of_rows(step.layout),
         )
         batch = compiled.replayed(step.layout) or compiled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -129,10 +129,10 @@ class StepAdapters:
         # They are loaded by now; with ``load_inplace`` vLLM would load them again.
         self._active = {_loaded_once(adapter) for adapter in set(adapters) if adapter is not None}
 
-    def of_rows(self, layout: RowLayout) -> RowAdapters:
-        """The adapters of the rows of `layout`, for the layers."""
+    def of_rows(self, layout: RowLayout) -> Callable[[], None]:
+        """What lets layers apply the adapters of the rows of `layout` to the rows they run next."""
         rows, requests = self._numbers[layout.row_requests], self._numbers[layout.present]
-        return RowAdapters(self, tuple(rows.tolist()), tuple(requests.tolist()))
+        return partial(self.use, tuple(rows.tolist()), tuple(requests.tolist()))
 
     def use_for_logits(self, requests: Ints) -> None:
         """Use the adapters of `requests` for the LM head's next rows, one row each."""
@@ -143,23 +143,3 @@ class StepAdapters:
         """Give vLLM's layers the adapter number of each row and of each request."""
         if rows:
             use_adapters(self._manager, self._active, rows, requests)
-
-
-@dataclass(frozen=True)
-class RowAdapters:
-    """The adapters of a batch's rows.
-
-    Attributes:
-        step: the adapters of all requests of the step.
-        rows: [rows], the adapter number of each row.
-        requests: [requests], the adapter number of each request that has rows.
-
-    """
-
-    step: StepAdapters
-    rows: tuple[int, ...]
-    requests: tuple[int, ...]
-
-    def use(self) -> None:
-        """Let the layers apply these adapters to the rows they run next."""
-        self.step.use(self.rows, self.requests)

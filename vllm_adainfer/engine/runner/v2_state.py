@@ -94,10 +94,6 @@ class ExitModelState(_ModelState):
         graphs.capture()
         self.model.graphs = graphs
 
-    def drop_graphs(self) -> None:
-        """Drop graphs that were captured to measure their memory."""
-        self.model.graphs = None
-
     @override
     def prepare_attn(
         self,

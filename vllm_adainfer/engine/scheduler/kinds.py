@@ -16,7 +16,7 @@ from vllm_adainfer.auto.kind_reports import KindLabels
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.pools import pools
 from vllm_adainfer.auto.table import KindCount, KindTable
-from vllm_adainfer.engine.admission.kind_of import kind_of, kind_of_output
+from vllm_adainfer.engine.admission.arrival import kind_of, kind_of_output
 from vllm_adainfer.engine.admission.running import params_of, resolved_of
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.scheduler.observer import Observer, Step

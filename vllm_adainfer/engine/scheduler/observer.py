@@ -22,8 +22,9 @@ class Step:
 
     Attributes:
         rows: how many token rows it ran, by request id; of all requests that were in it.
-        requests: those of them whose tokens count, by id. A request that was ended while its step
-            ran is among them, one whose tokens vLLM drops is not.
+        requests: those of them whose tokens count, by id; empty if no observer hears of ends. A
+            request that was ended while its step ran is among them, one whose tokens vLLM drops is
+            not.
         note: what the worker says of it; None if there was nothing to run.
         choosing: the running requests with a grammar, and the tokens that were sampled for each.
         append: lets tokens count as sampled: a request, its sampled tokens, and those to append.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import Request, RequestStatus
@@ -33,26 +33,9 @@ class PrefixCacheGuard:
     layers that its exit would save: a second touch would cost more.
     """
 
-    def __init__(
-        self,
-        manager: KVCacheManager,
-        may_exit: Callable[[Request, int], bool],
-        complete: Callable[[Request], None],
-        saving: Callable[[Request], tuple[str, float] | None],
-    ) -> None:
-        """Guard `manager`.
-
-        Args:
-            manager: the scheduler's; everything not defined here is passed on to it.
-            may_exit: whether a request may exit in a step that starts after so many of its tokens.
-            complete: called with a request whose prompt must run at full depth.
-            saving: `Running.saving` of a request.
-
-        """
+    def __init__(self, manager: KVCacheManager) -> None:
+        """Guard the scheduler's `manager`; everything not defined here is passed on to it."""
         self._manager = manager
-        self._may_exit = may_exit
-        self._complete = complete
-        self._saving = saving
         self._block_size = hash_block_size(manager)
         # A hash is useful only while its block may still exist, so one per block is enough.
         self._capacity = manager.block_pool.num_gpu_blocks
@@ -171,6 +154,26 @@ class PrefixCacheGuard:
         policy, share = saving
         return self._reuse.expected(policy, touched) > share
 
+    def _may_exit(self, request: Request, computed: int) -> bool:
+        """Whether `request` may exit in a step that starts after `computed` of its tokens."""
+        resolved = resolved_of(request)
+        if resolved is None or (
+            resolved.force_full_depth_prefill and computed < request.num_prompt_tokens
+        ):
+            return False
+        return resolved.may_exit
+
+    def _saving(self, request: Request) -> tuple[str, float] | None:
+        """`Running.saving` of a request."""
+        resolved = resolved_of(request)
+        return None if resolved is None else resolved.saving
+
+    def _complete(self, request: Request) -> None:
+        """Run the prompt at full depth; the worker learns of the request only in this step."""
+        resolved = resolved_of(request)
+        assert resolved is not None, "only what may exit is completed"
+        attach_resolved(request, resolved.changed(force_full_depth_prefill=True))
+
     def cache_blocks(self, request: Request, num_tokens: int) -> None:
         """Cache blocks, unless tokens are withheld; only `AsyncScheduler` calls this."""
         if request.request_id not in self._unfinished:
@@ -192,33 +195,6 @@ class PrefixCacheGuard:
         self._fresh.clear()
         self._reuse = PrefixReuse(self._capacity)
         return bool(self._manager.reset_prefix_cache())
-
-
-def guarded(manager: KVCacheManager) -> PrefixCacheGuard:
-    """A guard of `manager` that goes by what was resolved of each request on arrival."""
-    return PrefixCacheGuard(manager, _may_exit, _complete, _saving)
-
-
-def _may_exit(request: Request, computed: int) -> bool:
-    """Whether `request` may exit in a step that starts after `computed` of its tokens."""
-    resolved = resolved_of(request)
-    if resolved is None or (
-        resolved.force_full_depth_prefill and computed < request.num_prompt_tokens
-    ):
-        return False
-    return resolved.may_exit
-
-
-def _saving(request: Request) -> tuple[str, float] | None:
-    resolved = resolved_of(request)
-    return None if resolved is None else resolved.saving
-
-
-def _complete(request: Request) -> None:
-    """Run the prompt at full depth; the worker learns of the request only in this step."""
-    resolved = resolved_of(request)
-    assert resolved is not None, "only what may exit is completed"
-    attach_resolved(request, resolved.changed(force_full_depth_prefill=True))
 
 
 def refuse_kv_connector(vllm_config: VllmConfig) -> None:

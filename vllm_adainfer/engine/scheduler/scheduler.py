@@ -38,11 +38,7 @@ from vllm_adainfer.engine.scheduler.audit import Audit
 from vllm_adainfer.engine.scheduler.capture import Capture
 from vllm_adainfer.engine.scheduler.kinds import KindCounts
 from vllm_adainfer.engine.scheduler.observer import Counters, Observer, Step, report_of
-from vllm_adainfer.engine.scheduler.prefix_cache import (
-    PrefixCacheGuard,
-    guarded,
-    refuse_kv_connector,
-)
+from vllm_adainfer.engine.scheduler.prefix_cache import PrefixCacheGuard, refuse_kv_connector
 from vllm_adainfer.engine.scheduler.prompt_texts import PromptTexts
 from vllm_adainfer.engine.scheduler.rest_of_choice import RestOfChoice, check_tokenizer
 from vllm_adainfer.settings.engine import Settings, read_settings
@@ -86,7 +82,7 @@ class ObservedScheduler(_Scheduler):
             self._prompt_texts = PromptTexts(self.vllm_config, settings, self.admission)
             tell_scheduler_of_arrivals()
         if self.cache_config.enable_prefix_caching and not self.admission.is_recording:
-            self.kv_cache_manager = self._guard = guarded(self.kv_cache_manager)
+            self.kv_cache_manager = self._guard = PrefixCacheGuard(self.kv_cache_manager)
 
     def request_arrived(self, request: Request) -> None:
         """Resolve what follows from what the client sent.
@@ -143,8 +139,9 @@ class ObservedScheduler(_Scheduler):
 
     def _step_of(self, scheduler_output: Any, runner_output: Any) -> Step:
         rows = scheduler_output.num_scheduled_tokens
+        hears_ends = any(type(one).ended is not Observer.ended for one in self.observers)
         requests = {}
-        for request_id in rows:
+        for request_id in rows if hears_ends else ():
             request = self.requests.get(request_id)
             if request_id in self._leaving:
                 requests[request_id] = self._leaving[request_id]

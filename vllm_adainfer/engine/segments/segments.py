@@ -132,24 +132,19 @@ class Stack:
         attention = self.last_kv.projection.attention
         write_kv(attention, keys, values, slots[attention.layer_name])
 
-    def profile(self, positions: Tensor, ids: Tensor) -> Tensor:
-        """A pass without requests, in which vLLM profiles and captures piecewise graphs."""
-        states = self._run_all_but_last(positions, ids)
-        if self.last_kv is not None:  # on a copy, which may be overwritten
-            with override_forward_context(without_graphs(get_forward_context())):
-                self.last_kv(positions, *states.clone().stream)
-        return self.run(len(self.segments) - 1, positions, states).hidden
+    def run_all(self, positions: Tensor, ids: Tensor, with_last_kv: bool = False) -> Tensor:
+        """All layers for all rows, [rows, head size].
 
-    def run_all(self, positions: Tensor, ids: Tensor) -> Tensor:
-        """All layers for all rows, [rows, head size]."""
-        states = self._run_all_but_last(positions, ids)
-        return self.run(len(self.segments) - 1, positions, states).hidden
-
-    def _run_all_but_last(self, positions: Tensor, ids: Tensor) -> HiddenStates:
+        `with_last_kv`: also run `last_kv`, as in passes without requests, in which vLLM profiles
+        and captures piecewise graphs.
+        """
         states = HiddenStates(ids)
         for index in range(len(self.segments) - 1):
             states = self.run(index, positions, states)
-        return states
+        if with_last_kv and self.last_kv is not None:  # on a copy, which may be overwritten
+            with override_forward_context(without_graphs(get_forward_context())):
+                self.last_kv(positions, *states.clone().stream)
+        return self.run(len(self.segments) - 1, positions, states).hidden
 
 
 def without_graphs(context: ForwardContext) -> ForwardContext:

@@ -38,7 +38,7 @@ class AdaInferGPUWorker(ExitWorker, WarmedUp, Worker):
     def determine_available_memory(self) -> int:
         """Drop our graphs too: vLLM captures graphs here only to measure their memory."""
         available: int = super().determine_available_memory()
-        self.model_runner.model_state.drop_graphs()
+        self.model_runner.model.graphs = None
         return available
 
     @override
