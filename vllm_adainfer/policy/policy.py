@@ -113,15 +113,15 @@ class Policy(ExitPolicy):
                 head = Head(tensors["head_rows"])
                 lens = replace(lens, head=head, token_ids=self.answer_ids, gather=None)
         self.probes = [
-            self._probe(artifact, layer, read, tensors_of(tensors, f"exit.{layer}."), lens)
-            for layer, read in zip(self.exit_points, self.probe_inputs, strict=True)
+            self._probe(artifact, layer, probe_input, tensors_of(tensors, f"exit.{layer}."), lens)
+            for layer, probe_input in zip(self.exit_points, self.probe_inputs, strict=True)
         ]
 
     def _probe(
         self,
         artifact: Artifact,
         layer: int,
-        read: ProbeInput,
+        probe_input: ProbeInput,
         own: Mapping[str, Tensor],
         lens: Probe | None,
     ) -> Probe:
@@ -129,7 +129,7 @@ class Policy(ExitPolicy):
         if lens is not None:
             return replace(lens, lens=lens_of(own))
         weight, bias = own["head_weight"], own["head_bias"]
-        encoder = _encoder(artifact, layer, read, weight.device)
+        encoder = _encoder(artifact, layer, probe_input, weight.device)
         fused = encoder is None and not (self._pool or self.promise.reads_probabilities)
         head = Head(weight, bias) if fused else Head(weight.float(), bias.float())
         return Probe(head, token_ids=self.answer_ids, encoder=encoder, fused=fused)
@@ -252,7 +252,7 @@ def tensors_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _encoder(
-    artifact: Artifact, layer: int, read: ProbeInput, device: torch.device
+    artifact: Artifact, layer: int, probe_input: ProbeInput, device: torch.device
 ) -> StateEncoder | TextEncoder | None:
     """What makes the state that the head after a layer reads: a branch's encoder, or a student's.
 
@@ -260,10 +260,10 @@ def _encoder(
         AdaInferError: see `TextEncoder.of` and `TextEncoder.check_reads`.
 
     """
-    if read is ProbeInput.OWN_STATES:
+    if probe_input is ProbeInput.OWN_STATES:
         own = tensors_of(artifact.tensors, f"exit.{layer}.branch.")
         return StateEncoder.of(own, device)
-    if read is not ProbeInput.TEXT:
+    if probe_input is not ProbeInput.TEXT:
         return None
     student, built = artifact.config.student, artifact.encoder
     assert student is not None, "a student decides at this exit point"

@@ -129,16 +129,16 @@ class Decisions:
             self._answers[policy] = replace(decision.answers, values=values)
         self._answers[policy].values[places] = decision.answers.values
 
-    def _asked(self, requests: Ints, read: ProbeInput) -> Ints:
+    def _asked(self, requests: Ints, probe_input: ProbeInput) -> Ints:
         """Those of `requests` that a policy that reads this can decide."""
-        if read is not ProbeInput.TEXT:
+        if probe_input is not ProbeInput.TEXT:
             return requests
         texts = self._step.texts or ()
         return requests[[bool(texts[request]) for request in requests.tolist()]]
 
-    def _texts(self, requests: Ints, read: ProbeInput) -> Sequence[Sequence[int]]:
+    def _texts(self, requests: Ints, probe_input: ProbeInput) -> Sequence[Sequence[int]]:
         """See `UndecidedRows.texts`."""
-        if read is not ProbeInput.TEXT or self._step.texts is None:
+        if probe_input is not ProbeInput.TEXT or self._step.texts is None:
             return ()
         return [self._step.texts[request] for request in requests.tolist()]
 
@@ -247,7 +247,7 @@ class Decisions:
             )
 
 
-def _who_read(read: ProbeInput | None, readers: Sequence[Reader]) -> Ints:
+def _who_read(probe_input: ProbeInput | None, readers: Sequence[Reader]) -> Ints:
     """The requests of policies that read this; None: of all policies."""
-    some = [own for part, own in readers if read is None or part.probe_input is read]
+    some = [own for part, own in readers if probe_input in (None, part.probe_input)]
     return np.concatenate([NOBODY, *some])

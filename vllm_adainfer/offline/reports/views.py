@@ -185,15 +185,15 @@ def views_of(
     policy = Policy(artifact, torch.device("cpu"), logit_lens)
     rows, memory, views = torch.tensor([thresholds]), None, []
     place = np.array([prompt])
-    for index, (layer, read) in enumerate(
+    for index, (layer, probe_input) in enumerate(
         zip(policy.exit_points, policy.probe_inputs, strict=True)
     ):
-        if read is ProbeInput.TEXT and not text:
+        if probe_input is ProbeInput.TEXT and not text:
             continue
         hidden, lens = recording.states[layer][place], np.arange(0)
-        if read is ProbeInput.PROMPT:
+        if probe_input is ProbeInput.PROMPT:
             hidden = recording.read_by_probe(layer, place, pooled=True)
-        elif read is ProbeInput.OWN_STATES:
+        elif probe_input is ProbeInput.OWN_STATES:
             assert recording.own_states is not None
             [states] = recording.own_states.of(layer, place)
             hidden, lens = policy.probes[index].project(states), np.array([len(states)])
