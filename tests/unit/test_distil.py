@@ -114,13 +114,13 @@ def test_a_constant_feature_gets_no_coefficient():
 def test_the_penalty_is_the_one_that_predicts_unseen_folds_best(noise, largest):
     """Where there is nothing but noise that is the largest, and where there is none the least."""
     penalties, folds = (10.0, 0.1, 1e-4), np.arange(ROWS) % FOLDS
-    fitted = distil(rows_of(5, noise=noise), folds, penalties)
-    assert fitted.penalty == (penalties[0] if largest else penalties[-1])
+    penalty, _, _ = distil(rows_of(5, noise=noise), folds, penalties)
+    assert penalty == (penalties[0] if largest else penalties[-1])
 
 
 def test_each_fold_has_a_head_that_has_not_seen_it():
     rows, folds = rows_of(6), np.arange(ROWS) % FOLDS
-    fitted = distil(rows, folds, (0.1,))
-    for fold, without in enumerate(fitted.without):
+    _, _, fits = distil(rows, folds, (0.1,))
+    for fold, without in enumerate(fits):
         own = solve(rows.of_rows(torch.from_numpy(folds != fold)), 0.1)
         torch.testing.assert_close(without.matrix, own.matrix, atol=1e-5, rtol=1e-4)

@@ -150,8 +150,8 @@ def test_the_penalty_is_the_best_by_cross_validation_and_each_fold_has_a_fit_wit
         )
         for penalty in penalties
     }
-    found = choose(folds_of(rows), penalties)
-    assert found.penalty == min(held_out, key=held_out.__getitem__)
-    assert_same(found.whole, by_scikit_learn(rows, found.penalty))
-    for fold, linear in enumerate(found.without):
-        assert_same(linear, by_scikit_learn(others_of(rows, fold), found.penalty))
+    penalty, whole, without = choose(folds_of(rows), penalties)
+    assert penalty == min(held_out, key=held_out.__getitem__)
+    assert_same(whole, by_scikit_learn(rows, penalty))
+    for fold, linear in enumerate(without):
+        assert_same(linear, by_scikit_learn(others_of(rows, fold), penalty))

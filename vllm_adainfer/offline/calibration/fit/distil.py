@@ -102,7 +102,7 @@ def distil(taught: Taught, folds: Ints, penalties: Sequence[float]) -> CrossVali
         if chosen and error >= least:  # a smaller penalty only fits the same rows more closely
             break
         best, least, chosen, without = penalty, error, fits, [*fits]
-    return CrossValidated(best, solve(taught, best), tuple(chosen))
+    return best, solve(taught, best), chosen
 
 
 def solve(taught: Taught, penalty: float) -> Linear:

@@ -114,18 +114,19 @@ def fit_probes(
         plain = logit_lens(rows, target)
         if target.kind == "logit-lens":
             return plain, [plain] * FOLDS
-        tuned = ridge.choose(rows.moments[layer], RIDGE_PENALTIES)
-        return _with_lens(plain, tuned.whole), [_with_lens(plain, one) for one in tuned.without]
+        _, whole, without = ridge.choose(rows.moments[layer], RIDGE_PENALTIES)
+        return _with_lens(plain, whole), [_with_lens(plain, one) for one in without]
     read = rows.read_by_probe(layer, where, target.is_pooled)
     taught = taught_by_full_depth(rows, target, where, read.float())
     penalties = PENALTIES if target.full_depth is None else PENALTIES_FOR_PROBABILITIES
-    fitted, fused = distil(taught, folds, penalties), taught.mass is None and taught.subsets is None
+    _, whole, without = distil(taught, folds, penalties)
+    fused = taught.mass is None and taught.subsets is None
 
     def head(linear: ridge.Linear) -> Probe:
         rows_of_head = Head(linear.matrix.float().contiguous(), linear.bias.float())
         return Probe(rows_of_head, token_ids=target.label_ids, fused=fused)
 
-    return head(fitted.whole), [head(linear) for linear in fitted.without]
+    return head(whole), [head(one) for one in without]
 
 
 def taught_by_full_depth(rows: Rows, target: Target, where: Ints, read: Tensor) -> Taught:

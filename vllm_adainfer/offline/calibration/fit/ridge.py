@@ -10,6 +10,7 @@ import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,20 +26,8 @@ class Linear:
     bias: Tensor
 
 
-@dataclass(frozen=True)
-class CrossValidated:
-    """A fit with a penalty chosen by cross-validation.
-
-    Attributes:
-        penalty: the chosen penalty.
-        whole: the fit on all folds.
-        without: for each fold, the fit on the others.
-
-    """
-
-    penalty: float
-    whole: Linear
-    without: tuple[Linear, ...]
+# A penalty chosen by cross-validation, the fit on all folds, and for each fold that on the others.
+CrossValidated: TypeAlias = tuple[float, Linear, Sequence[Linear]]
 
 
 def solve(moments: Moments, penalty: float) -> Linear:
@@ -76,8 +65,4 @@ def choose(folds: Sequence[Moments], penalties: Sequence[float]) -> CrossValidat
         for penalty in penalties:
             errors[penalty] += squared_error(fold, solve(others, penalty))
     penalty = min(errors, key=errors.__getitem__)
-    return CrossValidated(
-        penalty,
-        solve(whole, penalty),
-        tuple(solve(whole - fold, penalty) for fold in folds),
-    )
+    return penalty, solve(whole, penalty), [solve(whole - fold, penalty) for fold in folds]
