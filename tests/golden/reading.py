@@ -10,7 +10,7 @@ from __future__ import annotations
 import lzma
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +44,7 @@ from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.policy import Policy
-from vllm_adainfer.policy.probe import Probe, lens_of
+from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.promise.first_documents import relevance
 from vllm_adainfer.promise.kinds import promise_of
 from vllm_adainfer.promise.probabilities import LabelProbabilities
@@ -195,11 +195,11 @@ def scored(artifact: Artifact, inputs: Inputs) -> dict[str, list[Scored]]:
         if config.risk == "accuracy":
             right = [{config.label_ids[place]} for place in inputs.right.tolist()]
         exits = []
-        for layer in config.exit_points:
+        probes = Policy(part, CPU, lambda rows: logit_lens(inputs, rows)).probes
+        for layer, probe in zip(config.exit_points, probes, strict=True):
             read = inputs.states[str(layer)]
             if config.is_pooled:
                 read = torch.cat([read, inputs.states[f"mean{layer}"]], dim=1)
-            probe = probe_of(part, layer, inputs)
             early = answers_of_probe(probe, read, target.subsets, target.promise)
             judged = Scored.of(early, target, rows, np.arange(2 * HALF), right)
             one = judged.scored(part.tensors[f"exit.{layer}.classifier"].float())
@@ -207,20 +207,6 @@ def scored(artifact: Artifact, inputs: Inputs) -> dict[str, list[Scored]]:
             exits.append(one.never_at(never))
         found[name] = exits
     return found
-
-
-def probe_of(part: Artifact, layer: int, inputs: Inputs) -> Probe:
-    """The probe of an exit point as calibration has it."""
-    config, tensors = part.config, part.tensors
-    if not config.has_label_heads:
-        lens = logit_lens(inputs, tensors.get("head_rows"))
-        prefix = f"exit.{layer}."
-        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        return replace(lens, lens=lens_of(own), token_ids=tensors.get("shortlist"))
-    weight, bias = (tensors[f"exit.{layer}.head_{n}"].float() for n in ("weight", "bias"))
-    ids = torch.tensor(config.label_ids)
-    fused = config.risk != "probability" and not config.label_pool
-    return Probe(Head(weight, bias), token_ids=ids, fused=fused)
 
 
 def target_of(config: ArtifactConfig, inputs: Inputs) -> tuple[Target, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from adainfer_kernels import Head
+from adainfer_kernels import Head, Lens
 from torch import Tensor
 from typing_extensions import override
 
@@ -19,7 +19,7 @@ from vllm_adainfer.policy.answers import Answers, best_token
 from vllm_adainfer.policy.encoders import StateEncoder, TextEncoder
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.first_tokens import FirstTokens
-from vllm_adainfer.policy.probe import Probe, lens_of
+from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.score import score
 from vllm_adainfer.promise.kinds import promise_of
 from vllm_adainfer.promise.probabilities import (
@@ -127,7 +127,8 @@ class Policy(ExitPolicy):
     ) -> Probe:
         """The probe of an exit point, whose tensors are `own`."""
         if lens is not None:
-            return replace(lens, lens=lens_of(own))
+            weight = own.get("lens_weight")
+            return replace(lens, lens=None if weight is None else Lens(weight, own["lens_bias"]))
         weight, bias = own["head_weight"], own["head_bias"]
         encoder = _encoder(artifact, layer, probe_input, weight.device)
         fused = encoder is None and not (self._pool or self.promise.reads_probabilities)

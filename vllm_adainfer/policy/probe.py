@@ -168,12 +168,6 @@ def merged(shard: ProbeResult, gather: Callable[[Tensor], Tensor]) -> ProbeResul
     )
 
 
-def lens_of(tensors: Mapping[str, Tensor]) -> Lens | None:
-    """The lens among `Probe.fitted_tensors`, None if there is none."""
-    weight = tensors.get("lens_weight")
-    return None if weight is None else Lens(weight, tensors["lens_bias"])
-
-
 def logit_lens_of(tensors: Mapping[str, Tensor], norm: tuple[NormKind, float] | None) -> Probe:
     """A `logit-lens` from its tensors (`Probe.model_tensors`) and its norm's kind and epsilon."""
     return Probe(
