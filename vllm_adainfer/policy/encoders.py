@@ -176,11 +176,8 @@ class TextEncoder(nn.Module):
     def check_reads(self, student: described.Student, largest_token: int) -> None:
         """Check that it reads every text of a `student`, whose tokens are at most `largest_token`.
 
-        It runs: call it on a CPU, because on a GPU a wrong index ends the process.
-
-        Raises:
-            AdaInferError: it does not, or its states have another width than the student's.
-
+        It runs: call it on a CPU, because on a GPU a wrong index ends the process. It raises an
+        AdaInferError where it does not, or where its states have another width than the student's.
         """
         longest, ids = [largest_token] * student.most_tokens, {largest_token, self._padding}
         try:

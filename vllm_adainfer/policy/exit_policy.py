@@ -114,14 +114,8 @@ class ExitPolicy(ABC):
         return Outcome(answers.best_at_full_depth(logits))
 
     def best_labels(self, logits: Tensor, subsets: Tensor | None) -> Tensor:
-        """The label that full depth answers with, of a policy with labels.
+        """int64 [rows], the place of the label that full depth answers with, of those it has.
 
-        Args:
-            logits: [rows, vocabulary] at full depth.
-            subsets: see `UndecidedRows`.
-
-        Returns:
-            int64 [rows], its place among the labels.
-
+        `logits` are [rows, vocabulary] at full depth; `subsets` are as in `UndecidedRows`.
         """
         raise NotImplementedError

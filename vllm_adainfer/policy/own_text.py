@@ -34,14 +34,10 @@ class OwnText:
         shared: SharedTokens,
         tokenizer: str,
     ) -> None:
-        """Prepare to read prompts.
+        """Read what lies between the `shared` tokens that all prompts begin and end with.
 
-        Args:
-            decode: the served model's tokenizer, from token ids to text without special tokens.
-            student: says how many of its own tokens are read.
-            shared: the tokens that all prompts begin and end with; those between them are read.
-            tokenizer: the student's, the JSON of a ``tokenizer.json``.
-
+        `decode` is the served model's tokenizer, from token ids to text without special tokens;
+        `tokenizer` is the student's, the JSON of a ``tokenizer.json``.
         """
         self._decode = decode
         self._tokenizer = Tokenizer.from_str(tokenizer)

@@ -26,17 +26,10 @@ def is_chain(classifier: Tensor, features: Tensor) -> bool:
 
 
 def score(features: Tensor, classifier: Tensor, memory: Tensor | None) -> Tensor:
-    """Log odds that the answer is final.
+    """Log odds that the answer is final, fp32 [rows], by `features` fp32 [rows, n].
 
-    Args:
-        features: fp32 [rows, n].
-        classifier: fp32, in one of the forms above.
-        memory: fp32 [rows], for a CRF: the scores of these rows at the previous exit point, None
-            at the first. The linear form ignores it.
-
-    Returns:
-        fp32 [rows]; NaN where a feature is NaN, which no threshold accepts.
-
+    For a CRF, `memory` fp32 [rows] has the scores of these rows at the previous exit point; it is
+    None at the first. The result is NaN where a feature is NaN, which no threshold accepts.
     """
     if not is_chain(classifier, features):
         return linear_score(features, classifier)

@@ -86,13 +86,8 @@ def fit_classifier(
 def fit_crf(features: Tensor, settled: npt.NDArray[np.bool_]) -> list[Tensor]:
     """Fit the chain by maximum likelihood, with an L2 penalty on all its weights.
 
-    Args:
-        features: fp32 [rows, exit points, n].
-        settled: [rows, exit points], True where the probe's answer is as good as the full model's.
-
-    Returns:
-        the step of each exit point, in the form `score` reads: fp32 [n + 5].
-
+    `features` are fp32 [rows, exit points, n]; `settled` [rows, exit points] is as for
+    `fit_classifier`. Returns the step of each exit point, in the form `score` reads: fp32 [n + 5].
     """
     x, y = features.double(), torch.from_numpy(settled)
     shape = (x.shape[1], *served_shape("crf", x.shape[2]))

@@ -81,14 +81,10 @@ class Taught:
 
 
 def distil(taught: Taught, folds: Ints, penalties: Sequence[float]) -> CrossValidated:
-    """Fit a head, with the penalty that predicts unseen folds best.
+    """Fit a head, with the penalty that predicts unseen `folds` [rows] best.
 
-    Args:
-        taught: the rows to learn from.
-        folds: [rows], the fold of each.
-        penalties: the penalties to try, from the largest; they weigh half of the squared
-            coefficients of standardised features.
-
+    The penalties are tried from the largest; they weigh half of the squared coefficients of
+    standardised features.
     """
     places = [torch.from_numpy(folds == fold) for fold in range(FOLDS)]
     held_out = [taught.of_rows(here) for here in places]

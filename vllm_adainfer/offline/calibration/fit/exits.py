@@ -156,16 +156,10 @@ def fit_exit(
     held_out: Scored,
     asked: Callable[[Ints], Bools] = lambda prompts: np.ones(len(prompts), dtype=np.bool_),
 ) -> FittedExit | None:
-    """Fit the classifier of an exit point; None if it cannot be learned.
+    """Fit the classifier of an exit point after a layer; None if it cannot be learned.
 
-    Args:
-        calibration: the data and options.
-        layer: the layer after which the exit point lies.
-        probe: what decides there.
-        unseen: the answers for the rows that fit, of probes that have not seen them.
-        held_out: those of `probe` for the held-out rows.
-        asked: whether the probe is asked about some prompts; else it settles none of them.
-
+    `unseen` are the answers for the rows that fit, of probes that have not seen them; `held_out`
+    those of `probe` for the held-out rows. It settles no prompt that it is not `asked` about.
     """
     target, prompts = calibration.target, calibration.rows.prompts
     learned = asked(prompts[calibration.fitted])
