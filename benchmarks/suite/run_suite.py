@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the checkout
 
 import numpy as np
+import torch
 import typer
 
 from benchmarks.common.report_files import write_report
@@ -28,7 +29,6 @@ from benchmarks.suite.tasks import TaskData, load_suite, load_task
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
-from vllm_adainfer.offline.calibration.calibrate import label_ids
 from vllm_adainfer.offline.calibration.data.shared import pooled_from, shared_tokens
 from vllm_adainfer.offline.calibration.data.split import random_order
 from vllm_adainfer.offline.calibration.enough_rows import check_rows
@@ -195,11 +195,11 @@ class _Judging:
         thinned = replace(
             recording, states={layer: recording.states[layer] for layer in candidates}
         )
-        target = Target(kind, label_ids(data.labels))
+        ids = torch.tensor([label.token_id for label in data.labels]) if data.labels else None
         policy = fit_policy(
             Calibration(
                 thinned,
-                target,
+                Target(kind, ids),
                 split,
                 options,
                 data.labels,

@@ -8,9 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.label_pool import subsets_of
 from vllm_adainfer.offline.calibration.data.questions import ends_of
@@ -120,64 +118,40 @@ def fit_and_certify(request: CalibrationRequest, prompts: Prompts, rows: Rows) -
             f"{epsilon:g}: raise --epsilon, or give new rows (another try on the same held-out "
             "half would have a larger delta)"
         )
-    return write_artifact(
-        policy,
-        request.model,
-        prompts.hf_config,
-        request.template,
-        request.output,
-        None if request.adapter is None else request.adapter.described,
-    )
+    adapter = None if request.adapter is None else request.adapter.described
+    output, template = request.output, request.template
+    return write_artifact(policy, request.model, prompts.hf_config, template, output, adapter)
 
 
 def calibration_of(request: CalibrationRequest, prompts: Prompts, rows: Rows) -> Calibration:
     """The data and options that the policy is made from."""
-    split, choices = prompts.split, prompts.choices
-    answers = label_ids(prompts.labels)
-    if request.options.max_tokens > 1:
-        answers = shortlist(rows.tokens[rows.of(split.fit)])
-    full_depth = subsets = None
+    split, labels, options = prompts.split, prompts.labels, request.options
+    token_ids = [label.token_id for label in labels]
+    answers = torch.tensor(token_ids) if labels else None
+    if options.max_tokens > 1:  # the commonest tokens, ascending
+        found, counts = np.unique(rows.tokens[rows.of(split.fit)], return_counts=True)
+        commonest = found[np.argsort(-counts, kind="stable")[:SHORTLIST]]
+        answers = torch.from_numpy(np.sort(commonest))
     score_head = score_head_of(prompts.hf_config)
-    promise = asked_for(request.options, prompts.labels, score_head)
-    if request.label_pool:
-        subsets = subsets_of(prompts.examples, [label.token_id for label in prompts.labels])
+    promise = asked_for(options, labels, score_head)
+    subsets = subsets_of(prompts.examples, token_ids) if request.label_pool else None
+    full_depth = None
     if promise.reads_probabilities and answers is not None:
         full_depth = full_depth_labels(rows, answers, subsets, promise.link)
-    first_tokens = None if choices is None else choices.first_tokens
-    named = request.options.never_early
-    never = frozenset(label.token_id for label in prompts.labels if label.name in named)
+    first_tokens = None if prompts.choices is None else prompts.choices.first_tokens
+    never = frozenset(label.token_id for label in labels if label.name in options.never_early)
     questions = [one.question for one in prompts.examples if one.question is not None]
     return Calibration(
         rows,
-        Target(
-            prompts.probe,
-            answers,
-            full_depth,
-            subsets,
-            first_tokens,
-            promise,
-            never,
-        ),
+        Target(prompts.probe, answers, full_depth, subsets, first_tokens, promise, never),
         split,
-        request.options,
-        prompts.labels,
+        options,
+        labels,
         prompts.right,
-        choices,
+        prompts.choices,
         pooled_from=prompts.pooled_from,
         questions=questions,
         ends=ends_of([prompts.examples[row] for row in split.fit]) if questions else {},
         score_head=score_head,
         shared=prompts.shared,
     )
-
-
-def label_ids(labels: tuple[Label, ...]) -> torch.Tensor | None:
-    """int64 [labels]; None, which means the whole vocabulary, if there are none."""
-    return torch.tensor([label.token_id for label in labels]) if labels else None
-
-
-def shortlist(tokens: Ints) -> torch.Tensor:
-    """int64 [at most `SHORTLIST`], the commonest of `tokens`, ascending."""
-    found, counts = np.unique(tokens, return_counts=True)
-    commonest = found[np.argsort(-counts, kind="stable")[:SHORTLIST]]
-    return torch.from_numpy(np.sort(commonest))

@@ -74,14 +74,8 @@ def choose_exits(
 
     It is empty if full depth is faster. The first `CHOICE_ROWS` rows decide. The best of all small
     sets is improved step by step: one exit point is added, removed or replaced for as long as that
-    shortens the time.
-
-    Args:
-        candidates: fitted exit points, by layer.
-        costs: the costs of this model on this machine.
-        tokens: [rows of the fitted part], tokens that the layers run for each.
-        allowed: the largest mean loss that the bound allows.
-
+    shortens the time. `tokens` [rows that fit] are those that the layers run for each, and
+    `allowed` is the largest mean loss that the bound allows.
     """
     tokens = tokens[:CHOICE_ROWS]
     worth = MIN_GAIN * expected_seconds([], costs, tokens, allowed)
@@ -106,11 +100,7 @@ def choose_exits(
         others = frozenset(everywhere) - best
         smaller = [best - {place} for place in best]
         larger = [some | {place} for some in (best, *smaller) for place in others]
-        nearby = min(
-            filter(fits, (*smaller, *larger)),
-            key=seconds,
-            default=best,
-        )
+        nearby = min(filter(fits, (*smaller, *larger)), key=seconds, default=best)
         if seconds(nearby) >= seconds(best):
             return [candidates[place] for place in sorted(best)]
         best = nearby
@@ -119,10 +109,7 @@ def choose_exits(
 def one_per_layer(
     candidates: Sequence[FittedExit], costs: Costs, tokens: Floats, allowed: float
 ) -> list[FittedExit]:
-    """All layers of the candidates; a branch decides where that shortens the expected time.
-
-    Arguments are as for `choose_exits`.
-    """
+    """All layers of the candidates; a branch decides where that shortens the expected time."""
     tokens = tokens[:CHOICE_ROWS]
     best = {exit.layer: exit for exit in candidates if not exit.is_branch}
     least = expected_seconds([*best.values()], costs, tokens, allowed)
@@ -199,16 +186,10 @@ def layers_saved(exits: Sequence[FittedExit], depth: int, allowed: float) -> flo
 def _layer_seconds(
     layers: Ints, left: Floats, deciding: Floats, costs: Costs, tokens: Floats
 ) -> float:
-    """Expected time of a prompt in layers.
+    """Expected time of a prompt in layers: those of the exit points, and full depth.
 
-    Args:
-        layers: [exit points + 1], their layers, and full depth.
-        left: [exit points], share of a step's tokens that run the layers after each.
-        deciding: [exit points], share of a step's tokens that are sampled and still run: only
-            these run the layers that share keys and values.
-        costs: the costs of the model.
-        tokens: [rows], tokens that the layers run for each.
-
+    `left` [exit points] is the share of a step's tokens that run the layers after each, `deciding`
+    the share that is sampled and still runs: only these run the layers that share keys and values.
     """
     own = np.diff(np.minimum(layers, costs.own_kv_layers))
     sharing = np.diff(layers) - own

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from adainfer_kernels import Head
-from torch import Tensor
+from torch import Tensor, nn
 
 from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.branch_shapes import MOST_BRANCH_TOKENS
@@ -82,14 +82,15 @@ def measured_costs(calibration: Calibration, candidates: Sequence[FittedExit]) -
     tokens, pooled = float(tokens_of(calibration).mean()), calibration.target.is_pooled
     some = np.arange(min(max(1, round(STEP_ROWS / tokens)), len(rows.tokens)))
     states = rows.final[some]
-    read = rows.read_by_probe(next(iter(heads)), some, pooled) if heads else states
+    asked = rows.read_by_probe(next(iter(heads)), some, pooled) if heads else states
     pool = model.pool_seconds * tokens if pooled else 0.0
-    seconds = {n: pool + probe_seconds(probe, read, model.threads) for n, probe in heads.items()}
+    seconds = {n: pool + probe_seconds(probe, asked, model.threads) for n, probe in heads.items()}
     trained = {one.layer: trained_seconds(one, rows, some) for one in calibration.trained}
     student = {layer: time for layer, time in trained.items() if layer == 0}
-    # An early answer of a text needs no LM head.
-    generated = calibration.options.max_tokens > 1
-    head = head_seconds(model.logit_lens, states[:HEAD_ROWS], model.threads) if generated else 0.0
+    head = 0.0
+    if calibration.options.max_tokens > 1:  # an early answer of a text needs no LM head
+        read, weight = model.logit_lens.readout(states[:HEAD_ROWS]), model.logit_lens.head.weight
+        head = _seconds(lambda: nn.functional.linear(read, weight), model.threads) / len(read)
     return Costs(
         depth=model.depth,
         layer=model.layer_seconds,
@@ -146,12 +147,6 @@ def probe_seconds(probe: Probe, states: Tensor, threads: int) -> float:
     `threads` is the number of threads in the serving process.
     """
     return _seconds(lambda: answers_of_probe(probe, states), threads) / len(states)
-
-
-def head_seconds(logit_lens: Probe, states: Tensor, threads: int) -> float:
-    """Time of the LM head for one of `states` [rows, hidden size], computed all at once."""
-    read, head = logit_lens.readout(states), logit_lens.head.weight
-    return _seconds(lambda: torch.nn.functional.linear(read, head), threads) / len(states)
 
 
 def _seconds(call: Callable[[], object], threads: int, rounds: int = ROUNDS) -> float:
