@@ -37,8 +37,9 @@ from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import Prompts
-from vllm_adainfer.offline.calibration.record.rows import Rows, ServedModel
-from vllm_adainfer.offline.calibration.record.shards import (
+from vllm_adainfer.offline.calibration.record.rows import (
+    Rows,
+    ServedModel,
     load_shards,
     only_finite,
     read_shards,

@@ -24,8 +24,7 @@ from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, fit_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.record.rows import Rows, ServedModel
-from vllm_adainfer.offline.calibration.record.shards import by_layer
+from vllm_adainfer.offline.calibration.record.rows import Rows, ServedModel, by_layer
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.policy.probe import Probe
 

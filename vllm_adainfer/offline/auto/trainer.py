@@ -22,7 +22,7 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.files import PRIVATE, whole_directory
 from vllm_adainfer.offline.auto.fit import Served, policy_of
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy
-from vllm_adainfer.offline.calibration.record.shards import (
+from vllm_adainfer.offline.calibration.record.rows import (
     Shard,
     load_shards,
     only_finite,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.record.engine import best_column
+from vllm_adainfer.offline.calibration.record.collect import best_column
 from vllm_adainfer.offline.evaluation.requests import (
     chosen,
     class_logprobs,

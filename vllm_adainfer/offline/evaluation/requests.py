@@ -9,7 +9,7 @@ import numpy as np
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Choice, Label
-from vllm_adainfer.offline.calibration.record.engine import greedy, scores_of
+from vllm_adainfer.offline.calibration.record.collect import greedy, scores_of
 from vllm_adainfer.offline.evaluation.run import Logprobs
 from vllm_adainfer.promise.output import Form, Output
 

@@ -1,4 +1,7 @@
-"""Collect: run prompts at full depth in vLLM and record the states that probes are fitted on."""
+"""Collect: run prompts at full depth in vLLM and record the states that probes are fitted on.
+
+Doctor and evaluations ask in the same way: for a greedy token, or a classifier's probabilities.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +22,22 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.recording.moments import moments_of
 from vllm_adainfer.exits.recording.recorder import check_room
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.record.engine import (
-    best_column,
-    greedy,
-    scores_of,
-    start_engine,
-    stop_engine,
+from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
+from vllm_adainfer.offline.calibration.record.rows import (
+    FOLDS,
+    Rows,
+    ServedModel,
+    by_layer,
+    load_shards,
+    own_states_of,
+    read_shards,
 )
-from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows, ServedModel, own_states_of
-from vllm_adainfer.offline.calibration.record.shards import by_layer, load_shards, read_shards
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.policy.probe import logit_lens_of
 from vllm_adainfer.settings.instruments import ROW_ARG
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, PoolingParams, SamplingParams
     from vllm.lora.request import LoRARequest
 
 
@@ -89,6 +93,47 @@ def recorded(
             return record(engine, examples, plan, adapter)
         finally:
             stop_engine(engine)
+
+
+def greedy(
+    labels: Sequence[int],
+    extra_args: dict[str, Any] | None = None,
+    max_tokens: int = 1,
+    reuse_prefixes: bool = True,
+) -> SamplingParams:
+    """Parameters for greedy decoding, restricted to `labels`, token ids, if there are any.
+
+    `reuse_prefixes`: whether tokens in vLLM's prefix cache are not run again.
+    """
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0,
+        max_tokens=max_tokens,
+        allowed_token_ids=list(labels) or None,
+        extra_args=extra_args,
+        skip_reading_prefix_cache=None if reuse_prefixes else True,
+    )
+
+
+def scores_of(
+    extra_kwargs: dict[str, Any] | None = None, reuse_prefixes: bool = True
+) -> PoolingParams:
+    """Parameters for the probabilities of a classifier; see `greedy`."""
+    from vllm import PoolingParams
+
+    return PoolingParams(
+        task="classify",
+        skip_reading_prefix_cache=not reuse_prefixes,
+        extra_kwargs=extra_kwargs,
+    )
+
+
+def best_column(probabilities: Tensor) -> int:
+    """The best label of a classifier, by its probabilities, fp32 [columns]."""
+    if len(probabilities) == 1:
+        return int(probabilities[0] > 0.5)
+    return int(probabilities.argmax())
 
 
 def _recorded(prompts: Iterable[Any] | None = None, **options: Any) -> Any:
@@ -192,13 +237,8 @@ def rows_of_tokens(
 
     The last row of the prompt decides a text's first token. A text may have rows beyond its end: if
     steps are scheduled ahead, one more has begun when the last token is known. Of a row that ran
-    twice, because of a preemption, the second run counts.
-
-    Args:
-        tags: [rows], the text (an index) of each recorded row, in the order they were run.
-        positions: [rows], the position of each row in its sequence.
-        prompt_lens: [texts], tokens of each prompt.
-        text_lens: [texts], tokens generated after it.
+    twice, because of a preemption, the second run counts. `tags` and `positions` [rows] are the
+    text of each recorded row and its place there, in the order they were run.
 
     Raises:
         AdaInferError: a token has no row.

@@ -1,4 +1,4 @@
-"""The vLLM engines of calibration and evaluation, quiet, small and comparable; their requests."""
+"""The vLLM engines of calibration and evaluation: quiet, small and comparable."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from vllm_adainfer.offline.progress import say
 from vllm_adainfer.settings.engine import CONFIG_KEY
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from vllm import LLM, PoolingParams, SamplingParams
+    from vllm import LLM
 
 # On a GPU, vLLM checks that its share of the memory is free, even if the cache's size is given.
 SMALL = {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.05}
@@ -76,47 +75,6 @@ def stop_engine(engine: LLM) -> None:
     """Stop an engine's processes now rather than at garbage collection."""
     with _output_to_file():
         engine.llm_engine.engine_core.shutdown()
-
-
-def greedy(
-    labels: Sequence[int],
-    extra_args: dict[str, Any] | None = None,
-    max_tokens: int = 1,
-    reuse_prefixes: bool = True,
-) -> SamplingParams:
-    """Parameters for greedy decoding, restricted to `labels`, token ids, if there are any.
-
-    `reuse_prefixes`: whether tokens in vLLM's prefix cache are not run again.
-    """
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        temperature=0,
-        max_tokens=max_tokens,
-        allowed_token_ids=list(labels) or None,
-        extra_args=extra_args,
-        skip_reading_prefix_cache=None if reuse_prefixes else True,
-    )
-
-
-def scores_of(
-    extra_kwargs: dict[str, Any] | None = None, reuse_prefixes: bool = True
-) -> PoolingParams:
-    """Parameters for the probabilities of a classifier; see `greedy`."""
-    from vllm import PoolingParams
-
-    return PoolingParams(
-        task="classify",
-        skip_reading_prefix_cache=not reuse_prefixes,
-        extra_kwargs=extra_kwargs,
-    )
-
-
-def best_column(probabilities: Tensor) -> int:
-    """The best label of a classifier, by its probabilities, fp32 [columns]."""
-    if len(probabilities) == 1:
-        return int(probabilities[0] > 0.5)
-    return int(probabilities.argmax())
 
 
 def _last_words(log: Path, error: Exception) -> str:
