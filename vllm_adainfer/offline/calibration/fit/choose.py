@@ -132,14 +132,14 @@ def expected_seconds(
     rows, depth = len(tokens), costs.depth
     if not exits:
         none, deciding = np.ones(1), np.array([1 / tokens.mean()])
-        return _layer_seconds(np.array([0, depth]), none, deciding, costs, tokens) + costs.head
+        return costs.of_layers(np.array([0, depth]), none, deciding, tokens) + costs.head
     probes = np.cumsum([costs.probe_of(exit) for exit in exits])
     probes = np.append(probes, probes[-1])  # the time that a row has paid when it leaves at each
     where = exits_taken(exits, rows, allowed)
     layers = np.array([*(exit.layer for exit in exits), depth])
     left = np.array([tokens[where > index].sum() for index in range(len(exits))]) / tokens.sum()
     deciding = np.array([np.sum(where > index) for index in range(len(exits))]) / tokens.sum()
-    layer_seconds = _layer_seconds(layers, left, deciding, costs, tokens)
+    layer_seconds = costs.of_layers(layers, left, deciding, tokens)
     arriving = np.append(1.0, left[:-1])  # shares of a step's tokens
     cuts = costs.cut * tokens.mean() * arriving.sum()
     head = costs.head * np.mean(where == len(exits))
@@ -181,23 +181,6 @@ def layers_saved(exits: Sequence[FittedExit], depth: int, allowed: float) -> flo
         return 0.0
     where = exits_taken(exits, len(exits[0].fitted.loss), allowed)
     return 1 - float(np.array([*(exit.layer for exit in exits), depth])[where].mean()) / depth
-
-
-def _layer_seconds(
-    layers: Ints, left: Floats, deciding: Floats, costs: Costs, tokens: Floats
-) -> float:
-    """Expected time of a prompt in layers: those of the exit points, and full depth.
-
-    `left` [exit points] is the share of a step's tokens that run the layers after each, `deciding`
-    the share that is sampled and still runs: only these run the layers that share keys and values.
-    """
-    own = np.diff(np.minimum(layers, costs.own_kv_layers))
-    sharing = np.diff(layers) - own
-    own_time = min(layers[0], costs.own_kv_layers) + own @ costs.share_of_time(left)
-    first_sharing = max(layers[0] - costs.own_kv_layers, 0)
-    everyone = costs.share_of_time(np.array([1 / tokens.mean()]))[0]
-    sharing_time = first_sharing * everyone + sharing @ costs.share_of_time(deciding)
-    return float(costs.layer * tokens.mean() * (own_time + sharing_time))
 
 
 def _next_record(record: Bools) -> Ints:

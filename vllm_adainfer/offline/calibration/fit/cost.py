@@ -59,11 +59,22 @@ class Costs:
         """The time of an exit point's probe for one prompt."""
         return (self.branch if exit.is_branch else self.probe)[exit.layer]
 
-    def share_of_time(self, rows: Floats) -> Floats:
-        """The share of a step's time, given shares of its `rows`, 0 to 1; no rows take no time."""
-        measured = np.array([(0.0, 0.0), *self.fewer, (1.0, 1.0)])
-        shares: Floats = np.interp(rows, *measured.T)
-        return shares
+    def of_layers(self, layers: Ints, left: Floats, deciding: Floats, tokens: Floats) -> float:
+        """Expected time of a prompt in `layers`: those of the exit points, and full depth.
+
+        `left` [exit points] is the share of a step's tokens that run the layers after each,
+        `deciding` the share that is sampled and still runs: only these run the layers that share
+        keys and values. `tokens` [rows] are those that the layers run for each.
+        """
+        # The share of a step's time by the share of its rows; no rows take no time.
+        shares, times = np.array([(0.0, 0.0), *self.fewer, (1.0, 1.0)]).T
+        own = np.diff(np.minimum(layers, self.own_kv_layers))
+        sharing = np.diff(layers) - own
+        own_time = min(layers[0], self.own_kv_layers) + own @ np.interp(left, shares, times)
+        first_sharing = max(layers[0] - self.own_kv_layers, 0)
+        everyone = np.interp(1 / tokens.mean(), shares, times)
+        sharing_time = first_sharing * everyone + sharing @ np.interp(deciding, shares, times)
+        return float(self.layer * tokens.mean() * (own_time + sharing_time))
 
 
 def tokens_of(calibration: Calibration) -> Floats:
