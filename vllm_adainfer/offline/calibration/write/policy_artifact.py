@@ -20,7 +20,6 @@ from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.policy.encoders import TextEncoder
-from vllm_adainfer.policy.probe import Probe
 
 
 def write_artifact(
@@ -45,18 +44,14 @@ def write_artifact(
     details = {"template": template, "labels": labels, **policy_details(policy)}
     encoder, tokenizer = None, ""
     if policy.student is not None and policy.student.base is not None:
-        encoder, tokenizer = _encoder(policy.student.probe), policy.student.base.tokenizer
+        tokenizer = policy.student.base.tokenizer
+        assert isinstance(policy.student.probe.encoder, TextEncoder)
+        own = policy.student.probe.encoder.model
+        settings = own.config.to_diff_dict() | {"model_type": own.config.model_type}
+        encoder = Encoder(settings, {n: t.contiguous() for n, t in own.state_dict().items()})
     card = model_card(config, details)
     save_artifact(directory, config, policy_tensors(policy), details, card, encoder, tokenizer)
     return config
-
-
-def _encoder(student: Probe) -> Encoder:
-    """The encoder of a student, as an artifact keeps it."""
-    assert isinstance(student.encoder, TextEncoder)
-    model = student.encoder.model
-    settings = model.config.to_diff_dict() | {"model_type": model.config.model_type}
-    return Encoder(settings, {n: t.contiguous() for n, t in model.state_dict().items()})
 
 
 def policy_config(
@@ -200,6 +195,9 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
     _, counts = np.unique(rows.tokens[held_out], return_counts=True)
     point = policy.points[calibration.options.epsilon]
     leaving = np.bincount(point.exits, minlength=len(policy.exits) + 1) / len(held_out)
+    agreement: dict[bool, dict[str, float]] = {False: {}, True: {}}  # of heads, and of branches
+    for exit in policy.candidates:
+        agreement[exit.is_branch][str(exit.layer)] = float(exit.held_out.agrees.mean())
     return {
         "prompts": len(split.fit) + len(split.certify),
         "prompts_repeated": 0 if split.repeats is None else int(split.repeats.sum()),
@@ -220,16 +218,8 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
             }
             for exit, share in zip(policy.exits, leaving[:-1], strict=True)
         ],
-        "agreement": {
-            str(exit.layer): float(exit.held_out.agrees.mean())
-            for exit in policy.candidates
-            if not exit.is_branch
-        },
-        "branch_agreement": {
-            str(exit.layer): float(exit.held_out.agrees.mean())
-            for exit in policy.candidates
-            if exit.is_branch
-        },
+        "agreement": agreement[False],
+        "branch_agreement": agreement[True],
         "learning_curve": policy.learning_curve(),
         "oracle_layers_run": oracle_layers_run(policy),
         "questions": question_rows(policy, point),
@@ -263,20 +253,20 @@ def question_rows(policy: FittedPolicy, point: PathPoint) -> list[dict[str, Any]
         return []
     depth = calibration.rows.model.depth
     saved = 1 - np.array([*(exit.layer for exit in policy.exits), depth])[point.exits] / depth
-    rows = []
-    for name, own in questions.items():
-        alone = policy.questions.get(name, {}).get(epsilon)
-        row = {
+    # Of each question alone, where each is certified on its own.
+    alone = {name: own[epsilon] for name, own in policy.questions.items() if epsilon in own}
+    bounds = {n: bound.of_rows(questions[n]).within(epsilon, p.losses) for n, p in alone.items()}
+    return [
+        {
             "question": name,
             "prompts": int(own.sum()),
             "risk": float(point.losses[own].mean()),
             "layers_saved": float(saved[own].mean()),
             "known": name in calibration.ends,
-            # Of this question alone, where each is certified on its own.
-            "bound": None if alone is None else bound.of_rows(own).within(epsilon, alone.losses),
+            "bound": bounds.get(name),
         }
-        rows.append(row)
-    return rows
+        for name, own in questions.items()
+    ]
 
 
 def never_named(calibration: Calibration) -> list[str]:
