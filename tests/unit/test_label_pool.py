@@ -145,7 +145,9 @@ def test_labels_that_no_request_names_do_not_change_how_others_are_read():
     for layer, states in calibration.rows.states.items():
         narrow_head, _ = fit_probes(calibration.rows, target, rows, layer, rows % FOLDS)
         wide_head, _ = fit_probes(calibration.rows, wider, rows, layer, rows % FOLDS)
-        narrow, wide = (head.score(states)[:, : len(POOL)] for head in (narrow_head, wide_head))
+        narrow, wide = (
+            head.label_scores(states)[:, : len(POOL)] for head in (narrow_head, wide_head)
+        )
         torch.testing.assert_close(wide - wide[:, :1], narrow - narrow[:, :1], atol=1e-4, rtol=1e-4)
     labels = (*LABELS, *(Label(name=f"unused {t}", token_id=t) for t in more.tolist()))
     unused = replace(calibration, target=wider, labels=labels)
