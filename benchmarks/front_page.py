@@ -1,4 +1,4 @@
-"""The generated parts of README and of `docs/comparison.md`."""
+"""The generated parts of README."""
 
 from __future__ import annotations
 
@@ -136,8 +136,3 @@ def speed(report: dict[str, Any], name: str) -> str:
         return "**1.00x**"
     pairs = zip(times["stock"]["seconds"], times[name]["seconds"], strict=True)
     return f"**{statistics.median(stock / own for stock, own in pairs):.2f}x**"
-
-
-def comparison() -> str:
-    """The tables of `docs/comparison.md`."""
-    return (RESULTS / "rivals.md").read_text().rstrip()

@@ -10,16 +10,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # imports start at the checkout
 
-from benchmarks.front_page import compared, comparison, headlines
-from benchmarks.quoted_tables import ledger_tables, monitor_tables
+from benchmarks.front_page import RESULTS, compared, headlines
 from benchmarks.results_page import results_page
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-RESULTS = ROOT / "docs" / "results.md"
-COMPARISON = ROOT / "docs" / "comparison.md"
-SELF_CALIBRATION = ROOT / "docs" / "self_calibration.md"
-MONITORING = ROOT / "docs" / "monitoring.md"
+DOCS = ROOT / "docs"
+# Pages that quote the Markdown of one result.
+QUOTED = {"comparison": "rivals", "self_calibration": "ledger", "monitoring": "monitor"}
 
 
 def updated(page: str, generated: str, name: str = "results") -> str:
@@ -34,10 +32,11 @@ def pages() -> dict[Path, str]:
     """The generated part of each page; README has two."""
     return {
         README: headlines(),
-        RESULTS: results_page(),
-        COMPARISON: comparison(),
-        SELF_CALIBRATION: ledger_tables(),
-        MONITORING: monitor_tables(),
+        DOCS / "results.md": results_page(),
+        **{
+            DOCS / f"{page}.md": (RESULTS / f"{result}.md").read_text().rstrip()
+            for page, result in QUOTED.items()
+        },
     }
 
 

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from benchmarks.front_page import load
 from benchmarks.quoted_tables import (
-    auto_tables,
-    classifier_tables,
-    promises_table,
-    questions_table,
-    reranker_tables,
-    states_table,
-    trained_probes_table,
+    families,
+    long_prompts,
+    probabilities,
+    questions,
+    quoted,
+    recurrent,
+    states,
 )
 from benchmarks.results_speed import generation_table, startup_line, throughput_table
 from benchmarks.results_summary import measured, summary
-from benchmarks.results_tables import (
-    choices_table,
-    families_table,
-    long_prompts_table,
-    probabilities_table,
-    recurrent_table,
-    suite_table,
-    workloads,
-)
+from benchmarks.results_tables import choices_table, suite_table, workloads
 from benchmarks.serving.serve_report import table as serve_table
 
 
@@ -43,19 +35,19 @@ def sections() -> list[list[str]]:
         section(None, suite_table("suite_smollm2_squad"), "suite_smollm2_squad"),
         section("A server's latency", latency("serve"), "serve"),
         section("Choices", choices_table(), "choices_exits"),
-        section("Label probabilities", probabilities_table(), "probabilities"),
+        section("Label probabilities", probabilities(), "probabilities"),
         section(None, latency("scoring"), "scoring"),
-        section("Decision questions", questions_table(), "questions"),
-        section(None, states_table(), "states"),
-        section("Promises", promises_table(), "promises"),
-        section("Students and branches", trained_probes_table(), "trained_probes"),
-        section("Classifiers", classifier_tables(), "classify"),
-        section("Rerankers", reranker_tables(), "rerank"),
-        section("A server that calibrates itself", auto_tables(), "auto"),
+        section("Decision questions", questions(), "questions"),
+        section(None, states(), "states"),
+        section("Promises", quoted("promises"), "promises"),
+        section("Students and branches", quoted("trained_probes"), "trained_probes"),
+        section("Classifiers", quoted("classify"), "classify"),
+        section("Rerankers", quoted("rerank"), "rerank"),
+        section("A server that calibrates itself", quoted("auto"), "auto"),
         section("Generated text", generation_table(), "generation"),
-        section("Families of models", families_table(), "families"),
-        section(None, long_prompts_table(), "long_prompts"),
-        section(None, recurrent_table(), "recurrent"),
+        section("Families of models", families(), "families"),
+        section(None, long_prompts(), "long_prompts"),
+        section(None, recurrent(), "recurrent"),
         section("Scripted exits", throughput_table(), "throughput"),
         section(None, startup_line(), "startup"),
     ]

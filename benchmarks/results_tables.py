@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.common.intervals import share_of, shares_of
-from benchmarks.front_page import RESULTS, load, of_bound
+from benchmarks.front_page import load, of_bound
 from benchmarks.results_summary import middle, ratio_of
 from vllm_adainfer.offline.facts.document import markdown_grid, markdown_table
 
@@ -96,61 +96,6 @@ def suite_table(name: str) -> list[str]:
         f"{report['provenance']['cpu']}:",
         "",
         markdown_grid(columns, rows),
-    ]
-
-
-def families_table() -> list[str]:
-    """OPT and Llama, as small models that the benchmark trains."""
-    report = next(iter(load("families").values()))
-    table = (RESULTS / "families.md").read_text().splitlines()
-    return [
-        "Small OPT and Llama models, which the benchmark trains to say which part of this "
-        f"repository a line is from; {report['n']} unseen prompts of "
-        f"{report['prompt_tokens_mean']:.0f} tokens, "
-        f"delta {report['delta']:g}:",
-        "",
-        *table,
-    ]
-
-
-def long_prompts_table() -> list[str]:
-    """Layers that share keys and values, where most prompt tokens stop."""
-    report = next(iter(load("long_prompts").values()))
-    length, changed = report["prompt_tokens_mean"], report["never_exit"]["disagreement_with_stock"]
-    return [
-        f"A small Gemma 4, a third of whose {report['layers_total']} layers share keys and "
-        f"values, with {report['shots']} labelled lines before each prompt's own: {report['n']} "
-        f"unseen prompts of {length:.0f} tokens, {report['provenance']['cpu']}. Prompt tokens that "
-        "are not sampled stop where layers begin to share; never exiting differs from stock in "
-        f"{share_of(changed, report['n'])} of the answers.",
-        "",
-        *(RESULTS / "long_prompts.md").read_text().splitlines(),
-    ]
-
-
-def recurrent_table() -> list[str]:
-    """Layers with a recurrent state mixed with attention layers."""
-    report = next(iter(load("recurrent").values()))
-    length, changed = report["prompt_tokens_mean"], report["never_exit"]["disagreement_with_stock"]
-    return [
-        "A small Qwen 3.5, nine of whose twelve layers keep a recurrent state: "
-        f"{report['n']} unseen prompts of {length:.0f} tokens, {report['provenance']['cpu']}. "
-        f"Never exiting differs from stock in {share_of(changed, report['n'])} of the answers.",
-        "",
-        *(RESULTS / "recurrent.md").read_text().splitlines(),
-    ]
-
-
-def probabilities_table() -> list[str]:
-    """Policies for label probabilities."""
-    report, *_ = load("probabilities")
-    return [
-        "Label probabilities, fine-tuned SmolLM2-135M, epsilon "
-        f"{report['epsilon']:g} at delta {report['delta']:g}. The bound covers answers that change "
-        "and probabilities that move by more than the tolerance. Stock's own probabilities also "
-        "move, by rounding:",
-        "",
-        *(RESULTS / "probabilities.md").read_text().splitlines(),
     ]
 
 
