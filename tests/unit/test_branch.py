@@ -58,7 +58,7 @@ EPSILON = 0.05
 def random_branch(hidden_size: int = HIDDEN, dtype: torch.dtype = torch.float32) -> Probe:
     torch.manual_seed(0)
     head = Head(torch.randn(2, 2 * BRANCH_WIDTH), torch.zeros(2))
-    encoder = StateEncoder(hidden_size).to(dtype).eval()
+    encoder = StateEncoder(hidden_size).to(dtype).eval().requires_grad_(False)
     return Probe(head, token_ids=LABEL_IDS, encoder=encoder, fused=False)
 
 

@@ -170,7 +170,7 @@ class TextEncoder(nn.Module):
                 f"the student cannot be built ({' '.join(str(error).split())[:200]}): calibrate "
                 "again with this version of transformers"
             ) from None
-        return cls(model.eval().to(device))
+        return cls(model.eval().requires_grad_(False).to(device))
 
     @torch.no_grad()
     def check_reads(self, student: described.Student, largest_token: int) -> None:

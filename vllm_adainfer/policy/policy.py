@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+import adainfer_kernels
 import torch
 from adainfer_kernels import Head, Lens
 from torch import Tensor
@@ -160,7 +161,7 @@ class Policy(ExitPolicy):
         """Decide by the best token, with a probe that a kernel runs."""
         readout, is_linear = probe.readout(rows.hidden), classifier.shape == LINEAR_SHAPE
         if is_linear and self.answer_ids is not None:
-            settled, scores = probe.settle(readout, classifier, threshold)
+            settled, scores = adainfer_kernels.settle(readout, probe.head, classifier, threshold)
             return Decision(settled, self._scored(scores))
         result = probe.score(
             readout,

@@ -102,12 +102,6 @@ class Probe:
         state = adainfer_kernels.readout(hidden, self.norm, self.lens, dtype=dtype)
         return state if self.projection is None else state @ self.projection
 
-    def settle(
-        self, readout: Tensor, classifier: Tensor, threshold: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Which rows are settled, and their scores; see `adainfer_kernels.settle`."""
-        return adainfer_kernels.settle(readout, self.head, classifier, threshold)
-
     def score(
         self,
         readout: Tensor,
@@ -130,13 +124,11 @@ class Probe:
         )
         return result if self.gather is None else merged(result, self.gather)
 
-    @torch.no_grad()
     def project(self, states: Tensor) -> Tensor:
         """[rows, width], what a branch keeps of each token's state [rows, hidden size]."""
         assert isinstance(self.encoder, StateEncoder), "other probes keep states as they are"
         return self.encoder.projected(states)
 
-    @torch.no_grad()
     def label_scores(
         self,
         hidden: Tensor,

@@ -6,6 +6,7 @@ answers mean nothing.
 
 from __future__ import annotations
 
+import adainfer_kernels
 import torch
 from adainfer_kernels import Head
 from typing_extensions import override
@@ -32,13 +33,14 @@ class ScriptedPolicy(ExitPolicy):
         size = len(SCRIPT_LABELS)
         head = torch.randn(size, hidden_size, generator=generator, dtype=torch.float32)
         bias = torch.zeros(size, dtype=torch.float32, device=device)
-        self._probe = Probe(Head(head.to(device), bias), token_ids=self.answer_ids)
-        self.probes = [self._probe] * len(exit_points)
+        probe = Probe(Head(head.to(device), bias), token_ids=self.answer_ids)
+        self.probes = [probe] * len(exit_points)
 
     @override
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
-        readout = self._probe.readout(rows.hidden)
+        probe = self.probes[exit_index]
+        readout = probe.readout(rows.hidden)
         threshold = torch.zeros(len(rows.hidden), dtype=torch.float32, device=rows.hidden.device)
-        _, scores = self._probe.settle(readout, self._classifier, threshold)
+        _, scores = adainfer_kernels.settle(readout, probe.head, self._classifier, threshold)
         answers = Answers(scores, self.answer_ids, of_labels=True)
         return Decision(rows.threshold_rows <= exit_index, answers)

@@ -140,7 +140,7 @@ def untrained_branch_layers(calibration: Calibration) -> float:
     """Time of a branch for prompts like these, in times of a layer for the same prompts."""
     states, model = calibration.rows.final, calibration.rows.model
     tokens = float(tokens_of(calibration).mean())
-    encoder = StateEncoder(states.shape[1]).to(SERVED_DTYPE).eval()
+    encoder = StateEncoder(states.shape[1]).to(SERVED_DTYPE).eval().requires_grad_(False)
     head = Head(torch.zeros(2, encoder.width), torch.zeros(2))
     branch = Probe(head, token_ids=torch.arange(2), encoder=encoder, fused=False)
     length = min(max(1, round(tokens)), MOST_BRANCH_TOKENS)
