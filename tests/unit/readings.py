@@ -15,24 +15,6 @@ from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.promise.promise import Outcome
 
 
-def views_as_it_decides(policy: Any, index: int, rows: UndecidedRows, decision: Decision) -> bool:
-    """Whether `view` has the answers and the scores that `decide` has."""
-    view = policy.view(index, rows)
-    best = policy.answer_ids[decision.answers.scores.argmax(dim=1)]
-    reaches = view.odds >= view.threshold
-    return (
-        torch.equal(view.tokens, best)
-        and not (decision.settled & ~reaches).any()
-        and bool((view.gap <= view.top_prob).all())
-    )
-
-
-def wrong_of(policy: Any, answers: Any, logits: torch.Tensor) -> torch.Tensor:
-    """Which early answers break the policy's promise, as a shadow request finds."""
-    early, full = policy.early(answers, lambda _: None), policy.full_depth(logits, answers)
-    return policy.promise.wrong(early, full)
-
-
 def outcomes(*scores: torch.Tensor) -> list[Outcome]:
     """What rows with each of these scores of labels [rows, labels] are answered with."""
     return [Outcome(one.argmax(dim=1), one) for one in scores]

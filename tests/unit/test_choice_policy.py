@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import xgrammar
@@ -19,12 +18,11 @@ from vllm.v1.structured_output.utils import choice_as_grammar
 
 from tests.admitted import admitted, resolved, row_of
 from tests.byte_model import SETS, byte_tokenizer
+from tests.calibrations import of_choices
 from tests.tiny import tiny_artifact
-from tests.unit.readings import views_as_it_decides, wrong_of
-from tests.unit.test_make_policy import HF_CONFIG, LAYERS, SPLIT, recording_of
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Choice, Label
-from vllm_adainfer.artifact.files import load_artifact, save_artifact
+from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.cli.promises import choice_texts
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.errors import AdaInferError
@@ -32,20 +30,14 @@ from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.offline.calibration import calibrate as calibrating
 from vllm_adainfer.offline.calibration.data.batch_files import read_requests
 from vllm_adainfer.offline.calibration.data.choices import (
-    Choices,
     common_choices,
     find_choices,
     with_labels,
 )
 from vllm_adainfer.offline.calibration.data.examples import Example, Row
-from vllm_adainfer.offline.calibration.fit.calibration import Calibration
-from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, make_policy
-from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
-from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, policy_tensors
-from vllm_adainfer.policy.exit_policy import UndecidedRows
+from vllm_adainfer.offline.calibration.fit_policy import make_policy
+from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.policy.first_tokens import FirstTokens
-from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.settings.engine import Settings
 
 TOKENIZER = byte_tokenizer()
@@ -121,84 +113,14 @@ def test_a_blank_that_only_some_choices_begin_with_is_hardly_meant():
         choice_texts("positive, negative")
 
 
-TOKENS = Choices(
-    (
-        Choice(text="a", token_ids=(3, 9), first_tokens=(3, 8)),
-        Choice(text="b", token_ids=(7,), first_tokens=(7, 20, 21)),
-        Choice(text="c", token_ids=(30,), first_tokens=(30,)),
-    ),
-    undecided=(1, 2),
-)
-
-
-def calibrated(choices: Choices = TOKENS, **options: Any) -> FittedPolicy:
-    recording = recording_of(labels=False, noise=0.2)
-    lens, first = (
-        recording.model.logit_lens.of_tokens(choices.first_tokens.token_ids),
-        choices.first_tokens,
-    )
-    best = lens.score(lens.readout(recording.final)).top1_id.numpy()
-    recording = replace(recording, tokens=choices.decided_by(best))
-    ids = torch.tensor([label.token_id for label in choices.labels])
-    never = options.get("never_early", ())
-    runs_on = frozenset(label.token_id for label in choices.labels if label.name in never)
-    target = Target("label-head", ids, first_tokens=first, never_early=runs_on)
-    asked = PolicyOptions(epsilon=0.05, exit_points=LAYERS, **options)
-    return make_policy(
-        Calibration(recording, target, SPLIT, asked, choices.labels, choices=choices)
-    )
-
-
 def test_answers_that_decide_no_choice_are_the_reason_given_for_no_policy(monkeypatch):
-    policy = replace(calibrated(), points={})
+    policy = replace(make_policy(of_choices()), points={})
     policy.calibration.rows.tokens[:] = policy.calibration.target.undecided
     monkeypatch.setattr(calibrating, "calibration_of", lambda *_: policy.calibration)
     monkeypatch.setattr(calibrating, "fit_policy", lambda *_: policy)
     request = CalibrationRequest("m", Path("rows"), Path("out"))
     with pytest.raises(AdaInferError, match="100% of the answers of m begin with a token that dec"):
         calibrating.fit_and_certify(request, SimpleNamespace(student=None), policy.calibration.rows)
-
-
-def served(policy: FittedPolicy, directory: Path) -> Policy:
-    config = policy_config(policy, "tiny", HF_CONFIG)
-    save_artifact(directory, config, policy_tensors(policy), {}, "card")
-    return Policy(load_artifact(str(directory)), torch.device("cpu"))
-
-
-@pytest.mark.parametrize("classifier", ["svm", "crf"])
-@pytest.mark.parametrize(
-    ("with_undecided", "never"), [(False, ()), (True, ()), (False, ("b",)), (True, ("a",))]
-)
-def test_what_is_served_of_choices_is_what_was_certified(
-    tmp_path, classifier, with_undecided, never
-):
-    choices = TOKENS if with_undecided else replace(TOKENS, undecided=())
-    policy = calibrated(choices, classifier=classifier, never_early=never)
-    serving = served(policy, tmp_path / "policy")
-    recording, rows = policy.calibration.rows, SPLIT.certify
-    lens = recording.model.logit_lens
-    logits = lens.score(lens.readout(recording.final[rows]), return_scores=True).scores
-    ids = serving.answer_ids.numpy()
-    tags = torch.full((len(rows),), list(policy.points).index(0.05))
-    exits, wrong = np.full(len(rows), len(policy.exits)), np.zeros(len(rows))
-    memory = None
-    for index, layer in enumerate(serving.exit_points):
-        undecided = UndecidedRows(recording.states[layer][rows], tags, memory)
-        decision = serving.decide(index, undecided)
-        assert views_as_it_decides(serving, index, undecided, decision)
-        leaves = (exits == len(policy.exits)) & decision.settled.numpy()
-        exits[leaves] = index
-        early = ids[decision.answers.scores.argmax(1).numpy()]
-        runs_on = [one.first_tokens[0] for one in TOKENS.texts if one.text in never]
-        assert not np.isin(early[leaves], [*runs_on, TOKENS.undecided[0]]).any()
-        differs = early != recording.tokens[rows]
-        assert np.array_equal(wrong_of(serving, decision.answers, logits).numpy(), differs)
-        wrong[leaves] = differs[leaves]
-        memory = decision.memory
-    point = policy.points[0.05]
-    assert np.array_equal(exits, point.exits)
-    assert np.array_equal(wrong, point.losses)
-    assert len(set(exits.tolist())) > 1
 
 
 def test_of_equal_scores_the_lowest_token_decides_as_in_vllms_sampler():

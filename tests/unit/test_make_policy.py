@@ -1,125 +1,54 @@
-"""From a recording to an artifact that serves what was certified."""
+"""From a recording to a policy, its config and its details."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from adainfer_kernels import Head, Norm
 
-from vllm_adainfer.artifact.fields import Label
-from vllm_adainfer.artifact.files import load_artifact, save_artifact
+from tests.calibrations import (
+    ALL_MASS,
+    EPSILON,
+    HF_CONFIG,
+    HIDDEN,
+    LABEL_IDS,
+    LABELS,
+    LAYERS,
+    PROMPTS,
+    SPLIT,
+    calibration_of,
+    logits_of,
+    recorded,
+    recording_of,
+)
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration import calibrate as calibrating
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.enough_rows import check_rows
 from vllm_adainfer.offline.calibration.fit import cost
-from vllm_adainfer.offline.calibration.fit.calibration import Calibration
-from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, make_policy
+from vllm_adainfer.offline.calibration.fit.probes import full_depth_labels
+from vllm_adainfer.offline.calibration.fit_policy import (
+    FittedPolicy,
+    make_policy,
+    with_mass_if_it_pays,
+)
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
-from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows, ServedModel
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_config,
     policy_details,
     policy_tensors,
 )
-from vllm_adainfer.policy.exit_policy import UndecidedRows
-from vllm_adainfer.policy.policy import Policy
-from vllm_adainfer.policy.probe import Probe
-from vllm_adainfer.promise.kinds import asked_for
-
-HIDDEN, VOCAB, DEPTH, PROMPTS = 16, 40, 8, 900
-LAYERS = (2, 4, 6)
-LABELS = (Label(name="bad", token_id=7), Label(name="good", token_id=3))
-LABEL_IDS = torch.tensor([7, 3])
-NORM = Norm("rms", torch.ones(HIDDEN), eps=1e-5)
-SPLIT = Split.halves(PROMPTS)
-HF_CONFIG = SimpleNamespace(
-    architectures=["LlamaForCausalLM"], hidden_size=HIDDEN, vocab_size=VOCAB
-)
 
 
-def recording_of(labels: bool, noise: float = 1.0) -> Rows:
-    """States that come nearer to the final one from layer to layer."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    final, head = 2 * normal(PROMPTS, HIDDEN), normal(VOCAB, HIDDEN)
-    states = {
-        layer: final + noise * (DEPTH - layer) / DEPTH * normal(PROMPTS, HIDDEN) for layer in LAYERS
-    }
-    moments = {layer: [Moments.zeros(HIDDEN, HIDDEN) for _ in range(FOLDS)] for layer in LAYERS}
-    for layer, folds in moments.items():
-        for fold, sums in enumerate(folds):
-            rows = SPLIT.fit[SPLIT.fit % FOLDS == fold]
-            change = final[rows] - states[layer][rows]
-            sums.add(states[layer][rows].double(), change.double(), torch.ones(len(rows)))
-    model = Probe(
-        Head(head[LABEL_IDS] if labels else head),
-        token_ids=LABEL_IDS if labels else None,
-        norm=NORM,
-    )
-    return Rows(
-        ServedModel(
-            DEPTH,
-            DEPTH,
-            Probe(Head(head), norm=NORM),
-            "f" * 16,
-            layer_seconds=1e-3,  # so slow that every probe is worth its time
-            cut_seconds=1e-6,
-        ),
-        states=states,
-        final=final,
-        tokens=model.score(model.readout(final)).top1_id.numpy(),
-        prompts=np.arange(PROMPTS),
-        computed=np.full(PROMPTS, 20.0),
-        moments=moments,
-    )
-
-
-def made(recording: Rows, target: Target, **options) -> FittedPolicy:
-    return make_policy(
-        Calibration(recording, target, SPLIT, PolicyOptions(epsilon=0.05, **options))
-    )
-
-
-@pytest.mark.parametrize("classifier", ["svm", "logreg", "threshold", "crf"])
-@pytest.mark.parametrize(
-    ("probe", "with_labels"),
-    [("label-head", True), ("lens", True), ("lens", False), ("logit-lens", False)],
-)
-def test_what_is_served_is_what_was_certified(tmp_path, classifier, probe, with_labels):
-    recording = recording_of(with_labels)
-    labels = LABELS if with_labels else ()
-    target = Target(probe, LABEL_IDS if with_labels else None)
-    options = PolicyOptions(classifier=classifier, epsilon=0.05)
-    policy = make_policy(Calibration(recording, target, SPLIT, options, labels))
-    config = policy_config(policy, "tiny", HF_CONFIG)
-    save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card")
-
-    artifact = load_artifact(str(tmp_path / "policy"))
-    serving = Policy(artifact, torch.device("cpu"), lambda _: recording.model.logit_lens)
-    point = policy.points[0.05]
-    tags = torch.full((len(SPLIT.certify),), artifact.config.level_of(None))
-    exits = np.full(len(SPLIT.certify), len(policy.exits))
-    memory = None
-    for index, layer in enumerate(serving.exit_points):
-        decision = serving.decide(
-            index, UndecidedRows(recording.states[layer][SPLIT.certify], tags, memory)
-        )
-        exits[(exits == len(policy.exits)) & decision.settled.numpy()] = index
-        memory = decision.memory
-    assert np.array_equal(exits, point.exits)
-    assert len(set(exits.tolist())) > 1
+def made(**options: Any) -> FittedPolicy:
+    """A policy for two labels."""
+    return make_policy(calibration_of(recording_of(labels=True), **options))
 
 
 @pytest.mark.parametrize(
@@ -134,9 +63,15 @@ def test_the_same_rows_and_seed_give_the_policy_of_november_2026(
     probe, classifier, thresholds, saved
 ):
     """To the last bit on one machine, and to within rounding on another."""
-    target = Target(probe, LABEL_IDS if probe == "label-head" else None)
-    options = {"classifier": classifier, "exit_points": LAYERS}
-    first, again = (made(recording_of(probe == "label-head"), target, **options) for _ in range(2))
+    labels = LABELS if probe == "label-head" else ()
+    first, again = (
+        make_policy(
+            calibration_of(
+                recording_of(bool(labels)), probe, labels, classifier=classifier, exit_points=LAYERS
+            )
+        )
+        for _ in range(2)
+    )
     assert [one.threshold for one in first.points.values()] == pytest.approx(thresholds, rel=0.01)
     assert [one.layers_saved for one in first.points.values()] == pytest.approx(saved, abs=0.01)
     tensors = policy_tensors(again)
@@ -144,17 +79,14 @@ def test_the_same_rows_and_seed_give_the_policy_of_november_2026(
         assert torch.equal(tensor, tensors[name]), name
 
 
+def right_if(risk: str, tokens: Any) -> dict[str, Any]:
+    """The right tokens, if the risk is of accuracy."""
+    return {"right": [{int(token)} for token in tokens]} if risk == "accuracy" else {}
+
+
 @pytest.mark.parametrize("risk", ["disagreement", "accuracy"])
 def test_every_level_is_within_its_epsilon_and_a_looser_one_saves_no_less(risk):
-    recording = recording_of(labels=True)
-    right = [{int(token)} for token in recording.tokens]
-    options = PolicyOptions(epsilon=0.05, risk=risk)
-    target = Target("label-head", LABEL_IDS, promise=asked_for(options))
-    policy = make_policy(
-        Calibration(
-            recording, target, SPLIT, options, LABELS, right if risk == "accuracy" else None
-        )
-    )
+    policy = made(risk=risk, given=right_if(risk, recording_of(labels=True).tokens))
     config = policy_config(policy, "tiny", HF_CONFIG)
     assert config.risk == risk
     assert config.bound == ("exact" if risk == "disagreement" else "wsr")
@@ -170,12 +102,9 @@ GROUPS = np.arange(PROMPTS) // 3  # three questions about each state
 
 @pytest.mark.parametrize(("risk", "lowest"), [("disagreement", 0.0), ("accuracy", -1.0)])
 def test_prompts_that_came_together_are_certified_by_group(risk, lowest):
-    recording = recording_of(labels=True)
-    right = [{int(token)} for token in recording.tokens] if risk == "accuracy" else None
     split = Split.of_groups(GROUPS)
-    options = PolicyOptions(epsilon=0.05, risk=risk)
-    target = Target("label-head", LABEL_IDS, promise=asked_for(options))
-    policy = make_policy(Calibration(recording, target, split, options, LABELS, right))
+    given = right_if(risk, recording_of(labels=True).tokens)
+    policy = made(risk=risk, split=split, given=given)
     config, point = policy_config(policy, "tiny", HF_CONFIG), policy.points[0.05]
     by_group = Bound("wsr", 0.1, lowest, GROUPS[split.certify], longest=3)
     assert (config.bound, config.largest_group) == ("wsr", 3)
@@ -187,17 +116,13 @@ def test_prompts_that_came_together_are_certified_by_group(risk, lowest):
 def test_a_question_has_the_bound_of_its_own_groups(together, bound):
     """Of three questions about a state, each comes once, or one of them twice."""
     questions = [f"question {row % 3 // together}" for row in range(PROMPTS)]
-    options = PolicyOptions(epsilon=0.1, by_question=True)
-    target = Target("label-head", LABEL_IDS)
-    calibration = Calibration(
-        recording_of(labels=True), target, Split.of_groups(GROUPS), options, LABELS,
-        questions=questions, ends={name: ((0,),) for name in questions},
-    )  # fmt: skip
-    policy = make_policy(calibration)
+    given = {"questions": questions, "ends": {name: ((0,),) for name in questions}}
+    split = Split.of_groups(GROUPS)
+    policy = made(epsilon=0.1, by_question=True, split=split, given=given)
     assert "question 0" in policy.questions
     config = policy_config(policy, "tiny", HF_CONFIG)
     assert (config.bound, config.largest_group) == (bound, 3), "watched over all questions together"
-    names, groups = (np.array(one)[calibration.split.certify] for one in (questions, GROUPS))
+    names, groups = (np.array(one)[split.certify] for one in (questions, GROUPS))
     for name, points in policy.questions.items():
         own = Bound(bound, 0.1, 0.0, groups[names == name], together)
         assert own.holds(points[0.1].losses, 0.1)
@@ -220,31 +145,22 @@ def test_too_few_groups_are_refused_however_many_rows_they_have():
 
 def test_accuracy_that_is_not_lost_lets_more_leave_than_answers_that_do_not_change():
     """Where full depth is right half of the time, a changed answer is as often for the better."""
-    recording = recording_of(labels=True)
-    generator = np.random.default_rng(0)
-    right = [{int(token)} for token in generator.choice(LABEL_IDS.numpy(), PROMPTS)]
-    saved = {}
-    for risk in ("disagreement", "accuracy"):
-        options = PolicyOptions(epsilon=0.1, risk=risk)
-        target = Target("label-head", LABEL_IDS, promise=asked_for(options))
-        policy = make_policy(
-            Calibration(
-                recording, target, SPLIT, options, LABELS, right if risk == "accuracy" else None
-            )
-        )
-        saved[risk] = policy.points[0.1].layers_saved
-    assert saved["accuracy"] > saved["disagreement"]
+    right = np.random.default_rng(0).choice(LABEL_IDS.numpy(), PROMPTS)
+    changed, lost = (
+        made(epsilon=0.1, risk=risk, given=right_if(risk, right)).points[0.1].layers_saved
+        for risk in ("disagreement", "accuracy")
+    )
+    assert lost > changed
 
 
 def test_layers_asked_for_are_kept_whatever_they_cost(monkeypatch):
     monkeypatch.setattr(cost, "probe_seconds", lambda *_: 1.0)
-    recording = recording_of(labels=True)
-    policy = made(recording, Target("label-head", LABEL_IDS), exit_points=LAYERS)
+    policy = made(exit_points=LAYERS)
     assert [exit.layer for exit in policy.exits] == list(LAYERS)
 
 
 def test_the_default_chooses_and_expects_to_be_faster_than_full_depth_and_an_even_spread():
-    policy = made(recording_of(labels=True), Target("label-head", LABEL_IDS))
+    policy = made()
     assert 1 <= len(policy.exits) <= len(LAYERS)
     assert policy.expected["chosen"] < policy.expected["full_depth"]
     assert policy.expected["chosen"] <= policy.expected["uniform"]
@@ -252,14 +168,14 @@ def test_the_default_chooses_and_expects_to_be_faster_than_full_depth_and_an_eve
 
 def test_exit_points_that_are_not_worth_their_probes_leave_no_policy(monkeypatch):
     monkeypatch.setattr(cost, "probe_seconds", lambda *_: 1.0)
-    policy = made(recording_of(labels=True), Target("label-head", LABEL_IDS))
+    policy = made()
     assert policy.exits == []
     assert policy.points == {}
 
 
 def test_where_nothing_is_certified_nobody_is_sent_to_the_same_held_out_half_again(monkeypatch):
     """Several tries on it would exceed delta."""
-    policy = made(recording_of(labels=True), Target("label-head", LABEL_IDS))
+    policy = made()
     monkeypatch.setattr(calibrating, "calibration_of", lambda *_: policy.calibration)
     monkeypatch.setattr(calibrating, "fit_policy", lambda *_: replace(policy, points={}))
     request = CalibrationRequest("m", Path("rows"), Path("out"))
@@ -271,14 +187,12 @@ def test_where_nothing_is_certified_nobody_is_sent_to_the_same_held_out_half_aga
 def test_states_that_say_nothing_leave_no_policy():
     recording = recording_of(labels=True)
     recording.tokens[:] = -5  # never the answer of any probe
-    policy = made(recording, Target("label-head", LABEL_IDS))
+    policy = make_policy(calibration_of(recording))
     assert (policy.candidates, policy.exits, policy.points) == ([], [], {})
 
 
 def test_the_details_say_who_leaves_where_and_what_each_probe_takes():
-    recording, target = recording_of(labels=True), Target("label-head", LABEL_IDS)
-    options = PolicyOptions(epsilon=0.05)
-    policy = make_policy(Calibration(recording, target, SPLIT, options, LABELS))
+    policy = made()
     details = policy_details(policy)
     point = policy.points[0.05]
     for index, found in enumerate(details["exit_points"]):
@@ -286,7 +200,44 @@ def test_the_details_say_who_leaves_where_and_what_each_probe_takes():
         assert found["leaving"] == pytest.approx((point.exits == index).mean())
         assert found["probe_bytes"] == 4 * len(LABELS) * (HIDDEN + 1)
         assert found["probe_cost"] > 0
-    counts = np.unique(recording.tokens[SPLIT.certify], return_counts=True)[1]
+    counts = np.unique(policy.calibration.rows.tokens[SPLIT.certify], return_counts=True)[1]
     assert details["majority_share"] == counts.max() / counts.sum()
     assert details["rows"] == PROMPTS
     assert list(details["agreement"]) == [str(layer) for layer in LAYERS]
+
+
+NO_MASS, SOME_MASS = -30.0, 0.0  # added to the labels' scores
+
+
+def test_full_depth_is_read_as_vllm_returns_it():
+    recording = recorded(SOME_MASS)
+    reads, logits = full_depth_labels(recording, LABEL_IDS), logits_of(recording).double()
+    probabilities = logits.softmax(dim=1)[:, LABEL_IDS]
+    close = {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(reads.labels.mass.double(), probabilities.sum(1), **close)
+    among = probabilities / probabilities.sum(1, keepdim=True)
+    torch.testing.assert_close(reads.labels.among.double(), among, **close)
+    is_label = torch.isin(logits.argmax(dim=1), LABEL_IDS)
+    assert torch.equal(reads.is_label, is_label)
+    assert 0 < is_label.float().mean() < 1
+
+
+@pytest.mark.parametrize(("soft_cap", "scale"), [(3.0, 1.0), (None, 0.25), (2.0, 0.5)])
+def test_a_cap_and_a_scale_of_the_logits_change_their_probabilities(soft_cap, scale):
+    recording = recorded(SOME_MASS)
+    recording = replace(recording, model=replace(recording.model, soft_cap=soft_cap, scale=scale))
+    logits = logits_of(recording)
+    capped = logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
+    expected = (capped * scale)[:, LABEL_IDS].softmax(dim=1)
+    torch.testing.assert_close(full_depth_labels(recording, LABEL_IDS).labels.among, expected)
+
+
+@pytest.mark.parametrize(
+    ("lead", "with_mass"), [(ALL_MASS, True), (NO_MASS, False), (SOME_MASS, False)]
+)
+def test_the_mass_is_promised_where_it_does_not_cost_most_of_the_layers(lead, with_mass):
+    """Where no label is the best token, every early answer in the vocabulary is wrong."""
+    without = make_policy(calibration_of(recorded(lead), risk="probability", tolerance=0.1))
+    kept = with_mass_if_it_pays(without)
+    assert kept.calibration.target.promise.covers_mass == with_mass
+    assert EPSILON in kept.points

@@ -10,73 +10,38 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.test_make_policy import (
+from tests.calibrations import (
     DEPTH,
+    EPSILON,
     HF_CONFIG,
-    HIDDEN,
     LABEL_IDS,
-    LABELS,
     LAYERS,
     PROMPTS,
     SPLIT,
-    recording_of,
+    of_prompts,
+    recording_of_prompts,
 )
 from vllm_adainfer.artifact.artifact import Artifact
-from vllm_adainfer.artifact.files import load_artifact, save_artifact
-from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.shared import pooled_from
 from vllm_adainfer.offline.calibration.fit import cost
-from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.choose import candidate_layers, layers_saved
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fit_policy import fit_candidates, fit_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import ALLOWANCE, split_of
-from vllm_adainfer.offline.calibration.record.rows import Rows, normed
-from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_config,
-    policy_details,
     policy_tensors,
 )
 from vllm_adainfer.offline.reports import views
-from vllm_adainfer.policy.exit_policy import UndecidedRows
-from vllm_adainfer.policy.policy import Policy
-
-EPSILON = 0.05
 
 
 @pytest.fixture(autouse=True)
 def equally_fast_probes(monkeypatch) -> None:
     monkeypatch.setattr(cost, "probe_seconds", lambda *_: 1e-6)
-
-
-def recording_of_prompts(mean_noise: float, last_noise: float = 1.0, **changes: Any) -> Rows:
-    """Means that say as much of the answer as `mean_noise` lets them; also before all layers."""
-    plain = recording_of(labels=True, noise=last_noise)
-    generator = torch.Generator().manual_seed(1)
-
-    def noise() -> torch.Tensor:
-        return torch.randn(PROMPTS, HIDDEN, generator=generator)
-
-    states = {0: noise(), **plain.states}
-    means = {layer: normed(plain.final) + mean_noise * noise() for layer in states}
-    model = replace(plain.model, **{"pool_seconds": 1e-8, **changes})
-    return replace(plain, model=model, states=states, means=means)
-
-
-def calibration(recording: Rows, **options: Any) -> Calibration:
-    return Calibration(
-        recording,
-        Target("pooled-label-head", LABEL_IDS),
-        SPLIT,
-        PolicyOptions(**{"epsilon": EPSILON, **options}),
-        LABELS,
-        pooled_from=3,
-    )
 
 
 SAYS_MUCH, SAYS_NOTHING = 0.3, 1e3
@@ -93,19 +58,19 @@ SAYS_MUCH, SAYS_NOTHING = 0.3, 1e3
 )
 def test_auto_takes_the_faster_heads_by_the_half_that_fits(mean_noise, changes, kind):
     recording = recording_of_prompts(mean_noise, **changes)
-    found = fit_policy(calibration(recording), "auto")
+    found = fit_policy(of_prompts(recording), "auto")
     assert found.calibration.target.kind == kind
     assert (found.last_token is not None) == (kind == "pooled-label-head")
     # With other held-out prompts, the choice and the exit points are the same.
     recording.tokens[SPLIT.certify] = LABEL_IDS[0]
-    again = fit_policy(calibration(recording), "auto")
+    again = fit_policy(of_prompts(recording), "auto")
     assert again.calibration.target.kind == kind
     assert [exit.layer for exit in again.exits] == [exit.layer for exit in found.exits]
 
 
 def test_pooled_heads_that_are_asked_for_are_kept_though_others_are_faster():
     recording = recording_of_prompts(SAYS_NOTHING)
-    found = fit_policy(calibration(recording), "pooled-label-head")
+    found = fit_policy(of_prompts(recording), "pooled-label-head")
     assert found.calibration.target.is_pooled
 
 
@@ -113,7 +78,7 @@ def test_pooled_heads_that_are_asked_for_are_kept_though_others_are_faster():
 def test_the_part_for_the_last_token_has_only_exit_points_of_the_policy(asked):
     """And none before the first layer, where one token says nothing of the others."""
     found = fit_policy(
-        calibration(recording_of_prompts(0.6), exit_points=asked), "pooled-label-head"
+        of_prompts(recording_of_prompts(0.6), exit_points=asked), "pooled-label-head"
     )
     whole, last = ([one.layer for one in part.exits] for part in (found, found.last_token))
     assert set(last) <= set(whole) - {0}
@@ -123,16 +88,16 @@ def test_the_part_for_the_last_token_has_only_exit_points_of_the_policy(asked):
 
 def test_it_finds_no_exit_points_where_only_the_last_token_goes_on():
     recording = recording_of_prompts(SAYS_MUCH, own_kv_layers=4)
-    layers = [exit.layer for exit in fit_candidates(calibration(recording))]
+    layers = [exit.layer for exit in fit_candidates(of_prompts(recording))]
     assert layers == [0, 2, 4]
-    last = replace(calibration(recording), target=Target("label-head", LABEL_IDS))
+    last = replace(of_prompts(recording), target=Target("label-head", LABEL_IDS))
     assert [exit.layer for exit in fit_candidates(last)] == [*LAYERS]
 
 
 def test_a_part_that_certifies_nothing_is_left_out_and_said_to_be(capsys):
     recording = recording_of_prompts(SAYS_MUCH)
     nothing = {layer: torch.zeros_like(states) for layer, states in recording.states.items()}
-    whole = calibration(replace(recording, states=nothing))
+    whole = of_prompts(replace(recording, states=nothing))
     found = fit_policy(whole, "pooled-label-head")
     assert EPSILON in found.points
     assert found.last_token is None
@@ -143,7 +108,7 @@ def test_a_part_that_certifies_nothing_is_left_out_and_said_to_be(capsys):
 @pytest.mark.parametrize("by_question", [False, True])
 def test_one_bound_covers_both_parts_whichever_decides_a_request(by_question):
     """The larger loss of each row certifies; and at one epsilon both parts are served, or none."""
-    data = calibration(recording_of_prompts(0.6), epsilon=0.1, by_question=by_question)
+    data = of_prompts(recording_of_prompts(0.6), epsilon=0.1, by_question=by_question)
     names = [f"question {row % 2}" for row in range(PROMPTS)]
     if by_question:
         data = replace(data, questions=names, ends={name: ((0,),) for name in names})
@@ -168,31 +133,8 @@ def test_one_bound_covers_both_parts_whichever_decides_a_request(by_question):
     ]
 
 
-def test_what_is_served_of_each_part_is_what_was_certified(tmp_path):
-    recording = recording_of_prompts(0.6)
-    found = fit_policy(calibration(recording), "pooled-label-head")
-    config, details = policy_config(found, "tiny", HF_CONFIG), policy_details(found)
-    card = model_card(config, details)
-    assert "within the same bounds, which hold whichever heads decide a request:" in card
-    assert all(f"{one.layers_saved:.1%}" in card for one in config.last_token.levels)
-    save_artifact(tmp_path / "policy", config, policy_tensors(found), {}, "card")
-    parts = load_artifact(str(tmp_path / "policy")).parts("").values()
-    for part, fitted in zip(parts, (found, found.last_token), strict=True):
-        serving = Policy(part, torch.device("cpu"))
-        rows = torch.full((len(SPLIT.certify),), part.config.level_of(None))
-        exits = np.full(len(SPLIT.certify), len(fitted.exits))
-        for index, layer in enumerate(serving.exit_points):
-            read = recording.read_by_probe(
-                layer, SPLIT.certify, serving.probe_inputs[0] is ProbeInput.PROMPT
-            )
-            settled = serving.decide(index, UndecidedRows(read, rows)).settled.numpy()
-            exits[(exits == len(fitted.exits)) & settled] = index
-        assert np.array_equal(exits, fitted.points[EPSILON].exits)
-        assert len(set(exits.tolist())) > 1
-
-
 def test_the_learning_curve_is_of_the_exit_points_on_a_quarter_a_half_and_all_that_fits():
-    found = fit_policy(calibration(recording_of_prompts(0.6)), "pooled-label-head")
+    found = fit_policy(of_prompts(recording_of_prompts(0.6)), "pooled-label-head")
     curve = found.learning_curve()
     assert [point["prompts"] for point in curve] == [112, 225, 450]
     saved = layers_saved(found.exits, DEPTH, found.allowed)
@@ -265,7 +207,7 @@ def test_only_pooled_heads_have_something_to_read_before_the_first_layer():
 def test_a_prompt_is_explained_with_the_states_that_its_part_reads(monkeypatch, length, pooled):
     """Of a prompt without tokens of its own, there is no mean."""
     recording = recording_of_prompts(0.6)
-    found = fit_policy(calibration(recording, exit_points=(0, 2, 4, 6)), "pooled-label-head")
+    found = fit_policy(of_prompts(recording, exit_points=(0, 2, 4, 6)), "pooled-label-head")
     config = policy_config(found, "tiny", HF_CONFIG)
     recorded: list[Any] = []
     monkeypatch.setattr(views, "recorded", lambda *args, **_: recorded.append(args[3].layers))

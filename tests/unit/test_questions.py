@@ -13,13 +13,11 @@ import torch
 from vllm import SamplingParams
 
 from tests.admitted import resolved, row_of
+from tests.calibrations import EPSILON, HF_CONFIG, SPLIT, of_pool
 from tests.tiny import EXIT_POINTS, tiny_artifact, tiny_config, tiny_tensors
-from tests.unit.test_label_pool import EPSILON, POOL, calibrated
-from tests.unit.test_make_policy import HF_CONFIG, SPLIT
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Label, Question
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
-from vllm_adainfer.artifact.label_subsets import bits_of
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.engine.startup.refusals import refuse_policy
@@ -37,13 +35,10 @@ from vllm_adainfer.offline.calibration.fit_policy import make_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_config,
-    policy_tensors,
     question_rows,
 )
 from vllm_adainfer.offline.facts.artifact import artifact_facts
 from vllm_adainfer.offline.facts.document import as_text
-from vllm_adainfer.policy.exit_policy import UndecidedRows
-from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.questions import KnownQuestions
 from vllm_adainfer.settings.engine import Settings
 from vllm_adainfer.watch.watch import Watch
@@ -142,10 +137,7 @@ ENDS = {f"question {place}": ((place,),) for place in range(2)}  # the third can
 @pytest.fixture(scope="module")
 def policy():
     """Each question certified on its own."""
-    mixture, _ = calibrated("disagreement", False)
-    calibration = mixture.calibration
-    options = replace(calibration.options, by_question=True)
-    return make_policy(replace(calibration, options=options, ends=ENDS))
+    return make_policy(replace(of_pool(by_question=True), ends=ENDS))
 
 
 def test_each_question_keeps_the_bound_on_its_own_and_others_run_to_the_end(policy):
@@ -162,25 +154,6 @@ def test_each_question_keeps_the_bound_on_its_own_and_others_run_to_the_end(poli
     layers = np.array([*(one.layer for one in policy.exits), policy.costs.depth])
     saved = 1 - layers[point.exits].mean() / policy.costs.depth
     assert point.layers_saved == pytest.approx(saved)
-
-
-def test_what_is_served_by_question_is_what_was_certified(policy, tmp_path):
-    config = policy_config(policy, "tiny", HF_CONFIG)
-    save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card")
-    artifact = load_artifact(str(tmp_path / "policy"))
-    serving, level = Policy(artifact, torch.device("cpu")), artifact.config.level_of(EPSILON)
-    names = np.array(policy.calibration.questions)
-    for place, question in enumerate(artifact.config.questions):
-        rows = SPLIT.certify[names[SPLIT.certify] == question.name]
-        subsets = policy.calibration.target.subsets[rows]
-        bits = torch.tensor([bits_of(set(POOL[own].tolist()), POOL.tolist()) for own in subsets])
-        tags = torch.full((len(rows),), artifact.config.threshold_row(level, place))
-        exits = np.full(len(rows), len(policy.exits))
-        for index, layer in enumerate(serving.exit_points):
-            states = policy.calibration.rows.states[layer][rows]
-            settled = serving.decide(index, UndecidedRows(states, tags, None, bits)).settled.numpy()
-            exits[settled & (exits == len(policy.exits))] = index
-        assert np.array_equal(exits, policy.questions[question.name][EPSILON].exits)
 
 
 def test_the_report_says_what_each_question_promises(policy):

@@ -16,17 +16,22 @@ from tokenizers import Tokenizer
 from torch.nn.functional import one_hot
 
 from tests import student
-from tests.full import needed
+from tests.calibrations import (
+    EPSILON,
+    LABEL_IDS,
+    PROMPTS,
+    SPLIT,
+    base_of,
+    cheap_probes_that_learn_fast,
+    of_prompts,
+    recording_of_prompts,
+)
 from tests.tiny import word_tokenizer
-from tests.unit.test_make_policy import DEPTH, HF_CONFIG, LABEL_IDS, PROMPTS, SPLIT
-from tests.unit.test_pooled_calibration import EPSILON, calibration, recording_of_prompts
 from vllm_adainfer.artifact.fields import SharedTokens
-from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.shared import shared_tokens
 from vllm_adainfer.offline.calibration.data.student_base import (
-    StudentBase,
     load_student_base,
 )
 from vllm_adainfer.offline.calibration.fit import cost, exits, training
@@ -34,30 +39,14 @@ from vllm_adainfer.offline.calibration.fit.calibration import TrainedProbe
 from vllm_adainfer.offline.calibration.fit.distil import Taught
 from vllm_adainfer.offline.calibration.fit.training import Lesson, train_student
 from vllm_adainfer.offline.calibration.fit_policy import fit_policy
-from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
-from vllm_adainfer.offline.facts.artifact import artifact_facts
-from vllm_adainfer.offline.facts.document import as_text
 from vllm_adainfer.policy.encoders import TextEncoder
-from vllm_adainfer.policy.exit_policy import UndecidedRows
-from vllm_adainfer.policy.policy import Policy
 
-HINTS = (101, 202)  # a word for each label
-DESCRIBED = student.described(SharedTokens())
 CLEAR = 0.03  # a lead that no rounding to bfloat16 turns, on any processor
 
 
-def learn_fast(patch: pytest.MonkeyPatch) -> None:
-    """An encoder of random weights has more to learn than one that knows the language."""
-    patch.setattr(training, "STUDENT_LEARNING_RATE", 1e-2)
-    patch.setattr(training, "HEAD_LEARNING_RATE", 1e-2)
-    patch.setattr(training, "STUDENT_EPOCHS", 6)
-
-
 @pytest.fixture(autouse=True)
-def fast_and_quiet(monkeypatch) -> None:
-    monkeypatch.setattr(cost, "probe_seconds", lambda *_: 1e-6)
-    monkeypatch.setattr(cost, "trained_seconds", lambda *_: 1e-6)
-    learn_fast(monkeypatch)
+def quick(monkeypatch) -> None:
+    cheap_probes_that_learn_fast(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -65,27 +54,11 @@ def recording() -> Any:
     return recording_of_prompts(0.6)
 
 
-def base_of(recording: Any, unreadable: int = 0) -> StudentBase:
-    """Texts of which six in ten have the word that gives the answer away."""
-    generator = np.random.default_rng(0)
-    texts = []
-    for token in recording.tokens.tolist():
-        text = generator.integers(400, 900, 6)
-        if generator.random() < 0.6:
-            text[2] = HINTS[LABEL_IDS.tolist().index(token)]
-        texts.append(tuple(text.tolist()))
-    if unreadable:
-        texts[-unreadable:] = [()] * unreadable
-    return StudentBase(DESCRIBED, student.bert(), student.tokenizer(), texts)
-
-
 @pytest.fixture(scope="module")
 def found(recording) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost, "probe_seconds", lambda *_: 1e-6)
-        patch.setattr(cost, "trained_seconds", lambda *_: 1e-6)
-        learn_fast(patch)
-        return fit_policy(calibration(recording), "auto", base_of(recording, unreadable=4))
+        cheap_probes_that_learn_fast(patch)
+        return fit_policy(of_prompts(recording), "auto", base_of(recording, unreadable=4))
 
 
 def scores_of(trained: TrainedProbe, texts: Any) -> torch.Tensor:
@@ -93,14 +66,14 @@ def scores_of(trained: TrainedProbe, texts: Any) -> torch.Tensor:
 
 
 def test_a_student_learns_what_the_words_say_and_half_students_of_the_other_half(recording):
-    trained = train_student(base_of(recording), Lesson.of(calibration(recording)))
+    trained = train_student(base_of(recording), Lesson.of(of_prompts(recording)))
     fit, certify = recording.of(SPLIT.fit), recording.of(SPLIT.certify)
     texts = [trained.base.texts[row] for row in certify]
     own = LABEL_IDS[scores_of(trained, texts).argmax(1)].numpy()
     assert np.mean(own == recording.tokens[certify]) > 0.75
     halves = LABEL_IDS[trained.unseen.argmax(1)].numpy()
     assert 0.6 < np.mean(halves == recording.tokens[fit]) < 0.95, "they know half as much"
-    again = train_student(base_of(recording), Lesson.of(calibration(recording)))
+    again = train_student(base_of(recording), Lesson.of(of_prompts(recording)))
     assert torch.equal(scores_of(again, texts), scores_of(trained, texts))
     assert torch.equal(again.unseen, trained.unseen)
 
@@ -132,9 +105,9 @@ def test_training_goes_to_its_end_unless_the_student_overfits(monkeypatch, error
 
 def test_sure_answers_stay_apart_where_the_answer_alone_is_promised(recording, monkeypatch):
     """The classifier reads probabilities; the best label is that of the scores as trained."""
-    plain = train_student(base_of(recording), Lesson.of(calibration(recording)))
+    plain = train_student(base_of(recording), Lesson.of(of_prompts(recording)))
     monkeypatch.setattr(training, "LARGEST_LEAD", 0.5)
-    softer = train_student(base_of(recording), Lesson.of(calibration(recording)))
+    softer = train_student(base_of(recording), Lesson.of(of_prompts(recording)))
     texts = [plain.base.texts[row] for row in recording.of(SPLIT.fit)]
     for scores in (
         [scores_of(one, texts) for one in (plain, softer)],
@@ -149,11 +122,11 @@ def test_sure_answers_stay_apart_where_the_answer_alone_is_promised(recording, m
 
 
 def test_held_out_rows_change_no_weight(recording):
-    plain = train_student(base_of(recording), Lesson.of(calibration(recording)))
+    plain = train_student(base_of(recording), Lesson.of(of_prompts(recording)))
     base = base_of(recording)
     learned = recording.of(SPLIT.fit)
     texts = [(9,) if row not in learned else text for row, text in enumerate(base.texts)]
-    again = train_student(replace(base, texts=texts), Lesson.of(calibration(recording)))
+    again = train_student(replace(base, texts=texts), Lesson.of(of_prompts(recording)))
     assert torch.equal(again.probe.head.weight, plain.probe.head.weight)
     assert torch.equal(again.unseen, plain.unseen)
 
@@ -211,52 +184,20 @@ def test_a_student_that_takes_longer_than_it_saves_is_left_out(
     recording, monkeypatch, capsys, seconds
 ):
     monkeypatch.setattr(cost, "trained_seconds", lambda *_: seconds)
-    policy = fit_policy(calibration(recording), "auto", base_of(recording))
+    policy = fit_policy(of_prompts(recording), "auto", base_of(recording))
     assert (policy.student is None) == (seconds == 1.0)
     said = "the student costs more time than it saves" in capsys.readouterr().err
     assert said == (seconds == 1.0)
     if policy.student is None:
-        plain = fit_policy(calibration(recording), "auto")
+        plain = fit_policy(of_prompts(recording), "auto")
         assert policy.points[EPSILON].threshold == plain.points[EPSILON].threshold
 
 
 def test_without_a_student_nothing_is_trained(recording, monkeypatch):
     monkeypatch.setattr(exits, "fit_trained", None)
-    policy = fit_policy(calibration(recording), "auto")
+    policy = fit_policy(of_prompts(recording), "auto")
     assert policy.student is None
     assert {len(exit.fitted.loss) for exit in policy.candidates} == {len(SPLIT.fit)}
-
-
-@pytest.mark.parametrize(
-    "options", needed(1, of=[{}, {"classifier": "logreg"}, {"exit_points": (0, 2, 4)}])
-)
-def test_what_is_written_serves_as_it_was_judged(recording, tmp_path, options):
-    policy = fit_policy(calibration(recording, **options), "auto", base_of(recording))
-    config = write_artifact(policy, "model", HF_CONFIG, None, tmp_path / "a")
-    assert config.student == DESCRIBED
-    loaded = load_artifact(str(tmp_path / "a"))
-    serving = Policy(loaded.parts("a")["a"], torch.device("cpu"))
-    assert serving.exit_points[0] == 0
-    held = recording.of(SPLIT.certify)
-    rows = UndecidedRows(
-        torch.empty(0),
-        torch.full((len(held),), config.level_of(EPSILON)),
-        texts=[policy.student.base.texts[row] for row in recording.prompts[held]],
-    )
-    judged = policy.exits[0].held_out
-    settled = judged.score >= policy.points[EPSILON].threshold
-    decided = serving.decide(0, rows)
-    assert (decided.settled == settled).float().mean() > 0.99  # bfloat16 rounds by the batch
-    assert "student" in (tmp_path / "a" / "README.md").read_text()
-    details = {
-        "rows": PROMPTS,
-        "rows_held_out": len(held),
-        "seed": 0,
-        "majority_share": 0.5,
-        "exit_points": [],
-    }
-    assert "tiny-bert" in as_text(artifact_facts(config, details))
-    assert config.layers == DEPTH
 
 
 # The encoder that is given

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.common.intervals import mean_interval
 from benchmarks.suite import methods
-from tests.unit.test_make_policy import DEPTH, LABEL_IDS, LAYERS, PROMPTS, SPLIT, recording_of
+from tests.calibrations import DEPTH, LABEL_IDS, LAYERS, PROMPTS, SPLIT, recording_of
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import certify
 from vllm_adainfer.offline.calibration.certify.path import held_out_path, threshold_grid
