@@ -28,10 +28,10 @@ def forward_of(query_lens: list[int], *args: Any, shape: StackShape = SHAPE, **m
     """A step of requests that do not continue."""
     more = {"continues": np.zeros(len(query_lens), dtype=np.bool_), **more}
     step = step_of(query_lens, *args, **more)
-    step.owners = np.zeros(len(query_lens), dtype=np.int64)
     return ForwardPass(
         shape,
         step,
+        np.zeros(len(query_lens), dtype=np.int64),
         EmptyBatch(step.layout),
         torch.arange(step.layout.num_rows),
         ExactKV(),

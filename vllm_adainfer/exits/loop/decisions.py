@@ -58,12 +58,12 @@ class Decisions:
         policies = self._policies.policies
         asked = [
             (part, self._asked(undecided[part.rows], part.probe_input))
-            for part in self._policies.rows_by_policy(exit_index, step.owners[undecided])
+            for part in self._policies.rows_by_policy(exit_index, self._forward.owners[undecided])
         ]
         waiting = self._prompts.chunks
         chunks = [
             (part, waiting[part.rows])
-            for part in self._policies.rows_by_policy(exit_index, step.owners[waiting])
+            for part in self._policies.rows_by_policy(exit_index, self._forward.owners[waiting])
         ]
         prompt, last_token = ProbeInput.PROMPT, ProbeInput.LAST_TOKEN
         states = {  # once for all policies
@@ -74,7 +74,9 @@ class Decisions:
         requests = asked[0][1] if len(asked) == 1 else _who_read(None, asked)
         if not requests.size:
             return
-        own_rows = self._policies.own_rows(step.threshold_rows[requests], step.owners[requests])
+        own_rows = self._policies.own_rows(
+            step.threshold_rows[requests], self._forward.owners[requests]
+        )
         subsets = () if step.subsets is None else (step.subsets[requests],)
         places, threshold_rows, *bits = step.on_device(requests, own_rows, *subsets)
         start = 0
@@ -193,7 +195,7 @@ class Decisions:
         exited, answered, scored = step.exited, step.answered(), []
         for index, answers in self._answers.items():
             requests = answered if self._policies.answers_stand[index] else exited
-            requests = requests[step.owners[requests] == index]
+            requests = requests[self._forward.owners[requests] == index]
             if not requests.size:
                 continue
             if answers.token_ids is not None:
@@ -215,7 +217,7 @@ class Decisions:
         if step.shadow is None:
             return
         names, undecidable = self._policies.names, step.shadow_at_full_depth()
-        owners = step.owners[step.shadow]
+        owners = self._forward.owners[step.shadow]
         seen = set(owners.tolist())
         if undecidable.size:
             of_queries = {name for name, watch in monitors.items() if watch.queries is not None}
@@ -223,7 +225,7 @@ class Decisions:
         for index in sorted(seen):
             name, own = names[index], step.shadow[owners == index]
             monitor = monitors[name]
-            own_rows = self._policies.own_rows(step.threshold_rows[own], step.owners[own])
+            own_rows = self._policies.own_rows(step.threshold_rows[own], self._forward.owners[own])
             shadow, levels = own, monitor.levels_of(own_rows)
             if monitor.queries is not None:
                 shadow = np.concatenate([own, undecidable])

@@ -70,6 +70,7 @@ class ExitLoop(Loop):
         self._read = read
         self.keep_states: StateKeeper | None = None
         self.carried = CarriedPrompts()
+        self._owners = NOBODY  # of the last step's requests, see `ForwardPass`
         self.stats = ExitStats()
         self.reset_counters()
 
@@ -113,7 +114,7 @@ class ExitLoop(Loop):
     @override
     def decided(self, step: StepContext) -> Iterator[DecidedToken]:
         names, depth = self.policies.names, self._shape.depth
-        owners = step.owners
+        owners = self._owners
         early = set(step.exited.tolist())
         answered = step.answered()  # some may have stayed
         early.update(answered[self.policies.answers_stand[owners[answered]]].tolist())
@@ -128,11 +129,12 @@ class ExitLoop(Loop):
 
     @override
     def run(self, batch: Batch, input_ids: Tensor, step: StepContext) -> StepOutput:
-        start = time.perf_counter()
-        step.owners = self.policies.owners(step.threshold_rows)
+        start, deciding = time.perf_counter(), 0.0
+        owners = self._owners = self.policies.owners(step.threshold_rows)
         forward = ForwardPass(
             self._shape,
             step,
+            owners,
             batch,
             input_ids,
             self.kv,
@@ -141,7 +143,6 @@ class ExitLoop(Loop):
         )
         decisions = Decisions(self.policies, forward, self.carried, self._read)
         self.stats.tokens_decided += step.num_sampled
-        kept: list[Tensor] = []
         asks = True
         for segment in range(self._shape.last_segment):
             if segment == self._shape.tail:
@@ -149,13 +150,14 @@ class ExitLoop(Loop):
             forward.run(segment)
             if segment == len(self.policies.exit_points):  # the last layer is next
                 break
-            if step.recorded is not None:
-                kept.append(forward.last_states(step.recorded.places))
+            forward.record()
             # Who was not asked at one exit point is asked at no later one: what a policy promises
             # is the answer of the first that settles a request.
             asks = asks and step.is_open and self._may_pay(segment, forward)
             if asks or decisions.has_chunks:
-                self._decide(segment, decisions, step)
+                began = time.perf_counter()
+                decisions.decide(segment)
+                deciding += time.perf_counter() - began
             self._regroup(segment, forward)
             if forward.layout.num_rows == 0:
                 break
@@ -163,19 +165,14 @@ class ExitLoop(Loop):
         if step.recorded is not None:
             assert self.keep_states is not None
             [rows] = step.on_device(step.layout.last_rows(step.recorded.places))
-            self.keep_states(step.recorded, [*kept, hidden.index_select(0, rows)])
+            self.keep_states(step.recorded, [*forward.recorded, hidden.index_select(0, rows)])
         self.carried.step_ended(step)
         scored = decisions.place(hidden)
         shadows = tuple(decisions.of_shadows(self.monitors, self.stats))
         if step.device.type == "cpu":  # elsewhere the host's clock says nothing about the device
             self.stats.seconds += time.perf_counter() - start
+            self.stats.probe_seconds += deciding
         return StepOutput(hidden, scored, shadows)
-
-    def _decide(self, exit_index: int, decisions: Decisions, step: StepContext) -> None:
-        start = time.perf_counter()
-        decisions.decide(exit_index)
-        if step.device.type == "cpu":
-            self.stats.probe_seconds += time.perf_counter() - start
 
     def _regroup(self, exit_index: int, forward: ForwardPass) -> None:
         """Let settled requests leave if that pays, and rows that wait here rejoin the others."""
@@ -193,7 +190,7 @@ class ExitLoop(Loop):
         answers stand. Shadow requests are probed, too: their answers are compared though they stay.
         """
         step = forward.step
-        if step.num_shadow or self.policies.answers_stand[step.owners].any():
+        if step.num_shadow or self.policies.answers_stand[forward.owners].any():
             return True
         rows = int(forward.layout.query_lens[step.may_leave()].sum())
         if rows == forward.layout.num_rows:

@@ -29,6 +29,8 @@ class ForwardPass:
 
     Attributes:
         step: the requests.
+        owners: [requests], the policy that each comes under, as an index into the policy set.
+        recorded: what `record` has kept, [recorded, hidden size] each.
         batch: runs the rows that are left.
         layout: those rows.
         compaction_cost: the token-layers that a smaller batch must save to be faster.
@@ -40,6 +42,7 @@ class ForwardPass:
         self,
         shape: StackShape,
         step: StepContext,
+        owners: Ints,
         batch: Batch,
         input_ids: Tensor,
         kv: ExactKV,
@@ -47,12 +50,13 @@ class ForwardPass:
         compaction_cost: int = COMPACTION_COST,
     ) -> None:
         """Begin with the rows that the step came with, as given to `Loop.run`."""
-        self.step = step
+        self.step, self.owners = step, owners
+        self.recorded: list[Tensor] = []
         self.batch, self.layout, self.states = batch, step.layout, HiddenStates(input_ids)
         self._shape, self._kv, self._accounting = shape, kv, accounting
         self.compaction_cost = compaction_cost
         self._padded_rows = len(input_ids)
-        self._policies = accounting.numbers(step.owners)  # [requests]
+        self._policies = accounting.numbers(owners)  # [requests]
         # Of each row the original row, negative for one that rejoined, and the policy; known once
         # the rows have changed.
         self._origin = self._row_policies = NOBODY
@@ -65,10 +69,11 @@ class ForwardPass:
         self._accounting.ran(self._tokens, self._shape.segment_layers[segment])
         self.states = self.batch.run(segment, self.states)
 
-    def last_states(self, requests: Ints) -> Tensor:
-        """[requests, hidden size], a copy of the state of the last row of each of `requests`."""
-        [rows] = self.step.on_device(self.layout.last_rows(requests))
-        return replace(self.states, per_layer=None).rows(rows).combined()
+    def record(self) -> None:
+        """Keep a copy of the state of the last row of each of `StepContext.recorded`."""
+        if self.step.recorded is not None:
+            [rows] = self.step.on_device(self.layout.last_rows(self.step.recorded.places))
+            self.recorded.append(replace(self.states, per_layer=None).rows(rows).combined())
 
     def waiting(self, exit_index: int, leaving: Ints) -> Ints | None:
         """The rows that wait below an exit point for requests that stay, as `ExactKV.waiting`."""

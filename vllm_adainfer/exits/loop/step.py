@@ -57,8 +57,6 @@ class StepContext:
         texts: [requests], see `Running.text`. None if no policy has a student.
         record_rows: [requests], see `Running.record_row`; None unless the engine records.
         recorded: requests whose states are kept beside serving; None if there are none.
-        owners: [requests], the policy that each comes under, as an index into those of the loop,
-            which says so when the step begins.
         shadow: the shadow requests that may exit; None where there is no monitor.
         left_at: int64 [requests], the index of the exit point where each has left; -1 for none.
 
@@ -79,7 +77,6 @@ class StepContext:
     texts: Sequence[Sequence[int]] | None = None
     record_rows: Ints | None = None
     recorded: RecordedRequests | None = None
-    owners: Ints = field(default_factory=lambda: NOBODY, init=False)
     shadow: Ints | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
