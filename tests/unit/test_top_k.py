@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adainfer_kernels import Head
 
 from vllm_adainfer.arrays import Floats
 from vllm_adainfer.artifact.fields import TopK
@@ -19,13 +20,14 @@ from vllm_adainfer.engine.compat.requests import LONGEST, begins_group, request_
 from vllm_adainfer.engine.startup.refusals import refuse_policy, refuse_torn_captures
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.certify.bound import Bound
-from vllm_adainfer.offline.calibration.certify.certify import certify, rows_allowed
+from vllm_adainfer.offline.calibration.certify.certify import certified, certify, rows_allowed
 from vllm_adainfer.offline.calibration.certify.path import Queries, threshold_path
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.enough_rows import check_queries, check_rows
-from vllm_adainfer.offline.calibration.fit.exits import Scored
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import PREFIX_BLOCK, begin_alike, split_of
+from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.promise.first_documents import loses_document
 from vllm_adainfer.settings.engine import Settings
 
@@ -73,6 +75,7 @@ def test_it_is_what_its_definition_says():
 
 
 DOCUMENTS, LAYERS, DEPTH = 6, [4, 8], 10
+PROBE = Probe(Head(torch.zeros(2, 4)))
 
 
 def population(queries: int, seed: int) -> tuple[list[Scored], Floats, Any]:
@@ -139,6 +142,30 @@ def test_the_choice_of_exit_points_allows_the_rows_what_keeps_the_queries_within
     assert queries.losses(within[-1]).mean() <= 0.05
     beyond = next(p for p in path_of(exits) if p.risk > allowed)
     assert queries.losses(beyond).mean() > 0.05
+
+
+def test_what_is_certified_of_each_of_two_parts_is_a_share_of_queries():
+    exits, full, groups = population(800, seed=4)
+    fit, held_out = np.split(np.arange(len(full)), 2)
+    parts = [
+        FittedExit(layer, PROBE, torch.zeros(0), one.of_rows(fit), one.of_rows(held_out))
+        for layer, one in zip(LAYERS, exits, strict=True)
+    ]
+    fitted, queries = (Queries.of_groups(TOP, groups[own], full[own]) for own in (fit, held_out))
+    asked = SimpleNamespace(
+        options=SimpleNamespace(epsilon=0.1, by_question=False),
+        rows=SimpleNamespace(model=SimpleNamespace(depth=DEPTH)),
+    )
+    bound = Bound("exact", 0.1, 0.0)
+    terms: Any = SimpleNamespace(
+        calibration=asked, queries=queries, fitted_queries=fitted, bound=bound, tests=[]
+    )
+    (whole, _), (last, _) = certified(terms, parts, parts[1:])
+    assert whole[0.1].layers_saved > 0
+    for points in whole, last:
+        for epsilon, point in points.items():
+            assert point.losses.tolist() == queries.losses(point).tolist()
+            assert bound.within(epsilon, point.losses) <= epsilon
 
 
 def test_queries_are_split_and_counted_whole():

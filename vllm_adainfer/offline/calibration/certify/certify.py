@@ -247,9 +247,13 @@ def certified(
             return [certify(paths[0], epsilons, bound, terms.tests)]
         both = pair_path(paths[0], paths[1], queries)
         pairs = certify(both, epsilons, bound, terms.tests)
+        found = [{e: pair.whole for e, pair in pairs.items()}]
+        found.append({e: pair.last for e, pair in pairs.items()})
+        if queries is None:
+            return found
         return [
-            {epsilon: pair.whole for epsilon, pair in pairs.items()},
-            {epsilon: pair.last for epsilon, pair in pairs.items()},
+            {e: replace(point, losses=queries.losses(point)) for e, point in points.items()}
+            for points in found
         ]
 
     if not options.by_question:
