@@ -50,13 +50,13 @@ class TrainedProbe:
 
     def asked(self, prompts: Ints) -> Bools:
         """[prompts], whether it is asked about each."""
-        return np.array([len(one) > 0 for one in self.inputs(prompts)])
+        return np.array([len(one) > 0 for one in self.inputs(prompts)], dtype=np.bool_)
 
     def scores(self, prompts: Ints, subsets: Tensor | None) -> Tensor:
         """Scores of `prompts`, see `Probe.label_scores`; 0 where it is not asked."""
         inputs, asked = self.inputs(prompts), np.flatnonzero(self.asked(prompts))
         scores = torch.zeros(len(prompts), self.probe.head.size)
-        together = TOGETHER if self.base is None else len(prompts)
+        together = TOGETHER if self.base is None else max(1, len(prompts))
         for start in range(0, len(asked), together):
             some = asked[start : start + together]
             read = [inputs[place] for place in some.tolist()]
