@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +42,7 @@ from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
 from vllm_adainfer.exits.recording.recorder import StateFiles
 from vllm_adainfer.offline.calibration import fit_policy as best
 from vllm_adainfer.offline.calibration.fit import cost, training
+from vllm_adainfer.offline.calibration.fit.calibration import TrainedProbe
 from vllm_adainfer.offline.calibration.fit.choose import choose_exits, one_per_layer
 from vllm_adainfer.offline.calibration.fit.distil import Taught, distil
 from vllm_adainfer.offline.calibration.fit.exits import with_trained
@@ -194,6 +196,18 @@ def test_states_are_read_back_from_files_that_are_gone(tmp_path):
     files.added(np.arange(0), np.arange(0))
     empty = own_states_of(files.by_layer, files.take(), like, prompts=1)
     assert empty.of(2, np.array([0]))[0].shape == (0, HIDDEN)
+
+
+def test_one_is_not_asked_about_a_prompt_without_tokens_of_its_own():
+    prompts = prompts_of(3, 2)
+    states = OwnStates({2: torch.cat(prompts)}, np.array([0, 3, 3]), np.array([3, 3, 5]))
+    branch = random_branch()
+    trained = TrainedProbe(2, branch, torch.empty(0), partial(states.of, 2))
+    everyone = np.arange(3)
+    assert trained.asked(everyone).tolist() == [True, False, True]
+    found = trained.scores(everyone, None)
+    assert torch.equal(found[1], torch.zeros(2))
+    torch.testing.assert_close(found[[0, 2]], scores(branch, prompts), rtol=1e-4, atol=1e-4)
 
 
 def test_states_that_the_disk_has_no_room_for_are_refused_before_the_model_runs(monkeypatch):
