@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,168 +77,121 @@ def main(
     repeat: Annotated[int, typer.Option(min=1, help="Rounds of stock and ours.")] = 3,
 ) -> None:
     """Calibrate and measure each task; write JSON and a Markdown table side by side."""
-    sizes = {"max_train": max_train, "max_test": max_test, "repeat": repeat}
-    run_suite(SuiteRequest(model, output, data_dir, names_of(tasks), shots, **sizes))
+    run_suite(model, output, data_dir, names_of(tasks), shots, max_train, max_test, repeat)
 
 
-@dataclass(frozen=True)
-class SuiteRequest:
-    """A run of the suite.
-
-    Attributes:
-        model: directory or hub id of the model.
-        output: file of the JSON report.
-        data_dir: holds ``TASK/train.jsonl`` and ``TASK/test.jsonl``; None fetches from the hub.
-        tasks: names of the tasks to run; empty runs all.
-        shots: answered rows before each prompt; None uses each task's own number.
-        max_train: most prompts to calibrate each task on.
-        max_test: most prompts to measure each task on.
-        epsilon: bound on the disagreement.
-        delta: probability that the bound fails.
-        repeat: rounds, each of both engines.
-        seed: of the random split.
-
-    """
-
-    model: str
-    output: Path
-    data_dir: Path | None = None
-    tasks: tuple[str, ...] = ()
-    shots: int | None = None
-    max_train: int = 3000
-    max_test: int = 300
-    epsilon: float = 0.02
-    delta: float = 0.1
-    repeat: int = 3
-    seed: int = 0
-
-
-def run_suite(request: SuiteRequest) -> dict[str, Any]:
+def run_suite(
+    model: str,
+    output: Path,
+    data_dir: Path | None = None,
+    tasks: Sequence[str] = (),
+    shots: int | None = None,
+    max_train: int = 3000,
+    max_test: int = 300,
+    repeat: int = 3,
+    epsilon: float = 0.02,
+) -> dict[str, Any]:
     """Evaluate a model on the suite's tasks; write the report and its tables.
+
+    The arguments are those of the command line; `epsilon` bounds the disagreement.
 
     Returns:
         the report, see `suite_report`.
 
     Raises:
-        AdaInferError: model, data and request do not fit together, or a file cannot be written.
+        AdaInferError: model, data and arguments do not fit together, or a file cannot be written.
 
     """
-    check_file(request.output)
-    tasks = load_suite().select(request.tasks)
-    hf_config, tokenizer = load_config_and_tokenizer(request.model)
+    check_file(output)
+    hf_config, tokenizer = load_config_and_tokenizer(model)
     most = hf_config.max_position_embeddings - 1
-    options = PolicyOptions(epsilon=request.epsilon, delta=request.delta, seed=request.seed)
+    options = PolicyOptions(epsilon=epsilon)
     loaded = []
-    for task in tasks:
-        data = load_task(
-            task,
-            request.data_dir,
-            tokenizer,
-            request.shots,
-            request.max_train,
-            request.max_test,
-            most,
-        )
+    for task in load_suite().select(tasks):
+        data = load_task(task, data_dir, tokenizer, shots, max_train, max_test, most)
         split = split_of(np.arange(len(data.train)), options)
         check_rows(split, options, f"the training part of {task.name}")
         loaded.append(data)
-    with tempfile.TemporaryDirectory() as directory:
-        judging = _Judging(request, hf_config, tokenizer, options, Path(directory))
-        rows = judging.all(loaded)
-        _measure(request, loaded, rows, Path(directory))
-    report = suite_report(request.model, options, hf_config.num_hidden_layers, rows)
-    write_report(request.output, report, markdown(report))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [
+            _judged(data, model, hf_config, tokenizer, options, Path(folder))
+            for data in progress(loaded, desc="record and fit", unit="task")
+        ]
+        _measure(model, epsilon, repeat, loaded, rows, Path(folder))
+    report = suite_report(model, options, hf_config.num_hidden_layers, rows)
+    write_report(output, report, markdown(report))
     return report
 
 
-@dataclass(frozen=True)
-class _Judging:
-    """Records tasks, judges methods on them, and writes the artifacts to `directory`."""
-
-    request: SuiteRequest
-    hf_config: Any
-    tokenizer: Any
-    options: PolicyOptions
-    directory: Path
-
-    @property
-    def layers(self) -> list[int]:
-        """Every layer that could be an exit point."""
-        return list(range(self.hf_config.num_hidden_layers))
-
-    def all(self, loaded: Sequence[TaskData]) -> list[dict[str, Any]]:
-        """The rows of the report, one per task."""
-        rows = []
-        for data in progress(loaded, desc="record and fit", unit="task"):
-            shortest = min(len(one.token_ids) for one in (*data.train, *data.test))
-            first = pooled_from(data.train, shortest) if data.labels else None
-            plan = Plan(
-                self.layers,
-                [label.token_id for label in data.labels],
-                lens_prompts=0 if data.labels else len(data.train) // 2,
-                pooled_from=first,
-            )
-            rows.append(self.one(data, plan))
-        return rows
-
-    def one(self, data: TaskData, plan: Plan) -> dict[str, Any]:
-        """The row of one task; writes its artifact if a policy was certified."""
-        options = self.options
-        split = split_of(np.arange(len(data.train)), options)
-        order = random_order(split.groups, options.seed)
-        examples = [*(data.train[index] for index in order), *data.test]
-        right = [*(data.train_answers[index] for index in order), *data.answers]
-        recording = recorded(self.request.model, self.hf_config, examples, plan)
-        tests = np.arange(len(order), len(examples))
-        kind = "pooled-label-head" if data.labels else "lens"
-        candidates = candidate_layers(recording.model.depth, kind=kind)
-        thinned = replace(
-            recording, states={layer: recording.states[layer] for layer in candidates}
+def _judged(
+    data: TaskData,
+    model: str,
+    hf_config: Any,
+    tokenizer: Any,
+    options: PolicyOptions,
+    directory: Path,
+) -> dict[str, Any]:
+    """The row of one task; writes its artifact to `directory` if a policy was certified."""
+    shortest = min(len(one.token_ids) for one in (*data.train, *data.test))
+    plan = Plan(
+        list(range(hf_config.num_hidden_layers)),
+        [label.token_id for label in data.labels],
+        lens_prompts=0 if data.labels else len(data.train) // 2,
+        pooled_from=pooled_from(data.train, shortest) if data.labels else None,
+    )
+    split = split_of(np.arange(len(data.train)), options)
+    order = random_order(split.groups, options.seed)
+    examples = [*(data.train[index] for index in order), *data.test]
+    right = [*(data.train_answers[index] for index in order), *data.answers]
+    recording = recorded(model, hf_config, examples, plan)
+    tests = np.arange(len(order), len(examples))
+    kind = "pooled-label-head" if data.labels else "lens"
+    candidates = candidate_layers(recording.model.depth, kind=kind)
+    thinned = replace(recording, states={layer: recording.states[layer] for layer in candidates})
+    ids = torch.tensor([label.token_id for label in data.labels]) if data.labels else None
+    policy = fit_policy(
+        Calibration(
+            thinned,
+            Target(kind, ids),
+            split,
+            options,
+            data.labels,
+            pooled_from=plan.pooled_from,
+            shared=shared_tokens([examples[row] for row in split.fit], tokenizer),
+        ),
+        "auto",
+    )
+    test = methods.TestPart(recording, tests, right)
+    full = is_right(recording.tokens[tests], [right[row] for row in tests])
+    chance = data.chance
+    row: dict[str, Any] = {
+        "task": data.task.name,
+        "title": data.task.title,
+        "shots": data.shots,
+        "labels": len(data.labels),
+        "train": len(data.train),
+        "test": len(data.test),
+        "skipped": data.skipped,
+        "prompt_tokens_mean": float(np.mean([len(e.token_ids) for e in data.test])),
+        "chance": chance,
+        "full_depth": {"accuracy": float(full.mean())},
+        # Not better than the majority answer, by a one-sided test at 95 %.
+        "at_chance": bool(
+            full.mean() < chance + 1.645 * np.sqrt(chance * (1 - chance) / len(full))
+        ),
+        "exit_points": [exit.layer for exit in policy.exits],
+        "methods": _outcomes(policy, test),
+        "measured": None,
+    }
+    if options.epsilon in policy.points:
+        write_artifact(
+            policy,
+            model,
+            hf_config,
+            data.task.template,
+            directory / data.task.name,
         )
-        ids = torch.tensor([label.token_id for label in data.labels]) if data.labels else None
-        policy = fit_policy(
-            Calibration(
-                thinned,
-                Target(kind, ids),
-                split,
-                options,
-                data.labels,
-                pooled_from=plan.pooled_from,
-                shared=shared_tokens([examples[row] for row in split.fit], self.tokenizer),
-            ),
-            "auto",
-        )
-        test = methods.TestPart(recording, tests, right)
-        full = is_right(recording.tokens[tests], [right[row] for row in tests])
-        chance = data.chance
-        row: dict[str, Any] = {
-            "task": data.task.name,
-            "title": data.task.title,
-            "shots": data.shots,
-            "labels": len(data.labels),
-            "train": len(data.train),
-            "test": len(data.test),
-            "skipped": data.skipped,
-            "prompt_tokens_mean": float(np.mean([len(e.token_ids) for e in data.test])),
-            "chance": chance,
-            "full_depth": {"accuracy": float(full.mean())},
-            # Not better than the majority answer, by a one-sided test at 95 %.
-            "at_chance": bool(
-                full.mean() < chance + 1.645 * np.sqrt(chance * (1 - chance) / len(full))
-            ),
-            "exit_points": [exit.layer for exit in policy.exits],
-            "methods": _outcomes(policy, test),
-            "measured": None,
-        }
-        if options.epsilon in policy.points:
-            write_artifact(
-                policy,
-                self.request.model,
-                self.hf_config,
-                data.task.template,
-                self.directory / data.task.name,
-            )
-        return row
+    return row
 
 
 def _outcomes(policy: FittedPolicy, test: methods.TestPart) -> dict[str, Any]:
@@ -254,7 +207,9 @@ def _outcomes(policy: FittedPolicy, test: methods.TestPart) -> dict[str, Any]:
 
 
 def _measure(
-    request: SuiteRequest,
+    model: str,
+    epsilon: float,
+    repeat: int,
     loaded: Sequence[TaskData],
     rows: Sequence[dict[str, Any]],
     directory: Path,
@@ -267,18 +222,18 @@ def _measure(
     ]
     if not worth:
         return
-    stock = start_engine(request.model, [example for data, _ in worth for example in data.test])
+    stock = start_engine(model, [example for data, _ in worth for example in data.test])
     try:
         for data, row in progress(worth, desc="measure", unit="task"):
             artifact = str(directory / data.task.name)
-            ours = start_engine(request.model, data.test, {"artifact": artifact})
+            ours = start_engine(model, data.test, {"artifact": artifact})
             try:
-                epsilons = [NEVER_EXIT, request.epsilon]
+                epsilons = [NEVER_EXIT, epsilon]
                 config = load_artifact_config(artifact)
-                rounds = measure(stock, ours, data.test, config, epsilons, request.repeat)
+                rounds = measure(stock, ours, data.test, config, epsilons, repeat)
             finally:
                 stop_engine(ours)
-            row["measured"] = _measured(rounds, data, request.epsilon)
+            row["measured"] = _measured(rounds, data, epsilon)
     finally:
         stop_engine(stock)
 

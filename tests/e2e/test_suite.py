@@ -25,10 +25,10 @@ METHODS = {"static_truncation", "adainfer", "adainfer_certified", "calm", "ours"
 
 RUN = """
 from pathlib import Path
-from benchmarks.suite.run_suite import SuiteRequest, run_suite
-run_suite(SuiteRequest(
+from benchmarks.suite.run_suite import run_suite
+run_suite(
     model={model!r}, output=Path({output!r}), data_dir=Path({data!r}), tasks=("sst2", "squad"),
-    shots=0, epsilon={epsilon}, repeat=1))
+    shots=0, epsilon={epsilon}, repeat=1)
 """
 
 
