@@ -135,12 +135,6 @@ class Made:
     keeps_student: bool
     student_seconds: float
 
-    def rights(self, model: str) -> list[set[int]]:
-        """The right tokens of the prompts that test."""
-        _, tokenizer = load_config_and_tokenizer(model)
-        examples = [self.prompts.examples[place] for place in self.tests.tolist()]
-        return right_tokens(examples, self.prompts.labels, tokenizer)
-
 
 def made_policies(request: CalibrationRequest, test: int) -> Made:
     """Record all prompts, and make the policies from all but the last ones."""
@@ -189,7 +183,8 @@ def measure_all(
     for name in made.policies.keys() - certified.keys():
         say(f"{name}: nothing is certified")
     examples = [made.prompts.examples[place] for place in made.tests.tolist()]
-    rights = made.rights(request.model)
+    _, tokenizer = load_config_and_tokenizer(request.model)
+    rights = right_tokens(examples, made.prompts.labels, tokenizer)
     rounds = run_in_turn(request, certified, examples, folder, repeat)
     return [
         {

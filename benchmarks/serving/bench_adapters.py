@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,25 +47,6 @@ from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.provenance import provenance
 
 
-@dataclass(frozen=True)
-class Task:
-    """A case served with an adapter.
-
-    Attributes:
-        case: the requests, and how to calibrate a policy for them.
-        merged: directory of the weights with the adapter merged in.
-
-    """
-
-    case: Case
-    merged: str
-
-    @property
-    def name(self) -> str:
-        """Name of the policy."""
-        return self.case.calibration.output.name
-
-
 def main(
     base: Annotated[str, typer.Option()],
     tasks: Annotated[Path, typer.Option()],
@@ -86,29 +67,28 @@ def main(
         letters = next(
             case for case in chat_cases(base, chats_dir, folder) if case.choices == ("A", "B")
         )
+        adapters = (f"tasks={tasks}", f"tasks={tasks}", f"decisions={decisions}")
         served = [
-            Task(with_adapter(fewer(case, calibrated), adapter), merged)
-            for case, adapter, merged in (
-                (first, read_adapter(f"tasks={tasks}"), merged_tasks),
-                (second, read_adapter(f"tasks={tasks}"), merged_tasks),
-                (letters, read_adapter(f"decisions={decisions}"), merged_decisions),
-            )
+            with_adapter(fewer(case, calibrated), read_adapter(adapter))
+            for case, adapter in zip((first, second, letters), adapters, strict=True)
         ]
-        merged = {task.name: on_merged(task, folder) for task in served}
-        for task in tqdm(served, desc="policies"):
-            calibrate(task.case.calibration)
-        artifacts = {task.name: str(task.case.calibration.output) for task in served}
+        weights = merged_tasks, merged_tasks, merged_decisions
+        merged = [on_merged(*pair, folder) for pair in zip(served, weights, strict=True)]
+        for case in tqdm(served, desc="policies"):
+            calibrate(case.calibration)
+        outputs = [case.calibration.output for case in served]
+        artifacts = {output.name: str(output) for output in outputs}
         # One slot more than there are adapters, see docs/adapters.md.
         flags = ["--max-model-len", "512", "--enable-lora", "--max-loras", "3"]
         flags += ["--max-lora-rank", "16", "--lora-modules"]
         flags += [f"tasks={tasks.absolute()}", f"decisions={decisions.absolute()}"]
         with side_by_side(base, {"artifact": artifacts}, flags) as servers:
-            found = [measured(servers, task, requests) for task in tqdm(served, desc="tasks")]
+            found = [measured(servers, case, requests) for case in tqdm(served, desc="tasks")]
             seconds = in_rounds(
                 [OURS, STOCK], rounds, lambda name: all_at_once(servers[name], served, requests)
             )
-    for one in found:
-        one["merged"] = merged[one["name"]]
+    for one, offline in zip(found, merged, strict=True):
+        one["merged"] = offline
     report = {
         "model": Path(base).name,
         "calibrated": calibrated,
@@ -139,16 +119,16 @@ def with_adapter(case: Case, adapter: NamedAdapter | None) -> Case:
     return replace(case, bodies=bodies, calibration=replace(case.calibration, adapter=adapter))
 
 
-def measured(servers: Mapping[str, Server], task: Task, requests: int) -> dict[str, Any]:
+def measured(servers: Mapping[str, Server], case: Case, requests: int) -> dict[str, Any]:
     """One task on its own: what its policy saves and changes, and the throughput."""
     before = layer_rows(servers[OURS])
-    bodies = task.case.bodies[:requests]
-    sent = {name: turn(server, task.case, bodies, True) for name, server in servers.items()}
-    texts = [answers(task.case, sent[name]) for name in (STOCK, OURS)]
+    bodies = case.bodies[:requests]
+    sent = {name: turn(server, case, bodies, True) for name, server in servers.items()}
+    texts = [answers(case, sent[name]) for name in (STOCK, OURS)]
     executed, skipped = layer_rows(servers[OURS]) - before
     return {
-        "name": task.name,
-        "title": task.case.title,
+        "name": case.calibration.output.name,
+        "title": case.title,
         "compared": len(bodies),
         "differ": sum(stock != ours for stock, ours in zip(*texts, strict=True)),
         "layers_saved": skipped / (executed + skipped),
@@ -156,11 +136,11 @@ def measured(servers: Mapping[str, Server], task: Task, requests: int) -> dict[s
     }
 
 
-def all_at_once(server: Server, tasks: Sequence[Task], requests: int) -> float:
+def all_at_once(server: Server, cases: Sequence[Case], requests: int) -> float:
     """Seconds until the requests of all tasks, sent together, are answered."""
     if not post(server, "/reset_prefix_cache")["success"]:
         raise RuntimeError("the prefix cache is in use by a server that should be idle")
-    asked = [(task.case, task.case.bodies[:requests]) for task in tasks]
+    asked = [(case, case.bodies[:requests]) for case in cases]
     with ThreadPoolExecutor(len(asked)) as threads:
         running = [threads.submit(send, server, case.path, bodies) for case, bodies in asked]
         done = [each.result() for each in running]
@@ -169,15 +149,15 @@ def all_at_once(server: Server, tasks: Sequence[Task], requests: int) -> float:
     return max(one.seconds for one in done)
 
 
-def on_merged(task: Task, folder: Path) -> dict[str, Any]:
+def on_merged(case: Case, weights: str, folder: Path) -> dict[str, Any]:
     """Savings and changes by a policy with the adapter merged into the weights."""
-    output = folder / f"{task.name}-merged"
-    request = replace(task.case.calibration, model=task.merged, adapter=None, output=output)
+    output = folder / f"{case.calibration.output.name}-merged"
+    request = replace(case.calibration, model=weights, adapter=None, output=output)
     calibrate(request)
     report = evaluate(
-        model=task.merged,
+        model=weights,
         artifact=str(output),
-        data=task.case.test,
+        data=case.test,
         template=request.template,
         label_field="",
         epsilon=request.options.epsilon,
