@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def write_report(output: Path, report: Any, table: str, plot: bytes | None = None) -> None:
     """Write `report` to `output`, with `table` and `plot` (PNG) beside it, and print the table."""
-    write_whole(output, (json.dumps(report, indent=2) + "\n").encode())
-    write_whole(output.with_suffix(".md"), table.encode())
+    write_whole(output, json.dumps(report, indent=2) + "\n")
+    write_whole(output.with_suffix(".md"), table)
     if plot is not None:
         write_whole(output.with_suffix(".png"), plot)
     typer.echo(table)

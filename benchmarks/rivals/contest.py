@@ -63,7 +63,8 @@ class Contest:
         split = replace(split_of(groups[: self.budget], request.options), groups=groups)
         assert request.student is not None
         _, tokenizer = load_config_and_tokenizer(request.model)
-        base = load_student_base(request.student, task.prompts.examples, tokenizer)
+        shared, examples = task.prompts.shared, task.prompts.examples
+        base = load_student_base(request.student, examples, tokenizer, shared)
         prompts = replace(task.prompts, split=split, student=base)
         calibration = calibration_of(request, prompts, task.recording)
         encoder = fetch_minilm(CACHE / "all-MiniLM-L6-v2")

@@ -216,7 +216,7 @@ def summary_line(report: Mapping[str, Any]) -> str:
     return line.replace("(", "(95%: ").replace("%", " %")
 
 
-def write_whole(path: Path, content: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file whole, and create its folder if it is missing.
 
     Raises:
