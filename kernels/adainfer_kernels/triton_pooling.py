@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adainfer_kernels.pooling import EPS
+from adainfer_kernels.triton_probe import rows_contiguous
 
 # A request's rows are added one after another, so only its columns can be spread over the device,
 # and a program hides the latency of memory by loading several rows ahead.
@@ -27,8 +28,8 @@ def pool(
     carried: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `adainfer_kernels.pool`; there is at least one request."""
-    hidden = _rows_contiguous(hidden)
-    residual = None if residual is None else _rows_contiguous(residual)
+    hidden = rows_contiguous(hidden)
+    residual = None if residual is None else rows_contiguous(residual)
     rows, hidden_size = hidden.shape
     states = (hidden, residual, hidden.stride(0), 0 if residual is None else residual.stride(0))
     scale = hidden.new_empty(rows, dtype=torch.float32)
@@ -131,8 +132,3 @@ def pool_kernel(
     tl.store(sums_ptr + out, sums, mask=inside)
     x = _state(hidden_ptr, residual_ptr, hidden_row_stride, residual_row_stride, end - 1, k, inside)
     tl.store(last_ptr + out, x * tl.load(scale_ptr + end - 1), mask=inside)
-
-
-def _rows_contiguous(tensor: Tensor) -> Tensor:
-    """The kernels take any row stride, but the elements of a row must be contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -27,7 +27,7 @@ _autotuned_score_kernel = triton.autotune(
 
 def readout(hidden: Tensor, norm: Norm | None, lens: Lens | None, dtype: torch.dtype) -> Tensor:
     """See `adainfer_kernels.readout`; torch multiplies with the lens."""
-    hidden = _rows_contiguous(hidden)
+    hidden = rows_contiguous(hidden)
     rows, hidden_size = hidden.shape
     out = torch.empty(rows, hidden_size, dtype=dtype, device=hidden.device)
     if rows == 0:
@@ -64,11 +64,8 @@ def score(
     threshold: Tensor | None,
     return_scores: bool,
 ) -> ProbeResult:
-    """Score readouts [rows, hidden size] with a head, and reduce the scores.
-
-    `candidates` are the vocabulary ids of the head's rows; None means that row j is token j.
-    """
-    readout = _rows_contiguous(readout)
+    """See `torch_probe.score`."""
+    readout = rows_contiguous(readout)
     rows, hidden_size = readout.shape
     parts = tuning.parts_of(head.size, _multiprocessors(readout.device))
 
@@ -157,7 +154,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _rows_contiguous(tensor: Tensor) -> Tensor:
+def rows_contiguous(tensor: Tensor) -> Tensor:
     """The kernels take any row stride, but the elements of a row must be contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 

@@ -38,8 +38,7 @@ from tests.triton_on_cpu import IS_V2
 from vllm_adainfer import stats
 from vllm_adainfer.engine.compat import attention as slots
 from vllm_adainfer.engine.cuda_graphs.decode_buffers import DecodeBuffers
-from vllm_adainfer.engine.model.batch import CompiledBatch
-from vllm_adainfer.engine.model.execution import Execution
+from vllm_adainfer.engine.model.batch import CompiledBatch, Execution
 from vllm_adainfer.engine.segments import attention
 from vllm_adainfer.engine.segments.attention import StepAttention, with_own_builders
 from vllm_adainfer.engine.segments.segments import Stack

@@ -27,7 +27,7 @@ from tests.quantised import quantise
 from tests.tiny import tiny_artifact
 from vllm_adainfer import plugin
 from vllm_adainfer.engine.classes import CPU_WORKER, GPU_WORKER, SCHEDULER
-from vllm_adainfer.engine.compat.engine_options import engine_options_of
+from vllm_adainfer.engine.compat.config import engine_options_of
 from vllm_adainfer.engine.scheduler.scheduler import build_scheduler
 from vllm_adainfer.engine.startup.configure import configure
 from vllm_adainfer.engine.startup.refusals import refuse_unsupported

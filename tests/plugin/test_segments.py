@@ -12,6 +12,7 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import override_forward_context
 
 from vllm_adainfer.engine.segments.segments import FixedStates, Stack, segment_class
+from vllm_adainfer.exits.batch.batch import StackShape
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 
 
@@ -20,6 +21,9 @@ def test_segments_that_compile_differently_are_named_differently():
     ends = itertools.product((False, True), repeat=2)
     classes = [segment_class(*span, *end) for span, end in itertools.product(spans, ends)]
     assert len({kind.forward.__qualname__ for kind in classes}) == len(classes)
+
+
+SHAPE = StackShape([1] * 4, head_size=4)
 
 
 def stack_of(seen: list[Tensor]) -> Stack:
@@ -33,7 +37,7 @@ def stack_of(seen: list[Tensor]) -> Stack:
         states = ids.unsqueeze(1).repeat(1, 4).float()
         return states, None, states.unsqueeze(1).clone()
 
-    return Stack((first, segment, segment, segment), None, 4, None, FixedStates(rows=8))
+    return Stack((first, segment, segment, segment), None, SHAPE, FixedStates(rows=8))
 
 
 def pass_of(stack: Stack, rows: int) -> HiddenStates:

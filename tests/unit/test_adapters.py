@@ -18,8 +18,7 @@ from tests.adapters import PROJECTIONS, save_adapter
 from tests.admitted import admitted, resolved, row_of
 from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.artifact.fingerprints import adapter_fingerprint
-from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.admission.check_request import check_request
+from vllm_adainfer.engine.admission.admission import Admission, check_request
 from vllm_adainfer.engine.runner.adapters import StepAdapters
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.layout import RowLayout

@@ -13,7 +13,7 @@ from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
-from vllm_adainfer.engine.compat.engine_options import _changed_values
+from vllm_adainfer.engine.compat.config import _changed_values
 from vllm_adainfer.engine.worker.model_facts import ModelFacts
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Auto

@@ -17,8 +17,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcessor as V2LogitsProcessor,
 )
 
-from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.admission.check_request import check_request
+from vllm_adainfer.engine.admission.admission import Admission, check_request
 from vllm_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import math
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from vllm_adainfer.artifact.engine_options import EngineOptions
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 
 def use_model_class(vllm_config: VllmConfig, architecture: str) -> None:
@@ -65,3 +69,100 @@ def serves_prompt_logprobs(vllm_config: VllmConfig) -> bool:
     from vllm.platforms import current_platform
 
     return vllm_config.lora_config is None or not current_platform.is_cpu()
+
+
+# Keys of a Hugging Face config that change nothing in what the model computes, or that artifacts
+# and fingerprints have in another form. vLLM 0.32 sets some of a classifier after config hooks.
+NOT_COMPUTED = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "num_labels",
+    "pad_token_id",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "use_sep_token",
+}
+
+
+def engine_options_of(vllm_config: VllmConfig) -> EngineOptions:
+    """The options of an engine, at config time or in a worker."""
+    from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
+
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    overrides = model.hf_overrides
+    if callable(overrides):
+        overrides = {"a function": getattr(overrides, "__qualname__", repr(overrides))}
+    # vLLM 0.32 sets `quantization` also where the checkpoint's own config asks for it.
+    own = model.model_arch_config.quantization_config is not None
+    online = not own or "quantization_config" in overrides
+    kv_cache_dtype: str | None = cache.cache_dtype
+    default = resolve_kv_cache_dtype_string("auto", model)
+    if kv_cache_dtype == default or (
+        default == "auto" and f"torch.{kv_cache_dtype}" == str(model.dtype)
+    ):
+        kv_cache_dtype = None
+    return EngineOptions(
+        quantization=model.quantization if online else None,
+        quantization_config=_changed_quantization(model),
+        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_dtype_skip_layers=",".join(cache.kv_cache_dtype_skip_layers) or None,
+        hf_overrides={
+            key: _plain(one) for key, one in overrides.items() if key not in NOT_COMPUTED
+        },
+        hf_config=_changed_values(model.hf_config),
+    )
+
+
+def _changed_quantization(model: ModelConfig) -> str | None:
+    """What ``--quantization-config`` changes in the method of ``--quantization``; None: nothing."""
+    from vllm.config.quantization import QuantSpec, resolve_quantization_config
+
+    found = model.quantization_config
+    if found is None or found == resolve_quantization_config(model.quantization, None):
+        return None
+    if isinstance(found, dict):
+        return json.dumps(found, sort_keys=True, default=str)
+    changed: dict[str, Any] = {"ignore": found.ignore, "targets": found.targets}
+    for kind in "linear", "moe":
+        spec = getattr(found, kind)
+        if spec is not None:
+            changed[kind] = [str(QuantSpec(weight=key)) for key in (spec.weight, spec.activation)]
+    return json.dumps({key: value for key, value in changed.items() if value}, sort_keys=True)
+
+
+def _changed_values(hf_config: Any) -> dict[str, Any]:
+    """The values of a config that change what the (language) model computes, see `EngineOptions`.
+
+    They are compared with the defaults of its class, so that they outlast versions that add some.
+    """
+    changed: dict[str, Any] = {}
+    text_config = hf_config.get_text_config()
+    for config in {id(one): one for one in (hf_config, text_config)}.values():
+        defaults = {} if config.has_no_defaults_at_init else type(config)().to_dict()
+        left_out = NOT_COMPUTED | config.sub_configs.keys()
+        changed |= {
+            key: _plain(value)
+            for key, value in config.to_dict().items()
+            if key not in left_out and value != defaults.get(key)
+        }
+    return changed
+
+
+def _plain(value: Any) -> Any:
+    """`value` as it comes back from JSON."""
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, str | int | float | None) else str(value)

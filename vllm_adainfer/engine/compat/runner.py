@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -68,3 +70,18 @@ def attach_note(output: Any, content: Any) -> None:
 def attached_note(output: Any) -> Any:
     """The content that `attach_note` sent; None if the worker ran no step."""
     return getattr(output, "adainfer", None)
+
+
+def broadcast(ranks: Any, values: Tensor) -> Tensor:
+    """The first rank's `values` on every rank of a vLLM group with several.
+
+    `GroupCoordinator.broadcast` of vLLM 0.32 goes through torch's own NCCL communicator, a second
+    one that would be made at the first exit. Its device communicator has the one that vLLM uses in
+    the model; it is None where vLLM has turned that off.
+    """
+    communicator = ranks.device_communicator
+    if getattr(communicator, "pynccl_comm", None) is None:
+        sent: Tensor = ranks.broadcast(values)
+        return sent
+    received: Tensor = communicator.broadcast(values)
+    return received

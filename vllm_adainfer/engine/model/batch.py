@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from torch import Tensor
 from typing_extensions import override
@@ -17,6 +18,21 @@ from vllm_adainfer.engine.segments.segments import Stack, without_graphs
 from vllm_adainfer.exits.batch.batch import Batch
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
+
+
+class Execution(Enum):
+    """The fastest way comes first."""
+
+    SEGMENT_GRAPHS = "CUDA graphs of segments"
+    VLLM_GRAPHS = "vLLM's own CUDA graphs"
+    COMPILED = "compiled code"
+    EAGER = "neither compiled code nor graphs"
+
+    def applied_to(self, context: ForwardContext) -> ForwardContext:
+        """The forward context in which segments run this way."""
+        if self in (Execution.SEGMENT_GRAPHS, Execution.VLLM_GRAPHS):
+            return context
+        return replace(without_graphs(context), skip_compiled=self is Execution.EAGER)
 
 
 @dataclass(frozen=True)

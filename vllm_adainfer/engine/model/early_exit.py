@@ -13,11 +13,10 @@ from vllm.model_executor.models.interfaces import is_hybrid
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fingerprints import WeightsFingerprint
-from vllm_adainfer.engine.compat.engine_options import engine_options_of
+from vllm_adainfer.engine.compat.config import engine_options_of
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.cuda_graphs.segment_graphs import SegmentGraphs
-from vllm_adainfer.engine.model.batch import CompiledBatch
-from vllm_adainfer.engine.model.execution import Execution
+from vllm_adainfer.engine.model.batch import CompiledBatch, Execution
 from vllm_adainfer.engine.model.model_head import ModelHead
 from vllm_adainfer.engine.model.score_head import check_scores, use_early_scores
 from vllm_adainfer.engine.pinned_artifacts import served_artifacts

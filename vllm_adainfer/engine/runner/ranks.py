@@ -8,7 +8,7 @@ from vllm.distributed import get_tp_group
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from vllm_adainfer.arrays import AnyArray
-from vllm_adainfer.engine.compat.communication import broadcast
+from vllm_adainfer.engine.compat.runner import broadcast
 
 RANKS_DIFFER = "ranks read different artifacts: is one being replaced? Try again"
 

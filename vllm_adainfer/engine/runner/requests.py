@@ -42,14 +42,9 @@ if TYPE_CHECKING:
 class RunningRequests:
     """Admits requests on arrival, and describes steps with what each request may do.
 
-    Attributes:
-        admission: decides which policy a request gets.
-        adapters: the fingerprints of the adapters that the worker has loaded.
-        lora_manager: the worker's LoRA manager of vLLM; None without LoRA.
-        window: the smallest sliding window of all layers, in tokens.
-        kinds: those of a server that calibrates itself; None for any other.
-        digests: the digest of the files of each policy's artifact, by the policy's name.
-
+    `lora_manager` is the worker's of vLLM; `window` the smallest sliding window of all layers, in
+    tokens; `kinds` those of a server that calibrates itself; and `digests` have, by the policy's
+    name, the digest of its artifact's files.
     """
 
     lora_manager: Any = None

@@ -43,7 +43,6 @@ class Segment(nn.Module):
         self.decoder = decoder
         self.body = body
         self.layers = nn.ModuleList(layers)
-        self.num_layers = len(self.layers)
 
 
 class LastKV(nn.Module):
@@ -88,23 +87,15 @@ class Stack:
             unless later layers share keys and values.
         last_kv: computes keys and values of the last layer; None if the last segment has no layer,
             or a layer that shares another's.
-        head_size: the width of the LM head's input, the output of the last segment.
-        own_kv_layers: see `StackShape`.
+        shape: what the exit loop needs to know of them.
         fixed_states: memory for the states between segments.
 
     """
 
     segments: tuple[Segment, ...]
     last_kv: LastKV | None
-    head_size: int
-    own_kv_layers: int | None
+    shape: StackShape
     fixed_states: FixedStates
-
-    @property
-    def shape(self) -> StackShape:
-        """The stack's shape, as the exit loop needs it."""
-        layers = [segment.num_layers for segment in self.segments]
-        return StackShape(layers, self.head_size, self.own_kv_layers)
 
     def run(self, index: int, positions: Tensor, states: HiddenStates) -> HiddenStates:
         """The hidden states after a segment; [rows, head size] after the last one."""
@@ -238,4 +229,5 @@ def build_stack(
         with compile_cache_folder(kv_class.__name__), set_current_vllm_config(config):
             last_kv = kv_class(vllm_config=config, projection=projection)
     captured_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    return Stack(tuple(segments), last_kv, head_size, own_kv_layers, FixedStates(captured_rows))
+    shape = StackShape([last - first for first, last in spans], head_size, own_kv_layers)
+    return Stack(tuple(segments), last_kv, shape, FixedStates(captured_rows))

@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm.v1.request import Request
 
 from vllm_adainfer.engine.compat.warm_up import blocks_for, ended, params_for_warm_up, scheduled
-from vllm_adainfer.engine.model.execution import Execution
+from vllm_adainfer.engine.model.batch import Execution
 from vllm_adainfer.engine.runner.build_loop import kv_policy_of
 from vllm_adainfer.engine.runner.ranks import read_from_rank0
 from vllm_adainfer.engine.self_test.scripted_requests import (
@@ -110,7 +110,7 @@ class ScriptedSteps:
         names = "loop", "graphs", "execution", "exits_off"
         before = {name: getattr(model, name) for name in names}
         running, exits = state.running, model.loop.policies.exit_points
-        head_size = model.stack.head_size
+        head_size = model.stack.shape.head_size
         policy = ScriptedExits(exits, head_size)
         loop = ExitLoop(
             model.stack.shape,

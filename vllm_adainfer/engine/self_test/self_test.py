@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm.config import CompilationMode, CUDAGraphMode
 
 from vllm_adainfer.engine.compat.logs import get_logger
-from vllm_adainfer.engine.model.execution import Execution
+from vllm_adainfer.engine.model.batch import Execution
 from vllm_adainfer.engine.runner.ranks import first_on_any_rank
 from vllm_adainfer.engine.self_test.kernels import wrong_kernels
 from vllm_adainfer.engine.self_test.parts import Part

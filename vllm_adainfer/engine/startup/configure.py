@@ -10,8 +10,11 @@ from vllm_adainfer.auto.directory import AutoDirectory
 from vllm_adainfer.engine.admission.admission import Admission, why_choices_run_on
 from vllm_adainfer.engine.classes import GPU_WORKER, SCHEDULER, own_kv_layers, worker_class
 from vllm_adainfer.engine.compat.compilation import find_compiled_code_again
-from vllm_adainfer.engine.compat.config import leave_full_graphs_to_segments, use_model_class
-from vllm_adainfer.engine.compat.engine_options import engine_options_of
+from vllm_adainfer.engine.compat.config import (
+    engine_options_of,
+    leave_full_graphs_to_segments,
+    use_model_class,
+)
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.pinned_artifacts import pin_artifacts
 from vllm_adainfer.engine.scheduler.line_files import check_directory

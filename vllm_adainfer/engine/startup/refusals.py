@@ -186,11 +186,8 @@ def _of_serving(vllm_config: VllmConfig) -> Iterator[str]:
 def _of_switch(vllm_config: VllmConfig, settings: Settings) -> Iterator[str]:
     if settings.exit_points is not None and vllm_config.lora_config is None:
         yield "exit_points are for policies of LoRA adapters: start with --enable-lora"
-    if settings.calibrates_itself:
-        yield from _of_own_policies(vllm_config)
-
-
-def _of_own_policies(vllm_config: VllmConfig) -> Iterator[str]:
+    if not settings.calibrates_itself:
+        return
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if parallel.tensor_parallel_size > 1:
         yield (

@@ -45,19 +45,16 @@ class ExitLoop(Loop):
         compaction_cost: int = COMPACTION_COST,
         read: Callable[[Tensor], AnyArray] = lambda values: values.cpu().numpy(),
     ) -> None:
-        """Prepare to run a stack that is cut at the exit points of `policies`.
+        """Prepare to run a stack of this shape, cut at the exit points of `policies`.
 
         Args:
-            shape: the stack's.
-            policies: decide who may leave.
-            kv: takes care of the layers that rows skip.
+            shape, policies, kv: the stack's, who decides, and who takes care of skipped layers.
             monitors: one for each policy, in the same order, or none.
             max_rows: the most rows that a segment may get: vLLM has compiled for so many, and
                 attention backends have buffers for them.
             min_rows_saved: rows that must leave together; None lets them leave where it is faster.
             compaction_cost: the token-layers that a smaller batch must save to be faster.
-            read: copies a tensor to the host: the first rank's on every rank, so that all decide
-                alike.
+            read: copies a tensor to the host: the first rank's on every rank, so that all agree.
 
         """
         self.policies = policies
