@@ -9,11 +9,9 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
-from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.tensors import UNREADABLE
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
@@ -21,7 +19,6 @@ from vllm_adainfer.auto.tries import CERTIFIED, GIVEN_UP, RECORDING, TRIES, Stat
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.files import PRIVATE, whole_directory
 from vllm_adainfer.offline.auto.fit import Served, policy_of
-from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.record.rows import (
     Shard,
     load_shards,
@@ -34,34 +31,6 @@ from vllm_adainfer.offline.progress import say
 MOST_BEGINNINGS = 3  # a try that ends so many trainers, perhaps for want of memory, has failed
 WORTH = 0.05  # a policy that saves a smaller share of the layers changes answers for nothing
 SECONDS, MOST_SECONDS = 2.0, 600.0  # between two looks, and after several that failed
-
-
-@dataclass(frozen=True)
-class Due:
-    """A try to make now.
-
-    Attributes:
-        state: the state; its latest try is the one to make.
-        number: how many tries there are for these weights, this one included.
-        since: rows of files up to this number were there at the try before; -1 for the first.
-        last: whether there will be no other try.
-
-    """
-
-    state: State
-    number: int
-    since: int
-    last: bool
-
-    @property
-    def latest(self) -> Try:
-        """The try to make."""
-        return self.state.tries[-1]
-
-    @property
-    def share_of_delta(self) -> float:
-        """Its share; those of all tries add up to less than 1."""
-        return 1 / (self.number * (self.number + 1))
 
 
 class Trainer:
@@ -103,55 +72,55 @@ class Trainer:
             self._delete_rows(name)
             return
         shards = read_shards(self.directory.rows(name))
-        due = self._due(name, state, shards, facts["fingerprint"])
-        if due is None:
-            return
-        begun = due.latest.begun
-        if (name, due.latest.number) not in self._begun:
-            if begun == MOST_BEGINNINGS:
-                self._end(name, due, f"{begun} trainers have ended while they fitted a policy")
-                return
-            due = replace(due, state=state.with_latest(replace(due.latest, begun=begun + 1)))
-            write_json(self.directory.trainer(name), asdict(due.state))
-            self._begun.add((name, due.latest.number))
-        shards = [one for one in shards if one.number <= due.latest.newest]
-        if not shards:  # too old, or deleted by hand
-            self._end(name, due, "its rows were deleted before it ended")
-            return
-        self._try(name, kind, due, shards)
-
-    def _due(
-        self, name: str, state: State, shards: Sequence[Shard], fingerprint: str
-    ) -> Due | None:
-        """The try to make, perhaps once more; None if there are too few rows for another one."""
-        own = [one for one in state.tries if one.fingerprint == fingerprint]
-        if not own or own[-1].outcome is not None:
+        tries = [one for one in state.tries if one.fingerprint == facts["fingerprint"]]
+        if not tries or tries[-1].outcome is not None:
             rows = sum(shard.rows for shard in shards)
-            if len(own) == len(self.tries) or rows < self.tries[len(own)]:
-                return None
-            taken = [0, *(one.number for one in state.tries)]
-            own.append(Try(max(taken) + 1, fingerprint, rows, shards[-1].number))
-        since = own[-2].newest if len(own) > 1 else -1
-        state = state.with_latest(own[-1])
-        return Due(state, len(own), since, len(own) == len(self.tries))
+            if len(tries) == len(self.tries) or rows < self.tries[len(tries)]:
+                return
+            number = 1 + max((one.number for one in state.tries), default=0)
+            tries.append(Try(number, facts["fingerprint"], rows, shards[-1].number))
+        latest, last = tries[-1], len(tries) == len(self.tries)
+        state = state.with_latest(latest)
+        if (name, latest.number) not in self._begun:
+            if latest.begun == MOST_BEGINNINGS:
+                why = f"{latest.begun} trainers have ended while they fitted a policy"
+                self._end(name, state, why, last)
+                return
+            state = state.with_latest(replace(latest, begun=latest.begun + 1))
+            write_json(self.directory.trainer(name), asdict(state))
+            self._begun.add((name, latest.number))
+        shards = [one for one in shards if one.number <= latest.newest]
+        if not shards:  # too old, or deleted by hand
+            self._end(name, state, "its rows were deleted before it ended", last)
+            return
+        # Rows that were there at the try before certify nothing, and shares of delta of all tries
+        # add up to less than 1.
+        since = tries[-2].newest if len(tries) > 1 else -1
+        self._try(name, kind, state, shards, since, 1 / (len(tries) * (len(tries) + 1)), last)
 
-    def _try(self, name: str, kind: Kind, due: Due, shards: Sequence[Shard]) -> None:
-        """Fit on older rows of `shards` and certify on newer ones; hand the policy over if it is.
-
-        Rows that were there at the try before certify nothing.
-        """
+    def _try(
+        self,
+        name: str,
+        kind: Kind,
+        state: State,
+        shards: Sequence[Shard],
+        since: int,
+        share: float,
+        last: bool,
+    ) -> None:
+        """Fit on older rows of `shards` and certify on those after `since`; end the latest try."""
         served, rows = self._served(), only_finite(load_shards(shards))
-        held_out = int((rows["shards"] > due.since).sum()) // 2
-        epsilon, delta = served.facts["epsilon"], served.facts["delta"] * due.share_of_delta
+        held_out = int((rows["shards"] > since).sum()) // 2
+        epsilon, delta = served.facts["epsilon"], served.facts["delta"] * share
         try:
             served.answers(kind)
         except AdaInferError as error:  # no number of rows would help
-            self._end(name, replace(due, last=True), str(error))
+            self._end(name, state, str(error), last=True)
             return
         try:
             policy = policy_of(served, kind, rows, held_out, epsilon, delta)
         except (ArithmeticError, RuntimeError, ValueError) as error:  # AdaInferError is one
-            self._end(name, due, str(error))
+            self._end(name, state, str(error), last)
             return
         saved = policy.points[epsilon].layers_saved if epsilon in policy.points else 0.0
         if saved < WORTH:
@@ -159,13 +128,16 @@ class Trainer:
                 f"within {epsilon:.1%} changed answers, {held_out} held-out rows allow a policy to "
                 f"save {saved:.1%} of the layers, which is less than {WORTH:.0%}"
             )
-            self._end(name, due, why)
+            self._end(name, state, why, last)
             return
-        number = due.latest.number
-        config = write(policy, served, self.directory.policy(name, number))
+        target = self.directory.policy(name, state.tries[-1].number)
+        with whole_directory(target, 0o700) as draft:  # which only this user may read
+            config = write_artifact(policy, served.facts["model"], served.hf_config, None, draft)
+            for file in draft.iterdir():
+                file.chmod(PRIVATE)
         [level] = [one for one in config.levels if one.epsilon == epsilon]
         facts = {"layers_saved": level.layers_saved, "bound": level.bound}
-        self._end(name, due, CERTIFIED, **facts)
+        self._end(name, state, CERTIFIED, last, **facts)
 
     def _served(self) -> Served:
         """The served model, read once unless it changes."""
@@ -174,34 +146,20 @@ class Trainer:
             self._model = facts, Served.read(self.directory)
         return self._model[1]
 
-    def _end(self, name: str, due: Due, outcome: str, **facts: float) -> None:
-        """Write down how a try ended, and delete rows that no other one will need."""
-        state = due.state.ended(outcome, due.last)
+    def _end(self, name: str, state: State, outcome: str, last: bool, **facts: float) -> None:
+        """Write down how the latest try ended, and delete rows that no other one will need."""
+        latest, state = state.tries[-1], state.ended(outcome, last)
         write_json(self.directory.trainer(name), asdict(state))
         if state.status != RECORDING:
             self._delete_rows(name)
-        number, rows = due.latest.number, due.latest.rows
+        number, rows = latest.number, latest.rows
         if outcome == CERTIFIED:
             self.directory.tell(name, CERTIFIED, number=number, rows=rows, **facts)
             return
         self.directory.tell(name, "tried", number=number, rows=rows, why=outcome)
-        if due.last:
+        if last:
             self.directory.tell(name, GIVEN_UP, rows=rows)
 
     def _delete_rows(self, name: str) -> None:
         """Delete the states of a kind, which count as prompts."""
         shutil.rmtree(self.directory.rows(name), ignore_errors=True)
-
-
-def write(policy: FittedPolicy, served: Served, target: Path) -> ArtifactConfig:
-    """Write an artifact that only this user may read, all of it or nothing.
-
-    Raises:
-        AdaInferError, OSError: it cannot be written.
-
-    """
-    with whole_directory(target, 0o700) as draft:
-        config = write_artifact(policy, served.facts["model"], served.hf_config, None, draft)
-        for file in draft.iterdir():
-            file.chmod(PRIVATE)
-    return config
