@@ -30,7 +30,6 @@ from vllm_adainfer.cli import app
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.auto import trainer as training
 from vllm_adainfer.offline.auto.fit import Served
-from vllm_adainfer.offline.auto.process import only_one
 from vllm_adainfer.offline.auto.trainer import Trainer
 from vllm_adainfer.offline.calibration.calibrate import fit_and_certify
 from vllm_adainfer.offline.calibration.data.examples import Example
@@ -332,12 +331,12 @@ def test_a_full_disk_keeps_the_old_state_and_is_tried_later(place, monkeypatch, 
 
 
 def test_a_second_trainer_is_refused_in_one_sentence(place):
-    with only_one(place.directory):
+    with place.directory.held("trainer"):
         result = CliRunner().invoke(app, ["autopilot", str(place.directory.root)])
     assert result.exit_code == 1
     assert "another trainer works on" in result.output
-    with only_one(place.directory):
-        pass
+    with place.directory.held("trainer") as is_free:
+        assert is_free
 
 
 def test_a_try_that_ends_trainer_after_trainer_has_failed(place):

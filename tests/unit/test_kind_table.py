@@ -9,10 +9,20 @@ from collections.abc import Iterable
 
 import pytest
 
-from vllm_adainfer.auto.kind_reports import NAMED, NO_KIND, OTHERS, KindLabels
 from vllm_adainfer.auto.kinds import Kind
-from vllm_adainfer.auto.pools import FEWEST_SETS, MOST_LABELS, pools
-from vllm_adainfer.auto.table import KINDS, RECURRING_KINDS, RECURS, KindTable
+from vllm_adainfer.auto.table import (
+    FEWEST_SETS,
+    KINDS,
+    MOST_LABELS,
+    NAMED,
+    NO_KIND,
+    OTHERS,
+    RECURRING_KINDS,
+    RECURS,
+    KindLabels,
+    KindTable,
+    pools,
+)
 
 SALT = b"salt"
 YES_NO, LETTERS = Kind("label", (7, 11)), Kind("choice", choices=("a", "b", "c"))
@@ -157,7 +167,7 @@ def pools_of(kinds: Iterable[Kind]) -> list[tuple[int, int, int]]:
     """Labels, sets and requests of each pool candidate."""
     table = KindTable()
     came(table, kinds)
-    return [(len(one.labels), one.sets, one.requests) for one in pools(table)]
+    return [(len(one["labels"]), one["sets"], one["requests"]) for one in pools(table)]
 
 
 def test_many_sets_of_the_same_few_labels_are_a_pool_candidate():

@@ -17,8 +17,7 @@ from typer.testing import CliRunner
 from tests.tiny import tiny_artifact, tiny_config, word_tokenizer
 from vllm_adainfer.auto.directory import AutoDirectory, write_json
 from vllm_adainfer.auto.kinds import Kind
-from vllm_adainfer.auto.pools import pools
-from vllm_adainfer.auto.table import RECURS, KindTable
+from vllm_adainfer.auto.table import RECURS, KindTable, pools
 from vllm_adainfer.auto.tries import Try
 from vllm_adainfer.cli import app
 from vllm_adainfer.offline.doctor import auto as checks
@@ -51,7 +50,7 @@ class Served:
             table.tokens += 10
         content = table.as_dict(self.directory.salt)
         content |= {"model": "served", "tokenizer": str(tokenizer)}
-        content["pools"] = [pool.as_dict() for pool in pools(table)]
+        content["pools"] = pools(table)
         write_json(self.directory.kinds, content)
 
     def write(self, kind: Kind, name: str, **content: Any) -> None:

@@ -1,10 +1,14 @@
-"""Counts the kinds of requests that reach a server."""
+"""Counts the kinds of requests that reach a server, names them in metrics, and finds label pools.
+
+Metrics and the log line have hashed names and numbers, never texts. A label pool is made of kinds
+whose labels vary, but are always some of the same few tokens.
+"""
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +17,11 @@ from vllm_adainfer.auto.kinds import Kind
 KINDS = 256  # kept at a time
 RECURRING_KINDS = 192  # of these; the rest is left to new kinds, which may come to recur
 RECURS = 20  # requests from which on a kind recurs; a list unique to a request never does
+MOST_LABELS = 64  # of a pool
+FEWEST_SETS = 8  # of labels, before they are more than several questions
+NAMED = 16  # kinds that ever get series of their own, so that no client can make more
+OTHERS = "others"  # all other one-answer requests
+NO_KIND = "none"  # requests without a fixed set of answers
 
 
 @dataclass
@@ -155,3 +164,71 @@ class KindTable:
         if len(self._recurring) >= RECURRING_KINDS:
             self._recurring.popitem(last=False)
         self._recurring[kind] = count
+
+
+class KindLabels:
+    """Labels of requests in metrics: the recurring kinds that come first have one of their own.
+
+    Attributes:
+        reads: what requests under each such label read, such as ``label among 2``.
+
+    """
+
+    def __init__(self, recurring: Iterable[KindCount], salt: bytes) -> None:
+        """Name the kinds that an earlier run of the server knew; `salt` is the key of the names."""
+        self.reads: dict[str, str] = {}
+        self._names: dict[Kind, str] = {}
+        self._salt = salt
+        for count in recurring:
+            self.of(count)
+
+    def of(self, count: KindCount) -> str:
+        """The label of a request that has just been counted; its kind keeps one from now on."""
+        kind = count.kind
+        if kind is None:
+            return NO_KIND
+        label = self._names.get(kind, OTHERS)
+        if label == OTHERS and count.recurs and len(self._names) < NAMED:
+            self._names[kind] = kind.name(self._salt)
+            self.reads[self._names[kind]] = f"{kind.reads} among {len(kind.labels or kind.choices)}"
+        return label
+
+
+def pools(counts: Iterable[KindCount]) -> list[dict[str, Any]]:
+    """Pool candidates: one policy with a label pool could serve all kinds of one.
+
+    Each has its ``adapter``, all ``labels``, the number of ``sets`` of them, and the ``requests``
+    and ``tokens`` of its kinds; the one with most requests comes first. Kinds with many labels are
+    taken in first, so that smaller sets find the pool that they are part of. A kind joins the pool
+    that has most of its labels, if that stays small; the time is linear.
+    """
+    labels = [
+        (count.kind, count)
+        for count in counts
+        if count.kind is not None
+        and count.kind.reads == "label"
+        and 2 <= len(count.kind.labels) <= MOST_LABELS
+    ]
+    found: list[dict[str, Any]] = []
+    owners: dict[tuple[str | None, int], int] = {}  # places in `found`
+    for kind, count in sorted(labels, key=lambda one: (-len(one[0].labels), -one[1].requests)):
+        keys = [(kind.adapter, label) for label in kind.labels]
+        having = Counter(owners[key] for key in keys if key in owners)
+        number = having.most_common(1)[0][0] if having else len(found)
+        if not having or len(found[number]["labels"].union(kind.labels)) > MOST_LABELS:
+            number = len(found)
+            numbers = {"sets": 0, "requests": 0, "tokens": 0}
+            found.append({"adapter": kind.adapter, "labels": set(), **numbers})
+        pool = found[number]
+        pool["labels"].update(kind.labels)
+        pool["sets"] += 1
+        pool["requests"] += count.requests
+        pool["tokens"] += count.tokens
+        for key in keys:
+            owners.setdefault(key, number)
+    kept = [
+        {**pool, "labels": sorted(pool["labels"])}
+        for pool in found
+        if pool["sets"] >= FEWEST_SETS and pool["requests"] >= RECURS
+    ]
+    return sorted(kept, key=lambda pool: -pool["requests"])

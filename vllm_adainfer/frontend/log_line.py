@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_adainfer.auto.kind_reports import NO_KIND, OTHERS
+from vllm_adainfer.auto.table import NO_KIND, OTHERS
 from vllm_adainfer.frontend.series import KIND_COUNTERS
 
 KINDS_TOLD = 3  # in a line

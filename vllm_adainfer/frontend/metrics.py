@@ -10,7 +10,7 @@ from prometheus_client import Histogram
 from vllm_adainfer.artifact.artifact import all_parts
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.kinds import NotCovered
-from vllm_adainfer.auto.kind_reports import NO_KIND, OTHERS
+from vllm_adainfer.auto.table import NO_KIND, OTHERS
 from vllm_adainfer.engine.compat.prometheus import observe_many
 from vllm_adainfer.engine.self_test.parts import PARTS
 from vllm_adainfer.frontend.series import (

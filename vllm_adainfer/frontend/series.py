@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
-from vllm_adainfer.auto.kind_reports import NO_KIND, OTHERS
+from vllm_adainfer.auto.table import NO_KIND, OTHERS
 from vllm_adainfer.promise.probabilities import MOVES
 
 Series = Mapping[str, MetricWrapperBase]  # by the kind of what they show in reports

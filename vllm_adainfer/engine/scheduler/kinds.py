@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
-from vllm_adainfer.auto.kind_reports import KindLabels
 from vllm_adainfer.auto.kinds import Kind
-from vllm_adainfer.auto.pools import pools
-from vllm_adainfer.auto.table import KindCount, KindTable
+from vllm_adainfer.auto.table import KindCount, KindLabels, KindTable, pools
 from vllm_adainfer.engine.admission.arrival import kind_of, kind_of_output
 from vllm_adainfer.engine.admission.running import params_of, resolved_of
 from vllm_adainfer.engine.compat.logs import get_logger
@@ -143,7 +141,7 @@ class KindCounts(Observer):
             with self._lock:
                 content = {**self._facts, **self._table.as_dict(self._salt)}
                 labels = list(self._table)
-            content["pools"] = [pool.as_dict() for pool in pools(labels)]
+            content["pools"] = pools(labels)
             write_json(self._directory.kinds, content)
             self._written = counted
         except Exception as error:  # whatever it was, the next time may succeed

@@ -6,8 +6,7 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from vllm_adainfer.auto.directory import AutoDirectory
@@ -28,7 +27,12 @@ def run(root: Path, parent: int | None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
     directory = AutoDirectory(root)
     directory.create()
-    with only_one(directory):
+    with directory.held("trainer") as is_held:
+        if not is_held:
+            raise AdaInferError(
+                f"another trainer works on {directory.root} already: leave it to that one, or end "
+                "it first"
+            )
         import torch
 
         from vllm_adainfer.offline.auto.trainer import SECONDS, Trainer
@@ -38,21 +42,6 @@ def run(root: Path, parent: int | None) -> None:
         while True:
             trainer.look()
             time.sleep(SECONDS)
-
-
-@contextmanager
-def only_one(directory: AutoDirectory) -> Iterator[None]:
-    """Hold the trainer's lock of a directory.
-
-    An AdaInferError if another trainer holds it.
-    """
-    with directory.held("trainer") as is_held:
-        if not is_held:
-            raise AdaInferError(
-                f"another trainer works on {directory.root} already: leave it to that one, or end "
-                "it first"
-            )
-        yield
 
 
 def end_with_parent(parent: int) -> None:

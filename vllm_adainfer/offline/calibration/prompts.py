@@ -259,7 +259,9 @@ def _answers(
     return examples, labels, None
 
 
-def right_tokens(examples: list[Example], labels: tuple[Label, ...], tokenizer: Any) -> RightTokens:
+def right_tokens(
+    examples: Sequence[Example], labels: tuple[Label, ...], tokenizer: Any
+) -> RightTokens:
     """For each prompt, the first token of its label.
 
     An AdaInferError if a row has no label.

@@ -14,10 +14,10 @@ from vllm_adainfer.offline.calibration.data.examples import (
     Example,
     check_labels_known,
     find_labels,
-    first_token,
     read_rows,
 )
 from vllm_adainfer.offline.calibration.data.read_examples import read_examples
+from vllm_adainfer.offline.calibration.prompts import right_tokens
 from vllm_adainfer.offline.evaluation.sequences import Tokens, has_number, is_number
 from vllm_adainfer.offline.pretrained import Model
 from vllm_adainfer.promise.output import Form, Output
@@ -119,13 +119,6 @@ def right_answers(
         return [*map(has_number, map(tokenizer.decode, texts), answers)]
     if config.choices:
         written = {choice.text: choice.token_ids for choice in config.choices}
-        right = [written[answer] for answer in answers]
-    elif examples[0].labels is not None:  # a request's label is the right token
-        right = [(int(answer),) for answer in answers]
-    elif config.labels:
-        ids = {label.name: label.token_id for label in config.labels}
-        right = [(ids[answer],) for answer in answers]
-    else:
-        pairs = zip(examples, answers, strict=True)
-        right = [(first_token(example.text, answer, tokenizer),) for example, answer in pairs]
-    return [tuple(text) == tokens for text, tokens in zip(texts, right, strict=True)]
+        return [tuple(text) == written[one] for text, one in zip(texts, answers, strict=True)]
+    right = right_tokens(examples, config.labels, tokenizer)
+    return [set(text) == tokens for text, tokens in zip(texts, right, strict=True)]

@@ -104,7 +104,7 @@ class Watched:
         requests: all requests.
         tokens: all token rows that ran.
         kinds: the kinds that recur, the one with most token rows first.
-        pools: pool candidates, see `vllm_adainfer.auto.pools.Pool`.
+        pools: pool candidates, see `vllm_adainfer.auto.table.pools`.
 
     """
 
