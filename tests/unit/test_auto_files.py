@@ -22,7 +22,7 @@ from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.runner.admitted_kinds import MOST_RECORDED
 from vllm_adainfer.engine.worker import kind_policies, row_files, served_policies
 from vllm_adainfer.engine.worker.kind_policies import KindPolicies
-from vllm_adainfer.engine.worker.model_facts import ModelFacts
+from vllm_adainfer.engine.worker.model_facts import forget_others
 from vllm_adainfer.engine.worker.row_files import MOST_KEPT_ROWS, RowFiles
 from vllm_adainfer.engine.worker.served_policies import ServedPolicies
 from vllm_adainfer.errors import AdaInferError
@@ -157,14 +157,14 @@ def test_rows_and_policies_stay_only_if_they_are_surely_for_what_is_served(
     directory, identity, is_kept, caplog_vllm
 ):
     auto = Auto(directory=str(directory.root))
-    ModelFacts(directory, auto, model(), None)
+    forget_others(directory, auto, model())
     assert not caplog_vllm.text, "there was nothing to forget"
     directory.policy("kind-1", 1).mkdir(parents=True)
     if identity is None:
         directory.identity.unlink()
     elif identity != "same":
         directory.identity.write_text(identity)
-    ModelFacts(directory, auto, model(), None)
+    forget_others(directory, auto, model())
     assert (directory.known() == ["kind-1"]) == is_kept
     assert ("all kinds start anew" in caplog_vllm.text) != is_kept
     assert read_json(directory.identity)["fingerprint"] == "f" * 16

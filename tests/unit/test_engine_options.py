@@ -14,7 +14,7 @@ from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.engine.compat.config import _changed_values
-from vllm_adainfer.engine.worker.model_facts import ModelFacts
+from vllm_adainfer.engine.worker.model_facts import forget_others
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Auto
 
@@ -155,7 +155,7 @@ def test_rows_of_a_server_that_calibrates_itself_are_not_mixed_with_those_of_oth
         model = SimpleNamespace(
             fingerprint="0123", engine_options=options, loop=SimpleNamespace(policies=policies)
         )
-        ModelFacts(directory, Auto(directory=str(directory.root)), model, SimpleNamespace())  # type: ignore[arg-type]
+        forget_others(directory, Auto(directory=str(directory.root)), model)
 
     start(PLAIN if before is None else before)
     if before is None:

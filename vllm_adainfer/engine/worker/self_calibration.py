@@ -16,7 +16,7 @@ from vllm_adainfer.auto.tries import GIVEN_UP, MOST_ROWS, TRIES, State
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.runner.admitted_kinds import AdmittedKinds
 from vllm_adainfer.engine.worker.kind_policies import KindPolicies
-from vllm_adainfer.engine.worker.model_facts import ModelFacts
+from vllm_adainfer.engine.worker.model_facts import forget_others, write_facts
 from vllm_adainfer.engine.worker.row_files import RowFiles
 from vllm_adainfer.engine.worker.served_policies import Built, ServedPolicies
 from vllm_adainfer.engine.worker.trainer_process import TrainerProcess
@@ -57,7 +57,8 @@ class SelfCalibration:
         self._held = ExitStack()
         self._hold()
         directory.delete_drafts()
-        self._facts = ModelFacts(directory, auto, model, served.vllm_config)
+        self._config = served.vllm_config.model_config
+        forget_others(directory, auto, model)
         self.kinds = AdmittedKinds(auto, directory)
         self._rows = RowFiles(directory)
         self._policies = KindPolicies(directory, served, self.kinds.kinds)
@@ -174,8 +175,9 @@ class SelfCalibration:
 
     def _describe_model(self) -> None:
         rows, kinds = max(self._rows.counts.values(), default=0), self.kinds
-        if kinds.steps and rows >= TIMED_ROWS and not self._facts.are_written:
-            self._facts.write(kinds.step_seconds, kinds.steps)
+        if kinds.steps and rows >= TIMED_ROWS and not self._directory.model.exists():
+            seconds, steps = kinds.step_seconds, kinds.steps
+            write_facts(self._directory, self._model, self._config, seconds, steps)
 
     def _note_states(self) -> None:
         """Stop recording kinds that have had a policy, that never will, or with rows enough."""

@@ -29,6 +29,7 @@ class TrainerProcess:
     def __init__(self, directory: AutoDirectory) -> None:
         """Nothing is started yet, see `keep_running`."""
         self._directory = directory
+        self._root, self._log = str(directory.root), directory.root / "trainer.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._started = self._next_start = 0.0
         self._pause = PAUSE_SECONDS
@@ -77,14 +78,6 @@ class TrainerProcess:
             )
         with suppress(OSError):
             os.sched_setaffinity(self._process.pid, noted_cores())
-
-    @property
-    def _root(self) -> str:
-        return str(self._directory.root)
-
-    @property
-    def _log(self) -> str:
-        return str(self._directory.root / "trainer.log")
 
     def close(self) -> None:
         """End the trainer."""

@@ -22,7 +22,6 @@ def run(root: Path, parent: int | None) -> None:
     """
     if parent is not None:
         end_with_parent(parent)
-    give_way()
     os.umask(0o077)
     os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
     directory = AutoDirectory(root)
@@ -33,6 +32,7 @@ def run(root: Path, parent: int | None) -> None:
                 f"another trainer works on {directory.root} already: leave it to that one, or end "
                 "it first"
             )
+        give_way()
         import torch
 
         from vllm_adainfer.offline.auto.trainer import SECONDS, Trainer
