@@ -32,7 +32,6 @@ from vllm_adainfer.offline.calibration.record.rows import (
     normed,
 )
 from vllm_adainfer.policy.probe import Probe
-from vllm_adainfer.promise.kinds import asked_for
 
 HIDDEN, VOCAB, DEPTH, PROMPTS = 16, 40, 8, 900
 LAYERS = (2, 4, 6)
@@ -149,7 +148,6 @@ def calibration_of(
     *,
     subsets: Tensor | None = None,
     choices: Choices | None = None,
-    with_mass: bool = False,
     split: Split = SPLIT,
     given: dict[str, Any] | None = None,
     **options: Any,
@@ -157,14 +155,14 @@ def calibration_of(
     """What a policy for `labels` is made from; `given` are other fields of the calibration."""
     asked = PolicyOptions(**{"epsilon": EPSILON, **options})
     ids = torch.tensor([label.token_id for label in labels]) if labels else None
-    reads = full_depth_labels(rows, ids, subsets) if asked.risk == "probability" else None
+    reads = full_depth_labels(rows, ids, subsets) if asked.promise.reads_probabilities else None
     target = Target(
         kind,
         ids,
         reads,
         subsets,
         first_tokens=None if choices is None else choices.first_tokens,
-        promise=asked_for(asked, labels, label_mass=with_mass),
+        promise=asked.promise.about([label.name for label in labels]),
         never_early=frozenset(o.token_id for o in labels if o.name in asked.never_early),
     )
     more = {"pooled_from": 3 if target.is_pooled else None, "choices": choices, **(given or {})}

@@ -18,8 +18,10 @@ from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.fields import Label, Level
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.fingerprints import WeightsFingerprint
-from vllm_adainfer.artifact.kinds import ProbeInput, features_of_risk
+from vllm_adainfer.artifact.kinds import ProbeInput
+from vllm_adainfer.artifact.version_1 import tagged
 from vllm_adainfer.policy.encoders import StateEncoder
+from vllm_adainfer.promise.kinds import PROMISES
 
 LAYERS = 6
 EXIT_POINTS = (2, 3, 5)
@@ -89,9 +91,6 @@ def tiny_config(model: Path, **changes: Any) -> ArtifactConfig:
             Label(name=name, token_id=Fast.from_pretrained(model).encode(name)[0])
             for name in LABELS
         ),
-        "features": features_of_risk(
-            changes.get("risk", "disagreement"), bool(changes.get("gates"))
-        ),
         "classifier": "svm",
         "epsilon": 0.05,
         "delta": 0.1,
@@ -100,7 +99,14 @@ def tiny_config(model: Path, **changes: Any) -> ArtifactConfig:
             Level(epsilon=0.05, disagreement=0.01, risk=0.01, bound=0.04, layers_saved=0.2),
         ),
     }
-    return ArtifactConfig(**{**values, **changes})
+    return config_of({**values, **changes})
+
+
+def config_of(flat: dict[str, Any]) -> ArtifactConfig:
+    """The config of these fields, written as in version 1, with the features that go with them."""
+    found = tagged(flat)
+    features = {one.model_fields["kind"].default: one.feature_names for one in PROMISES}
+    return ArtifactConfig.model_validate({"features": features[found["promise"]["kind"]], **found})
 
 
 def tiny_tensors(
@@ -141,7 +147,7 @@ def _tensors_of_part(
         tensors[f"exit.{layer}.classifier"] = torch.tensor([*gap, 0.0])
         if "label-head" not in config.probe:
             continue
-        rows = len(config.labels) + (config.risk == "probability")
+        rows = len(config.labels) + config.promise.reads_probabilities
         scale = 0.1 if config.is_pooled else 0.02  # normed states are shorter
         tensors[f"exit.{layer}.head_weight"] = scale * torch.randn(rows, width, generator=generator)
         tensors[f"exit.{layer}.head_bias"] = torch.zeros(rows)

@@ -36,7 +36,6 @@ from benchmarks.serving.bench_choices import layer_rows
 from benchmarks.serving.label_requests import post
 from benchmarks.serving.side_by_side import ENVIRONMENT
 from vllm_adainfer.arrays import Floats
-from vllm_adainfer.artifact.fields import TopK
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.offline.calibration.calibrate import fit_and_certify, record_prompts
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
@@ -45,7 +44,8 @@ from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled
-from vllm_adainfer.promise.first_documents import loses_document, ranked
+from vllm_adainfer.promise.first_documents import FirstDocuments, ranked
+from vllm_adainfer.promise.tolerance import Tolerance
 
 STOCK = "stock"
 NDCG_AT = 10
@@ -65,21 +65,21 @@ def main(
 ) -> None:
     """Calibrate, measure, and write the JSON and the Markdown of `output`."""
     queries = find_candidates(data, "test", DOCUMENTS[-1])
-    top_k = TopK(k=5, margin=margin)
-    reads = PolicyOptions(epsilon=epsilon, risk="probability")
+    promise = FirstDocuments(k=5, margin=margin)
+    reads = PolicyOptions(epsilon=epsilon)
     promises = {
-        f"first 5, margin {margin:g}": replace(reads, top_k=top_k),
-        f"each score within {margin:g}": replace(reads, tolerance=margin),
+        f"first 5, margin {margin:g}": replace(reads, promise=promise),
+        f"each score within {margin:g}": replace(reads, promise=Tolerance(tolerance=margin)),
     }
     counts = dict(zip(DOCUMENTS, map(int, test.split(",")), strict=True))
-    report: dict[str, Any] = {"epsilon": epsilon, "k": top_k.k, "margin": margin, "sizes": []}
+    report: dict[str, Any] = {"epsilon": epsilon, "k": promise.k, "margin": margin, "sizes": []}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         report |= make_policies(model, queries[:calibrate], promises, Path(folder))
         servers = start(stack, model, [*promises], Path(folder))
         tests = queries[calibrate:]
         for documents, count in counts.items():
             chosen = [first(query, documents) for query in tests[:count]]
-            report["sizes"].append(measure(servers, chosen, top_k))
+            report["sizes"].append(measure(servers, chosen, promise))
     report["provenance"] = provenance()
     write_report(output, report, table(report))
 
@@ -138,7 +138,9 @@ def first(query: Query, documents: int) -> Query:
     return Query(query.text, query.documents[:documents], query.scores[:documents], right)
 
 
-def measure(servers: Mapping[str, Server], queries: Sequence[Query], top_k: TopK) -> dict[str, Any]:
+def measure(
+    servers: Mapping[str, Server], queries: Sequence[Query], promise: FirstDocuments
+) -> dict[str, Any]:
     """Send each query to each server, in turn; which one comes first goes round."""
     for query in queries[:WARM_UP]:
         for server in servers.values():
@@ -164,7 +166,7 @@ def measure(servers: Mapping[str, Server], queries: Sequence[Query], top_k: TopK
                 "mean": statistics.mean(seconds[name]),
                 "p99": float(np.quantile(seconds[name], 0.99)),
                 "layers_saved": skipped / (run + skipped) if skipped else 0.0,
-                **compared(queries, scores[name], scores[STOCK], top_k),
+                **compared(queries, scores[name], scores[STOCK], promise),
             }
         )
     return {
@@ -189,15 +191,18 @@ def rerank(server: Server, query: Query) -> tuple[Floats, float]:
 
 
 def compared(
-    queries: Sequence[Query], early: Sequence[Floats], full: Sequence[Floats], top_k: TopK
+    queries: Sequence[Query],
+    early: Sequence[Floats],
+    full: Sequence[Floats],
+    promise: FirstDocuments,
 ) -> dict[str, Any]:
     """The differences from stock, and the quality of the orders."""
     count, pairs = len(queries), [*zip(early, full, strict=True)]
     moves = np.concatenate([np.abs(ours - theirs) for ours, theirs in pairs])
-    within = slice(top_k.k)
+    within = slice(promise.k)
     changed = sum({*ranked(ours)[within]} != {*ranked(theirs)[within]} for ours, theirs in pairs)
-    lost = sum(loses_document(ours, theirs, top_k) for ours, theirs in pairs)
-    moved = int(np.count_nonzero(moves > top_k.margin))
+    lost = sum(promise.breaks(ours, theirs) for ours, theirs in pairs)
+    moved = int(np.count_nonzero(moves > promise.margin))
     return {
         "first_changed": changed / count,
         "first_changed_95": clopper_pearson(changed, count),

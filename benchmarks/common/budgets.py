@@ -13,6 +13,7 @@ from benchmarks.common.launches import Launches, counted
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Label, Level
+from vllm_adainfer.artifact.outputs import Labels
 from vllm_adainfer.engine.cuda_graphs.decode_buffers import DecodeBuffers
 from vllm_adainfer.engine.segments.attention import StepAttention
 from vllm_adainfer.exits.batch.batch import StackShape
@@ -24,6 +25,7 @@ from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
 from vllm_adainfer.exits.loop.step import StepContext
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
+from vllm_adainfer.promise.changed import Changed
 
 CPU = torch.device("cpu")
 WIDTH, LAYERS = 64, 6
@@ -62,8 +64,8 @@ def label_policy(threshold: float) -> Policy:
         weights_fingerprint="",
         exit_points=EXIT_POINTS,
         probe="label-head",
-        candidates="labels",
-        labels=labels,
+        output=Labels(labels=labels),
+        promise=Changed(),
         features=("top_prob", "gap"),
         classifier="svm",
         epsilon=0.05,

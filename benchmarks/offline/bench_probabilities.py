@@ -30,6 +30,7 @@ from vllm_adainfer.offline.calibration.prompts import load_prompts
 from vllm_adainfer.offline.evaluation.evaluate import evaluate
 from vllm_adainfer.offline.evaluation.promised import default_level
 from vllm_adainfer.offline.facts.document import markdown_table
+from vllm_adainfer.promise.tolerance import Tolerance
 
 
 def main(
@@ -58,7 +59,7 @@ def main(
                     output=policies or Path(folder),
                     template=TASKS[name].template,
                     labels=TASKS[name].labels,
-                    options=PolicyOptions(epsilon=epsilon, risk="probability"),
+                    options=PolicyOptions(epsilon=epsilon),
                 ),
                 [float(tolerance) for tolerance in tolerances.split(",")],
             )
@@ -89,7 +90,7 @@ def calibrated(
         replace(
             request,
             output=request.output / f"{name}-{tolerance:g}",
-            options=replace(request.options, tolerance=tolerance),
+            options=replace(request.options, promise=Tolerance(tolerance=tolerance)),
         )
         for tolerance in tolerances
     ]

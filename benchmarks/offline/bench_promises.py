@@ -30,7 +30,8 @@ from benchmarks.offline.in_turn import Round, hold_back, measured, run_in_turn
 from benchmarks.offline.resamples import resampled
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.fields import Gate, LabelBound
+from vllm_adainfer.artifact.fields import LabelBound
+from vllm_adainfer.artifact.requested import Output
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.errors import AdaInferError
@@ -54,7 +55,8 @@ from vllm_adainfer.offline.progress import say
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled
 from vllm_adainfer.policy.probe import Probe
-from vllm_adainfer.promise.output import Output
+from vllm_adainfer.promise.gates import Gate, Gates
+from vllm_adainfer.promise.tolerance import Tolerance
 
 GATES = (0.8, 0.9, 0.95)
 TOLERANCES = (0.1, 0.05)
@@ -105,14 +107,18 @@ def main(
 
 def promises(options: PolicyOptions, labels: Sequence[str]) -> dict[str, PolicyOptions]:
     """The options of each policy, by what it promises."""
-    last, reads = labels[-1], replace(options, risk="probability")
+    last = labels[-1]
     found = {"the best label": options}
     for tolerance in TOLERANCES:
-        found[f"each probability within {tolerance:g}"] = replace(reads, tolerance=tolerance)
+        found[f"each probability within {tolerance:g}"] = replace(
+            options, promise=Tolerance(tolerance=tolerance)
+        )
     for name, label in ((f"P({last})", last), ("the best label's P", None)):
         for number in GATES:
             gate = Gate(label=label, probability=number)
-            found[f"{name} on its side of {number:g}"] = replace(reads, gates=(gate,))
+            found[f"{name} on its side of {number:g}"] = replace(
+                options, promise=Gates(gates=(gate,))
+            )
     for label in labels:
         recall = LabelBound(kind="recall", label=label, epsilon=RECALL)
         found[f"recall of {label}, {RECALL:.0%}"] = replace(options, label_bounds=(recall,))
@@ -159,7 +165,10 @@ def made_policies(
         policy = best_heads(calibration, request.probe)
         if options.epsilon not in policy.points:
             say(f"{promise}: nothing is certified")
-        elif options.tolerance is not None and not policy.calibration.target.promise.covers_mass:
+        elif (
+            isinstance(options.promise, Tolerance)
+            and not policy.calibration.target.promise.covers_mass
+        ):
             say(f"{promise}: without the label mass, which this engine's requests read")
         else:
             policies[promise] = policy
@@ -200,7 +209,7 @@ def wrong(
     """How often a policy's answers break its promise; of the first round."""
     kind, groups = Output.of_config(config).form, np.arange(len(examples))
     ours, never = rounds[0].ours[name], rounds[0].never[kind]
-    if config.risk != "probability":
+    if not config.promise.reads_probabilities:
         changed = sum(a != b for a, b in zip(ours.texts, never.texts, strict=True))
         found: dict[str, Any] = {
             "wrong": changed / len(examples),

@@ -40,6 +40,7 @@ from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
 from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.evaluation.evaluate import evaluate
 from vllm_adainfer.offline.facts.document import markdown_grid, markdown_table
+from vllm_adainfer.promise.tolerance import Tolerance
 
 
 def main(
@@ -61,7 +62,7 @@ def main(
             label_pool=tuple(label_pool.split(",")),
             options=PolicyOptions(epsilon=epsilon),
         )
-        promise = replace(label.options, risk="probability", tolerance=tolerance)
+        promise = replace(label.options, promise=Tolerance(tolerance=tolerance))
         probabilities = replace(label, output=Path(folder, "probabilities"), options=promise)
         prompts = load_prompts(label)
         recording = record_prompts(label, prompts)
@@ -77,7 +78,7 @@ def main(
             )
             reports.append(
                 {
-                    "promise": "the label" if config.tolerance is None else "probabilities",
+                    "promise": config.promise.words(),
                     **measured,
                     "exit_points": list(config.exit_points),
                     "questions": load_details(str(request.output))["questions"],

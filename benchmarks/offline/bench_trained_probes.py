@@ -32,6 +32,7 @@ from benchmarks.common.report_files import add_report
 from benchmarks.offline.in_turn import hold_back, measured, run_in_turn
 from benchmarks.offline.resamples import resampled
 from benchmarks.offline.slow_model import with_idle_layers
+from vllm_adainfer.artifact.requested import Form
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.offline.calibration.calibrate import calibration_of, record_prompts
@@ -55,7 +56,6 @@ from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import say
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.reports.shares import spelled
-from vllm_adainfer.promise.output import Form
 
 CACHE = Path(__file__).parents[2] / ".cache"
 ROWS_IN_A_STEP = 64

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm_adainfer.arrays import Ints
+from vllm_adainfer.artifact.requested import Form, Output
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
@@ -23,7 +24,6 @@ from vllm_adainfer.offline.evaluation.sequences import compare
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.offline.reports.shares import clopper_pearson
-from vllm_adainfer.promise.output import Form, Output
 from vllm_adainfer.settings.request import EXIT_ARG
 
 if TYPE_CHECKING:

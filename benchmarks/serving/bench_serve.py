@@ -52,6 +52,7 @@ from vllm_adainfer.offline.calibration.data.examples import (
 from vllm_adainfer.offline.calibration.record.engine import BLOCK
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.promise.tolerance import Tolerance
 
 COUNTERS = "layer_rows_executed_total", "layer_rows_skipped_total", "exit_layer_count"
 COUNT_SECONDS = 30  # how long counters may lag behind the last answer
@@ -80,7 +81,7 @@ def main(
     rows = read_rows(data)
     examples = make_examples(rows, tokenizer, read_template(template), "label", longest)
     random.Random(0).shuffle(examples)  # a file may be sorted by label
-    if config.tolerance is None and find_spec("pandas") is None:
+    if not isinstance(config.promise, Tolerance) and find_spec("pandas") is None:
         raise AdaInferError("vllm bench serve reads its data set with pandas: pip install pandas")
     if not config.labels:
         raise AdaInferError(f"{artifact} has no labels: calibrate with --labels")
@@ -104,11 +105,11 @@ def main(
         )
         lines = (json.dumps({"prompt": example.text}) + "\n" for example in load.examples)
         load.file.write_text("".join(lines))
-        if config.tolerance is None:
+        if not isinstance(config.promise, Tolerance):
             answers = compare_answers(servers, load, examples)
             measured = measure(servers, load, asked_rates, rounds, bench)
         else:
-            answers = compare_scores(servers, load, examples, config.tolerance)
+            answers = compare_scores(servers, load, examples, config.promise.tolerance)
             measured = measure(servers, load, asked_rates, rounds, bench_scores)
     report = {
         "model": config.base_model,

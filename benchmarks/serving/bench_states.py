@@ -37,6 +37,7 @@ from vllm_adainfer.offline.calibration.data.examples import read_rows
 from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.promise.tolerance import Tolerance
 
 ASKED = (
     ("What is the sentiment of this text?", ("negative", "positive")),
@@ -66,7 +67,7 @@ def main(
     hf_config, tokenizer = load_config_and_tokenizer(model)
     config.check_served_by(hf_config)
     texts = cycle([str(row.fields["text"]) for row in read_rows(data)])
-    key = "allowed_token_ids" if config.tolerance is None else "logprob_token_ids"
+    key = "allowed_token_ids" if not isinstance(config.promise, Tolerance) else "logprob_token_ids"
     flags = ["--max-model-len", "2048"]
     with side_by_side(model, {"artifact": artifact}, flags) as servers:
         cells = [

@@ -93,8 +93,10 @@ def _table(schema: dict[str, Any]) -> str:
 
 def _type(field: dict[str, Any]) -> str:
     """A field's type in words."""
-    if "anyOf" in field:
-        return " or ".join(_type(part) for part in field["anyOf"] if part.get("type") != "null")
+    if kinds := field.get("anyOf") or field.get("oneOf"):
+        return " or ".join(_type(part) for part in kinds if part.get("type") != "null")
+    if "const" in field:
+        return f"`{field['const']}`"
     if "$ref" in field:
         name = field["$ref"].rpartition("/")[2]
         return f"[{name}](#{name.lower()})"

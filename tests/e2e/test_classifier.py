@@ -33,11 +33,13 @@ from tests.tiny import (
 )
 from tests.waiting import wait_for
 from vllm_adainfer import stats
-from vllm_adainfer.artifact.fields import Gate, Label, TopK
+from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Row
 from vllm_adainfer.offline.calibration.data.pairs import Pairs, read_pairs
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
+from vllm_adainfer.promise.first_documents import FirstDocuments
+from vllm_adainfer.promise.gates import Gate
 from vllm_adainfer.watch.units import ENDED_SINCE
 
 PAIR_TEMPLATE = "Review : {{ messages[0].content }} Sentiment : {{ messages[1].content }}"
@@ -233,7 +235,7 @@ def test_shadow_queries_compare_the_scores_of_all_their_documents(
 ):
     """Here a query is every three requests; on a server, the documents of an HTTP request."""
     directory = classifier(tiny_model, tmp_path / "sigmoid", 1)
-    promise = {"risk": "probability", "top_k": TopK(k=1, margin=1e-6)}
+    promise = {"risk": "probability", "top_k": FirstDocuments(k=1, margin=1e-6)}
     config = config_of(directory) | promise
     thresholds = torch.full((2, len(EXIT_POINTS)), -10.0)  # all leave at the first
     policy = tiny_artifact(directory, tmp_path / "policy", thresholds, **config)

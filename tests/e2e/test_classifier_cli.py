@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from tests.classifier import COLUMNS, classifier
 from tests.e2e.test_cli import command
 from tests.full import needed
-from vllm_adainfer.artifact.fields import TopK
 from vllm_adainfer.artifact.files import load_artifact_config
+from vllm_adainfer.promise.first_documents import FirstDocuments
 
 TEMPLATE = "Review : {{ messages[0].content }} Sentiment : {{ messages[1].content }}"
 
@@ -76,7 +76,7 @@ def test_a_classifiers_policy_is_for_the_columns_of_its_scores(calibrated, model
     if model.name == "sigmoid":
         right = "scores are right about which documents of a query come first"
         assert "with at most 20 % of the queries wrong" in said
-        assert config.top_k == TopK(k=1, margin=0.05)
+        assert config.promise == FirstDocuments(k=1, margin=0.05)
     assert f"{right}, not in value" in said
     assert config.bound == "exact"
 

@@ -18,8 +18,7 @@ from tests.e2e.oracle import hidden_states
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer import stats
-from vllm_adainfer.artifact.fields import Gate
-from vllm_adainfer.promise.gates import Gates
+from vllm_adainfer.promise.gates import Gate, Gates
 from vllm_adainfer.promise.tolerance import Tolerance
 
 PROMISES = {"risk": "probability", "tolerance": 0.05, "label_mass": True}

@@ -21,11 +21,10 @@ from tests.classifier import classifier
 from tests.e2e.test_classifier import CLOSE, config_of
 from tests.e2e.test_serve import FLAGS, environment, post
 from tests.tiny import EXIT_POINTS, tiny_artifact
-from vllm_adainfer.artifact.fields import TopK
 from vllm_adainfer.offline.calibration.data.examples import read_rows
 from vllm_adainfer.offline.calibration.data.read_examples import read_examples
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
-from vllm_adainfer.promise.first_documents import loses_document
+from vllm_adainfer.promise.first_documents import FirstDocuments
 from vllm_adainfer.watch.units import ENDED_SINCE
 
 pytestmark = pytest.mark.full
@@ -38,7 +37,7 @@ QUERIES = [
     for _ in range(40)
 ]
 QUERY, DOCUMENTS = QUERIES[0]
-TOP = TopK(k=2, margin=0.01)
+TOP = FirstDocuments(k=2, margin=0.01)
 GOOD = {"model": "model", "query": QUERY, "documents": DOCUMENTS}
 HOSTILE: list[tuple[str, Any]] = [
     ("/rerank", {"model": "model", "query": QUERY}),
@@ -183,7 +182,7 @@ def test_hostile_requests_cost_nobody_an_answer(server, alone, full_depth):
 def test_an_order_that_breaks_its_promise_is_closed(server, alone, full_depth):
     """The counters count queries, and then all run at full depth."""
     pairs = [*zip(map(np.array, alone), map(np.array, full_depth), strict=True)]
-    assert any(loses_document(*one, TOP) for one in pairs)
+    assert any(TOP.breaks(*one) for one in pairs)
     with ThreadPoolExecutor(8) as pool:
         for _ in range(2 + ENDED_SINCE // (7 * len(QUERIES))):
             for _ in pool.map(lambda one: scores(server, *one), QUERIES):

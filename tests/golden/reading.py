@@ -25,7 +25,6 @@ from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.artifact.kinds import ProbeInput
-from vllm_adainfer.artifact.label_subsets import mask_of, restrict
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import LabelTest, certify
 from vllm_adainfer.offline.calibration.certify.path import (
@@ -45,8 +44,8 @@ from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.probe import Probe
-from vllm_adainfer.promise.first_documents import relevance
-from vllm_adainfer.promise.kinds import promise_of
+from vllm_adainfer.promise.first_documents import FirstDocuments, relevance
+from vllm_adainfer.promise.label_subsets import mask_of, restrict
 from vllm_adainfer.promise.probabilities import LabelProbabilities
 from vllm_adainfer.promise.promise import Outcome, Unit
 
@@ -192,7 +191,7 @@ def scored(artifact: Artifact, inputs: Inputs) -> dict[str, list[Scored]]:
             continue
         target, rows = target_of(config, inputs)
         right = None
-        if config.risk == "accuracy":
+        if config.promise.reads_right:
             right = [{config.label_ids[place]} for place in inputs.right.tolist()]
         exits = []
         probes = Policy(part, CPU, lambda rows: logit_lens(inputs, rows)).probes
@@ -212,7 +211,7 @@ def scored(artifact: Artifact, inputs: Inputs) -> dict[str, list[Scored]]:
 def target_of(config: ArtifactConfig, inputs: Inputs) -> tuple[Target, Any]:
     """The target of calibration, and the rows with full depth's answers."""
     logits, subsets, full = inputs.logits(config), inputs.subsets(config), None
-    ids, promise = torch.tensor(config.label_ids), promise_of(config)
+    ids, promise = torch.tensor(config.label_ids), config.promise
     best = logits.argmax(dim=1)
     if config.choices:
         first = FirstTokens.of(config.choices, config.undecided)
@@ -236,20 +235,17 @@ def certified(
     fit, held_out = np.arange(HALF), np.arange(HALF, 2 * HALF)
     options = PolicyOptions(
         delta=config.delta,
-        risk=config.risk,
-        tolerance=config.tolerance,
-        gates=config.gates,
-        top_k=config.top_k,
+        promise=config.promise,
         label_bounds=config.label_bounds,
         bound=config.bound,
     )
     groups, queries = np.arange(2 * HALF) // GROUP, {}
     together = config.largest_group or 1
     bound = Bound.promised(options, groups[held_out] if together > 1 else None, together)
-    if config.top_k is not None:
+    if isinstance(config.promise, FirstDocuments):
         full = inputs.logits(config).softmax(dim=1)[:, -1].double().numpy()
         for name, rows in (("fit", fit), ("held out", held_out)):
-            queries[name] = Queries.of_groups(config.top_k, groups[rows], full[rows])
+            queries[name] = Queries.of_groups(config.promise, groups[rows], full[rows])
     token = {label.name: label.token_id for label in config.labels}
     tests = [LabelTest(one, token[one.label], bound) for one in config.label_bounds]
     parts = config.parts("policy")

@@ -25,6 +25,7 @@ from vllm_adainfer.artifact.files import (
     load_artifact,
     save_artifact,
 )
+from vllm_adainfer.artifact.outputs import Labels, Tokens
 from vllm_adainfer.errors import AdaInferError
 
 
@@ -115,8 +116,8 @@ def content(directory: Path) -> dict[str, bytes]:
     ],
 )
 def test_what_is_saved_is_what_is_loaded(tmp_path, config, probe, candidates):
-    labels = config.labels if candidates == "labels" else ()
-    config = changed(config, probe=probe, candidates=candidates, labels=labels)
+    output = config.output if candidates == "labels" else Tokens(candidates=candidates)
+    config = changed(config, probe=probe, output=output)
     tensors = tensors_of(config)
     loaded = load_artifact(str(save(tmp_path / "policy", config, tensors)))
     assert loaded.config == config
@@ -141,7 +142,7 @@ def test_rows_of_the_head_are_as_wide_as_what_it_reads(tmp_path, config, head_si
 
 
 def lens_config(config: ArtifactConfig) -> ArtifactConfig:
-    return changed(config, probe="lens", candidates="full", labels=())
+    return changed(config, probe="lens", output=Tokens(candidates="full"))
 
 
 def test_a_lens_of_low_rank_is_refused(tmp_path, config):
@@ -357,7 +358,7 @@ def remove(name: str) -> Callable[[Path], None]:
         pytest.param(write_config(b""), CONFIG_FILE, "Invalid JSON", id="empty config"),
         pytest.param(write_config(b"\xff\xfe"), CONFIG_FILE, "", id="no UTF-8"),
         pytest.param(edit_config(surprise=1), CONFIG_FILE, "surprise", id="unknown key"),
-        pytest.param(edit_config(schema_version=2), CONFIG_FILE, "schema_version", id="schema"),
+        pytest.param(edit_config(schema_version=3), CONFIG_FILE, "schema_version", id="schema"),
         pytest.param(edit_config(epsilon=0), CONFIG_FILE, "epsilon", id="epsilon of 0"),
         pytest.param(
             edit_config(exit_points=[2, 3, 6]), CONFIG_FILE, "exit_points", id="after the stack"
@@ -380,9 +381,14 @@ def remove(name: str) -> Callable[[Path], None]:
         pytest.param(
             edit_config(exit_points=[3, 2, 5]), CONFIG_FILE, "exit_points", id="descending"
         ),
-        pytest.param(edit_config(labels=[]), CONFIG_FILE, "labels", id="no labels"),
         pytest.param(
-            edit_config(labels=[{"name": "good", "token_id": 7}]),
+            edit_config(output={"kind": "labels", "labels": []}),
+            CONFIG_FILE,
+            "labels",
+            id="no labels",
+        ),
+        pytest.param(
+            edit_config(output={"kind": "labels", "labels": [{"name": "good", "token_id": 7}]}),
             CONFIG_FILE,
             "there is nothing to decide among fewer than two labels",
             id="one label",
@@ -449,7 +455,7 @@ def served(**changes: Any) -> LlamaConfig:
 )
 def test_another_model_is_refused_by_the_field_that_differs(config, change, field):
     labels = tuple(Label(name=label.name, token_id=i) for i, label in enumerate(config.labels))
-    config = changed(config, vocab_size=100, labels=labels)
+    config = changed(config, vocab_size=100, output=Labels(labels=labels))
     config.check_served_by(served())
     with pytest.raises(AdaInferError, match=f"the served model has {field} ="):
         config.check_served_by(served(**change))

@@ -9,21 +9,14 @@ import pytest
 from tests import student
 from tests.tiny import tiny_config
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.fields import (
-    Gate,
-    Label,
-    LabelBound,
-    LabelRisk,
-    Level,
-    SharedTokens,
-    TopK,
-)
+from vllm_adainfer.artifact.fields import Label, LabelBound, LabelRisk, Level, SharedTokens
+from vllm_adainfer.artifact.words import promise_in_words
 from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.facts.artifact import artifact_facts
 from vllm_adainfer.offline.facts.document import Table, as_markdown, as_text
-from vllm_adainfer.promise.kinds import promise_of
-from vllm_adainfer.promise.words import promise_in_words
+from vllm_adainfer.promise.first_documents import FirstDocuments
+from vllm_adainfer.promise.gates import Gate
 from vllm_adainfer.settings.engine import Settings
 
 DETAILS: dict[str, Any] = {
@@ -48,7 +41,7 @@ RERANKER: dict[str, Any] = {
     "score_head": "sigmoid",
     "labels": (Label(name="no", token_id=0), Label(name="yes", token_id=1)),
     "risk": "probability",
-    "top_k": TopK(k=5, margin=0.05),
+    "top_k": FirstDocuments(k=5, margin=0.05),
 }
 ABOUT_LABELS: dict[str, Any] = {
     "label_bounds": (LabelBound(kind="recall", label="bad", epsilon=0.1),),
@@ -106,14 +99,14 @@ def test_start_up_line_text_and_card_use_the_same_words(tiny_model, changes, mod
     promise = promise_in_words(config, config.epsilon)
     found = artifact_facts(config, DETAILS)[0]
     assert promise == (
-        f"at most 5 % of the answers wrong (confidence 90%; wrong: {promise_of(config).words()})"
+        f"at most 5 % of the answers wrong (confidence 90%; wrong: {config.promise.words()})"
     )
     assert f", {promise}, 20% of layers saved in calibration" in line
     assert line.endswith("kv exact, shadow rate 0")
     assert found["promise"] == promise
     assert (found["probabilities"] in line) == (mode != "raw_logits")
     assert f"- **promise**: {promise}\n" in model_card(config, DETAILS)
-    certified = bool(config.gates) or config.label_mass
+    certified = config.promise.serves_probabilities(in_vocabulary=True)
     assert ("the label mass is not certified, so" in found["probabilities"]) != certified
     if mode == "raw_logits":
         assert ", but not for probabilities, which --logprobs-mode raw_logits does not" in line

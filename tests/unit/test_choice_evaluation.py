@@ -17,6 +17,7 @@ from vllm_adainfer.offline.calibration.options import (
     check_options,
 )
 from vllm_adainfer.offline.evaluation.requests import choice_params, chosen
+from vllm_adainfer.promise.tolerance import Tolerance
 from vllm_adainfer.settings.engine import Settings
 
 CHOICES = YES_NO["choices"]
@@ -42,7 +43,7 @@ def test_answers_are_compared_as_texts_whatever_tokens_wrote_them():
         ({"labels": ("a", "b")}, "--choices and --labels are two kinds"),
         ({"label_pool": ("letters",)}, "--choices and --label-pool are two kinds"),
         ({"options": PolicyOptions(max_tokens=4)}, "drop --max-tokens"),
-        ({"options": PolicyOptions(risk="probability", tolerance=0.1)}, "drop --tolerance"),
+        ({"options": PolicyOptions(promise=Tolerance(tolerance=0.1))}, "drop --tolerance"),
         ({"probe": "lens"}, "drop --probe lens"),
     ],
 )

@@ -12,9 +12,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 from torch import Tensor
 
-from vllm_adainfer.artifact.kinds import FEATURES
 from vllm_adainfer.offline.calibration.fit.classifier import fit_classifier
 from vllm_adainfer.policy.score import score
+from vllm_adainfer.promise.probabilities import FEATURES
 
 LEARNED = ["svm", "logreg"]
 

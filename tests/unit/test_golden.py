@@ -31,6 +31,8 @@ from tests.golden.reading import (
     scored,
 )
 from vllm_adainfer.artifact.artifact import Artifact
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.source import CONFIG_FILE
 
 CASES = sorted(path.parent.name for path in HERE.glob("*/config.json"))
 CERTIFIED = sorted(path.parent.name for path in HERE.glob(f"*/{SCORED}"))
@@ -67,6 +69,14 @@ def assert_same(case: str, found: Tensor, wanted: Tensor, what: str) -> None:
 def test_there_is_one_of_each_output_and_promise():
     assert len(CASES) == 22
     assert (len(CERTIFIED), len(REPORTED)) == (20, 18)
+
+
+def test_a_config_of_version_1_is_written_in_version_2_and_says_the_same(artifact):
+    config = artifact[1].config
+    assert json.loads((HERE / artifact[0] / CONFIG_FILE).read_text())["schema_version"] == 1
+    written = json.loads(config.model_dump_json())
+    assert (written["schema_version"], written["promise"]["kind"]) == (2, config.promise.kind)
+    assert ArtifactConfig.model_validate(written) == config
 
 
 def test_it_decides_and_answers_as_it_did(artifact):

@@ -18,6 +18,7 @@ from tests.tiny import tiny_artifact, tiny_config
 from tests.unit.readings import Compared, compare
 from vllm_adainfer.artifact.fields import Label, LabelBound, LabelRisk, Level
 from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.artifact.scope import about_labels
 from vllm_adainfer.cli.promises import label_bounds
 from vllm_adainfer.engine.runner.build_loop import monitor_of
 from vllm_adainfer.errors import AdaInferError
@@ -33,7 +34,6 @@ from vllm_adainfer.offline.calibration.prompts import split_of
 from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy import Policy
-from vllm_adainfer.promise.scope import about_labels
 from vllm_adainfer.settings.engine import Settings
 from vllm_adainfer.watch.units import ENDED_SINCE
 

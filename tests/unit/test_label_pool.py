@@ -12,7 +12,6 @@ from tests.admitted import admitted, row_of
 from tests.calibrations import EPSILON, POOL, SPLIT, of_pool, random_subsets
 from tests.tiny import tiny_artifact, tiny_config, word_tokenizer
 from vllm_adainfer.artifact.fields import Label
-from vllm_adainfer.artifact.label_subsets import ALL, bits_of, mask_of
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.loop.step import FULL_DEPTH
@@ -25,6 +24,7 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import (
     never_named,
     question_rows,
 )
+from vllm_adainfer.promise.label_subsets import ALL, bits_of, mask_of
 from vllm_adainfer.settings.engine import Settings
 
 

@@ -18,9 +18,10 @@ BELOW = {
     "errors": set(),
     "files": {"errors"},
     "settings": {"errors"},
-    "artifact": {"files", "errors"},
+    "strict": set(),
+    "artifact": {"promise", "strict", "files", "errors"},
     "auto": {"watch", "files", "errors"},
-    "promise": {"artifact", "arrays"},
+    "promise": {"strict", "arrays", "errors"},
     "policy": {"promise", "artifact", "settings", "kernels", "arrays", "errors"},
     "watch": {"promise", "artifact", "arrays", "errors"},
     "exits": {
@@ -64,7 +65,7 @@ BELOW = {
         "arrays",
         "errors",
     },
-    "cli": {"offline", "artifact", "errors"},
+    "cli": {"offline", "artifact", "promise", "errors"},
 }
 """What each room imports: the top-level packages and files of the project."""
 EXITS = {
@@ -125,7 +126,9 @@ WITHOUT_VLLM = (
     "errors",
     "files",
     "settings",
+    "strict",
     "artifact",
+    "promise",
     "policy",
     "watch",
     "exits",

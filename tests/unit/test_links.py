@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from vllm_adainfer.artifact.fields import Gate, Label
+from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.score_labels import score_head_of
 from vllm_adainfer.offline.calibration.fit.distil import Taught, solve
@@ -15,6 +15,8 @@ from vllm_adainfer.offline.calibration.options import (
     PolicyOptions,
     check_classifier,
 )
+from vllm_adainfer.promise.accuracy import Accuracy
+from vllm_adainfer.promise.gates import Gate, Gates
 from vllm_adainfer.promise.links import SIGMOIDS, SOFTMAX
 from vllm_adainfer.promise.probabilities import (
     answers_of,
@@ -23,6 +25,7 @@ from vllm_adainfer.promise.probabilities import (
     probabilities_of_logits,
     probabilities_of_scores,
 )
+from vllm_adainfer.promise.tolerance import Tolerance
 
 LABELS = tuple(Label(name=name, token_id=place) for place, name in enumerate("abc"))
 
@@ -101,18 +104,27 @@ def test_the_models_config_says_how_many_labels_may_hold(columns, problem, head)
     assert score_head_of(Config) == head
 
 
-GATE = Gate(label="a", probability=0.5)
+GATED = {"promise": Gates(gates=(Gate(label="a", probability=0.5),))}
+TOLERATED = {"promise": Tolerance(tolerance=0.1)}
 
 
 @pytest.mark.parametrize(
     ("options", "more", "words"),
     [
         ({}, {}, "promise their probabilities"),
-        ({"gates": (Gate(probability=0.5),)}, {}, "promise their probabilities"),
-        ({"gates": (GATE,), "never_early": ("a",)}, {}, "drop other promises"),
-        ({"risk": "accuracy"}, {}, "promise their probabilities"),
-        ({"tolerance": 0.1}, {"student": "minilm"}, "drop --student and --probe branch"),
-        ({"gates": (GATE,)}, {"probe": "branch"}, "drop --student and --probe branch"),
+        ({"promise": Gates(gates=(Gate(probability=0.5),))}, {}, "promise their probabilities"),
+        ({**GATED, "never_early": ("a",)}, {}, "drop other promises"),
+        ({"promise": Accuracy()}, {}, "promise their probabilities"),
+        (
+            {"promise": Tolerance(tolerance=0.1)},
+            {"student": "minilm"},
+            "drop --student and --probe branch",
+        ),
+        (
+            GATED,
+            {"probe": "branch"},
+            "drop --student and --probe branch",
+        ),
     ],
 )
 def test_promises_about_the_best_label_are_refused(options, more, words, tmp_path):
@@ -124,6 +136,6 @@ def test_promises_about_the_best_label_are_refused(options, more, words, tmp_pat
 
 
 def test_promises_about_each_label_are_taken(tmp_path):
-    for options in ({"gates": (GATE,)}, {"tolerance": 0.1}):
+    for options in (GATED, TOLERATED):
         request = CalibrationRequest("model", tmp_path, tmp_path, options=PolicyOptions(**options))
         check_classifier(request, 3, several_hold=True)

@@ -44,6 +44,10 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_details,
     policy_tensors,
 )
+from vllm_adainfer.promise.accuracy import Accuracy
+from vllm_adainfer.promise.changed import Changed
+from vllm_adainfer.promise.promise import Promise
+from vllm_adainfer.promise.tolerance import Tolerance
 
 
 def made(**options: Any) -> FittedPolicy:
@@ -79,17 +83,17 @@ def test_the_same_rows_and_seed_give_the_policy_of_november_2026(
         assert torch.equal(tensor, tensors[name]), name
 
 
-def right_if(risk: str, tokens: Any) -> dict[str, Any]:
+def right_if(promise: Promise, tokens: Any) -> dict[str, Any]:
     """The right tokens, if the risk is of accuracy."""
-    return {"right": [{int(token)} for token in tokens]} if risk == "accuracy" else {}
+    return {"right": [{int(token)} for token in tokens]} if promise.reads_right else {}
 
 
-@pytest.mark.parametrize("risk", ["disagreement", "accuracy"])
-def test_every_level_is_within_its_epsilon_and_a_looser_one_saves_no_less(risk):
-    policy = made(risk=risk, given=right_if(risk, recording_of(labels=True).tokens))
+@pytest.mark.parametrize("promise", [Changed(), Accuracy()])
+def test_every_level_is_within_its_epsilon_and_a_looser_one_saves_no_less(promise):
+    policy = made(promise=promise, given=right_if(promise, recording_of(labels=True).tokens))
     config = policy_config(policy, "tiny", HF_CONFIG)
-    assert config.risk == risk
-    assert config.bound == ("exact" if risk == "disagreement" else "wsr")
+    assert config.promise.kind == promise.kind
+    assert config.bound == ("wsr" if promise.reads_right else "exact")
     assert [level.epsilon for level in config.levels] == sorted(policy.points)
     assert all(level.bound <= level.epsilon for level in config.levels)
     saved = [level.layers_saved for level in config.levels]
@@ -100,11 +104,11 @@ def test_every_level_is_within_its_epsilon_and_a_looser_one_saves_no_less(risk):
 GROUPS = np.arange(PROMPTS) // 3  # three questions about each state
 
 
-@pytest.mark.parametrize(("risk", "lowest"), [("disagreement", 0.0), ("accuracy", -1.0)])
-def test_prompts_that_came_together_are_certified_by_group(risk, lowest):
+@pytest.mark.parametrize(("promise", "lowest"), [(Changed(), 0.0), (Accuracy(), -1.0)])
+def test_prompts_that_came_together_are_certified_by_group(promise, lowest):
     split = Split.of_groups(GROUPS)
-    given = right_if(risk, recording_of(labels=True).tokens)
-    policy = made(risk=risk, split=split, given=given)
+    given = right_if(promise, recording_of(labels=True).tokens)
+    policy = made(promise=promise, split=split, given=given)
     config, point = policy_config(policy, "tiny", HF_CONFIG), policy.points[0.05]
     by_group = Bound("wsr", 0.1, lowest, GROUPS[split.certify], longest=3)
     assert (config.bound, config.largest_group) == ("wsr", 3)
@@ -147,8 +151,8 @@ def test_accuracy_that_is_not_lost_lets_more_leave_than_answers_that_do_not_chan
     """Where full depth is right half of the time, a changed answer is as often for the better."""
     right = np.random.default_rng(0).choice(LABEL_IDS.numpy(), PROMPTS)
     changed, lost = (
-        made(epsilon=0.1, risk=risk, given=right_if(risk, right)).points[0.1].layers_saved
-        for risk in ("disagreement", "accuracy")
+        made(epsilon=0.1, promise=promise, given=right_if(promise, right)).points[0.1].layers_saved
+        for promise in (Changed(), Accuracy())
     )
     assert lost > changed
 
@@ -237,7 +241,7 @@ def test_a_cap_and_a_scale_of_the_logits_change_their_probabilities(soft_cap, sc
 )
 def test_the_mass_is_promised_where_it_does_not_cost_most_of_the_layers(lead, with_mass):
     """Where no label is the best token, every early answer in the vocabulary is wrong."""
-    without = make_policy(calibration_of(recorded(lead), risk="probability", tolerance=0.1))
+    without = make_policy(calibration_of(recorded(lead), promise=Tolerance(tolerance=0.1)))
     kept = with_mass_if_it_pays(without)
     assert kept.calibration.target.promise.covers_mass == with_mass
     assert EPSILON in kept.points

@@ -10,11 +10,10 @@ from prometheus_client.values import MutexValue
 
 from tests.tiny import tiny_config
 from vllm_adainfer.artifact.fields import Adapter
-from vllm_adainfer.artifact.kinds import PROBABILITY_FEATURES
 from vllm_adainfer.engine.self_test.parts import PARTS
 from vllm_adainfer.frontend.metrics import EngineMetrics
 from vllm_adainfer.frontend.series import register_series
-from vllm_adainfer.promise.probabilities import MOVES
+from vllm_adainfer.promise.probabilities import MOVES, PROBABILITY_FEATURES
 from vllm_adainfer.settings.engine import NO_POLICY
 
 BUCKETS = (0, 3, 5, 6)

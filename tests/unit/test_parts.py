@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adainfer.artifact.fields import LabelBound, TopK
+from vllm_adainfer.artifact.fields import LabelBound
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import LabelTest, certify
 from vllm_adainfer.offline.calibration.certify.path import (
@@ -27,7 +27,7 @@ from vllm_adainfer.offline.calibration.certify.path import (
     threshold_path,
 )
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored
-from vllm_adainfer.promise.first_documents import loses_document
+from vllm_adainfer.promise.first_documents import FirstDocuments
 
 SAFE, UNSAFE = 3, 7
 DEPTH, LAYERS, ROWS, EVERYONE = 10, (3, 6), 600, 6000
@@ -175,17 +175,17 @@ def test_no_choice_between_the_parts_is_worse_for_a_label_than_what_is_tested(ki
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_query_is_lost_if_some_choice_of_parts_for_its_documents_loses_one(seed):
-    generator, top_k = np.random.default_rng(seed), TopK(k=2, margin=0.05)
+    generator, promise = np.random.default_rng(seed), FirstDocuments(k=2, margin=0.05)
     groups, documents = np.repeat(np.arange(20), 6), 120
     full = generator.random(documents).round(1)  # with ties
     scores = [full + generator.normal(0, 0.08, documents).round(2) for _ in range(2)]
     scores[1][::4] = np.nan  # full depth's
     points = [point(np.zeros(documents), full, full, one) for one in scores]
-    queries = Queries.of_groups(top_k, groups, full)
+    queries = Queries.of_groups(promise, groups, full)
     scores[1][::4] = full[::4]
     lost = [
         any(
-            loses_document(np.where(which, scores[0][own], scores[1][own]), full[own], top_k)
+            promise.breaks(np.where(which, scores[0][own], scores[1][own]), full[own])
             for which in product([True, False], repeat=len(own))
         )
         for own in queries.rows

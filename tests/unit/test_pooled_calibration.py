@@ -37,6 +37,7 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_tensors,
 )
 from vllm_adainfer.offline.reports import views
+from vllm_adainfer.promise.accuracy import Accuracy
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +184,7 @@ def test_prompts_that_the_bound_can_do_without_are_fitted_on(rows, epsilon):
     ("groups", "options"),
     [
         (np.arange(2000), {"by_question": True}),
-        (np.arange(2000), {"risk": "accuracy"}),
+        (np.arange(2000), {"promise": Accuracy()}),
         (np.arange(2000), {"bound": "wsr"}),
         (np.arange(2000) // 2, {}),
     ],

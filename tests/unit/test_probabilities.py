@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_adainfer.artifact.kinds import PROBABILITY_FEATURES
-from vllm_adainfer.artifact.label_subsets import restrict
+from vllm_adainfer.promise.label_subsets import restrict
 from vllm_adainfer.promise.probabilities import (
     MOVES,
+    PROBABILITY_FEATURES,
     LabelProbabilities,
     answers_of,
     features_of,

@@ -13,6 +13,7 @@ import pytest
 
 from tests.tiny import LAYERS, tiny_config
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.requested import Form
 from vllm_adainfer.engine.admission.requested_output import requested_output
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.evaluation.measure import measure
@@ -25,7 +26,6 @@ from vllm_adainfer.offline.evaluation.requests import (
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.facts.document import as_text
 from vllm_adainfer.offline.reports.evaluation_facts import evaluation_facts
-from vllm_adainfer.promise.output import Form
 
 EXAMPLES = [
     Example(f"line {number}", "a review", [0] * 10, label)

@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from tests.tiny import tiny_config
-from vllm_adainfer.artifact.fields import Gate, Label, TopK
-from vllm_adainfer.artifact.kinds import features_of_risk
+from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.promise.accuracy import Accuracy
 from vllm_adainfer.promise.changed import Changed
 from vllm_adainfer.promise.first_documents import FirstDocuments
-from vllm_adainfer.promise.gates import Gates
-from vllm_adainfer.promise.kinds import promise_of
+from vllm_adainfer.promise.gates import Gate, Gates
 from vllm_adainfer.promise.links import SIGMOIDS
 from vllm_adainfer.promise.probabilities import (
     LabelProbabilities,
@@ -24,18 +22,20 @@ from vllm_adainfer.promise.probabilities import (
 from vllm_adainfer.promise.promise import Outcome, Promise, Unit
 from vllm_adainfer.promise.tolerance import Tolerance
 
-LABELS = tuple(Label(name=name, token_id=place) for place, name in enumerate("ab"))
+LABELS, GATE = ("a", "b"), Gate(label="a", probability=0.8)
 VOCABULARY = 100
 PROMISES: dict[str, Promise] = {
     "changed": Changed(),
     "accuracy": Accuracy(),
-    "tolerance": Tolerance(0.1),
-    "tolerance with the mass": Tolerance(0.1, vocabulary=VOCABULARY),
-    "tolerance of each label": Tolerance(0.1, SIGMOIDS),
-    "gate": Gates([Gate(label="a", probability=0.8)], LABELS, vocabulary=VOCABULARY),
-    "gate on the best": Gates([Gate(probability=0.6)], LABELS, vocabulary=VOCABULARY),
-    "gate of each label": Gates([Gate(label="a", probability=0.8)], LABELS, SIGMOIDS),
-    "first documents": FirstDocuments(TopK(k=1, margin=0.2)),
+    "tolerance": Tolerance(tolerance=0.1),
+    "tolerance with the mass": Tolerance(tolerance=0.1, label_mass=True).about(
+        LABELS, vocabulary=VOCABULARY
+    ),
+    "tolerance of each label": Tolerance(tolerance=0.1).about(LABELS, SIGMOIDS),
+    "gate": Gates(gates=(GATE,)).about(LABELS, vocabulary=VOCABULARY),
+    "gate on the best": Gates(gates=(Gate(probability=0.6),)).about(LABELS, vocabulary=VOCABULARY),
+    "gate of each label": Gates(gates=(GATE,)).about(LABELS, SIGMOIDS, VOCABULARY),
+    "first documents": FirstDocuments(k=1, margin=0.2),
 }
 EVERY = pytest.mark.parametrize("name", PROMISES)
 
@@ -99,8 +99,6 @@ def test_classifiers_read_as_many_numbers_as_the_artifact_names(name):
     features = promise.features(scores)
     assert features.shape == (60, len(promise.feature_names))
     assert features.isfinite().all()
-    has_gates = isinstance(promise, Gates)
-    assert promise.feature_names == features_of_risk(promise.risk, has_gates)
 
 
 @EVERY
@@ -157,7 +155,7 @@ def test_the_loss_is_one_for_a_wrong_answer_and_of_accuracy_what_is_lost(name):
         (
             {
                 "risk": "probability",
-                "top_k": TopK(k=5, margin=0.05),
+                "top_k": FirstDocuments(k=5, margin=0.05),
                 "score_head": "sigmoid",
                 "labels": (Label(name="no", token_id=0), Label(name="yes", token_id=1)),
             },
@@ -170,7 +168,7 @@ def test_the_loss_is_one_for_a_wrong_answer_and_of_accuracy_what_is_lost(name):
 def test_an_artifact_says_which_promise_it_is_and_the_promise_in_which_words(
     tiny_model, changes, kind, words
 ):
-    promise = promise_of(tiny_config(tiny_model, **changes))
+    promise = tiny_config(tiny_model, **changes).promise
     assert type(promise) is kind
     assert words in promise.words()
     assert (promise.unit is Unit.QUERY) == (kind is FirstDocuments)

@@ -9,11 +9,12 @@ import torch
 
 from tests.tiny import EXIT_POINTS, tiny_config, tiny_tensors
 from vllm_adainfer.artifact.artifact import Artifact, digest_of
-from vllm_adainfer.artifact.fields import Adapter, Gate, Label, Level
+from vllm_adainfer.artifact.fields import Adapter, Label, Level
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.engine.runner import ranks as agreement
 from vllm_adainfer.engine.worker.served_policies import check_cuts, check_replaces
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.promise.gates import Gate
 
 STRICT = Level(epsilon=0.01, disagreement=0.0, risk=0.0, bound=0.01, layers_saved=0.1)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_adainfer.artifact.fields import LabelBound, TopK
+from vllm_adainfer.artifact.fields import LabelBound
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.calibrate import say_what_they_share
 from vllm_adainfer.offline.calibration.certify.bound import Bound
@@ -17,6 +17,7 @@ from vllm_adainfer.offline.calibration.data.split import Split, alike_of, groups
 from vllm_adainfer.offline.calibration.enough_rows import check_label_rows, check_rows
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import load_prompts, split_of
+from vllm_adainfer.promise.first_documents import FirstDocuments
 
 EPSILON, DELTA, DRAWS = 0.05, 0.1, 400
 
@@ -109,7 +110,7 @@ def test_the_bound_is_the_larger_one_of_both_readings():
 
 
 def test_a_query_repeats_another_with_all_its_documents():
-    options = PolicyOptions(top_k=TopK(k=1, margin=0.05))
+    options = PolicyOptions(promise=FirstDocuments(k=1, margin=0.05))
     groups, repeats = np.repeat([4, 6, 9], 2), np.repeat([False, True, False], 2)
     bound = Bound.promised(options, groups, 2, repeats)
     assert bound.repeats is not None

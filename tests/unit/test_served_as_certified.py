@@ -28,20 +28,21 @@ from tests.calibrations import (
     recording_of_prompts,
     states_that_tell,
 )
-from vllm_adainfer.artifact.fields import Gate
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.artifact.kinds import ProbeInput
-from vllm_adainfer.artifact.label_subsets import bits_of
 from vllm_adainfer.offline.calibration.fit import training
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, fit_policy, make_policy
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy import Policy
+from vllm_adainfer.promise.gates import Gate, Gates
+from vllm_adainfer.promise.label_subsets import bits_of
+from vllm_adainfer.promise.tolerance import Tolerance
 
-PROBABILITY = {"risk": "probability"}
-TOLERANCE = {**PROBABILITY, "tolerance": 0.1}
+TOLERANCE = {"promise": Tolerance(tolerance=0.1)}
+WITH_MASS = {"promise": Tolerance(tolerance=0.1, label_mass=True)}
 FIRST, BEST = Gate(label=LABELS[0].name, probability=0.3), Gate(probability=0.6)
-OF_POOL = {**PROBABILITY, "gates": (Gate(label="label 9", probability=0.4), BEST)}
+OF_POOL = {"promise": Gates(gates=(Gate(label="label 9", probability=0.4), BEST))}
 NEVER = {"never_early": ("label 17", "label 2")}
 ALL_DECIDE = replace(CHOICES, undecided=())
 ENDS = {f"question {place}": ((place,),) for place in range(2)}  # the third is not recognised
@@ -68,14 +69,14 @@ LAST_TOKEN: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "labels by a lens": (of_lens("lens", LABELS), {}),
     "tokens by a lens": (of_lens("lens", ()), {}),
     "tokens by the head": (of_lens("logit-lens", ()), {}),
-    "tolerance with mass": (of_probabilities, {**TOLERANCE, "with_mass": True}),
+    "tolerance with mass": (of_probabilities, WITH_MASS),
     "tolerance": (of_probabilities, TOLERANCE),
-    "gate": (of_probabilities, {**PROBABILITY, "gates": (FIRST,)}),
-    "gates": (of_probabilities, {**PROBABILITY, "gates": (FIRST, BEST)}),
+    "gate": (of_probabilities, {"promise": Gates(gates=(FIRST,))}),
+    "gates": (of_probabilities, {"promise": Gates(gates=(FIRST, BEST))}),
     "pool": (of_pool, {}),
     "pool, never early": (of_pool, NEVER),
     "tolerance of a pool": (of_pool, TOLERANCE),
-    "mass of a pool, never early": (of_pool, {**TOLERANCE, "with_mass": True, **NEVER}),
+    "mass of a pool, never early": (of_pool, {**WITH_MASS, **NEVER}),
     "gates of a pool": (of_pool, OF_POOL),
     "choices": (lambda **options: of_choices(ALL_DECIDE, **options), {}),
     "choices or none": (of_choices, {}),

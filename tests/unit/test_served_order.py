@@ -16,7 +16,7 @@ from vllm import PoolingParams, SamplingParams
 from tests.running import new_request, running_requests
 from tests.tiny import LAYERS, tiny_artifact, tiny_config
 from vllm_adainfer.arrays import Bools, Floats
-from vllm_adainfer.artifact.fields import Label, TopK
+from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.engine.admission.running import attach_resolved
 from vllm_adainfer.engine.model import score_head
@@ -30,9 +30,9 @@ from vllm_adainfer.offline.calibration.certify.path import Queries, threshold_pa
 from vllm_adainfer.offline.calibration.fit.exits import Scored
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
-from vllm_adainfer.promise.first_documents import loses_document
+from vllm_adainfer.promise.first_documents import FirstDocuments
 
-TOP = TopK(k=5, margin=0.05)
+TOP = FirstDocuments(k=5, margin=0.05)
 QUERIES, DOCUMENTS = 60, 20
 # The heads' log odds: those of full depth, shrunk, with some noise.
 SHRINKS, NOISE, SURE = (0.6, 0.8), 0.06, 0.2
@@ -165,7 +165,7 @@ def test_served_queries_lose_documents_as_certified_whoever_stays(
     served = []
     for query in states:
         found = server.scores(query, draw.random(DOCUMENTS) < share_forced)
-        served.append(loses_document(found, query[:, 0].sigmoid().double().numpy(), TOP))
+        served.append(TOP.breaks(found, query[:, 0].sigmoid().double().numpy()))
     assert served == certified_losses(states).tolist()
     assert 0 < np.mean(served) < 0.05  # of mixed scores, 14 % of the queries lost one
 

@@ -182,4 +182,4 @@ def test_the_start_up_line_says_what_is_bounded_and_what_shadows_can_tell_of_it(
     line = policy_banner("mood", config, Settings(artifact="policy", shadow_rate=rate))
     assert promise in line
     assert f"shadow rate {rate:g}" in line
-    assert ("never stop exits" in line) == (rate > 0 and config.risk == "accuracy")
+    assert ("never stop exits" in line) == (rate > 0 and config.promise.reads_right)

@@ -21,7 +21,6 @@ from tests.tiny import tiny_artifact, tiny_config, tiny_tensors, word_tokenizer
 from vllm_adainfer.artifact.artifact import Artifact, Encoder
 from vllm_adainfer.artifact.fields import Choice, Label, LastToken, SharedTokens, Student
 from vllm_adainfer.artifact.files import load_artifact, load_artifact_config, save_artifact
-from vllm_adainfer.artifact.label_subsets import bits_of
 from vllm_adainfer.artifact.source import STUDENT_FILES, STUDENT_TOKENIZER, STUDENT_WEIGHTS
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.scheduler import prompt_texts
@@ -40,6 +39,7 @@ from vllm_adainfer.policy.own_text import (
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.promise.label_subsets import bits_of
 from vllm_adainfer.settings.engine import Settings
 
 CPU = torch.device("cpu")

@@ -13,7 +13,6 @@ import torch
 from adainfer_kernels import Head
 
 from vllm_adainfer.arrays import Floats
-from vllm_adainfer.artifact.fields import TopK
 from vllm_adainfer.engine.admission import traffic_sample
 from vllm_adainfer.engine.admission.traffic_sample import GroupSample
 from vllm_adainfer.engine.compat.requests import LONGEST, begins_group, request_group
@@ -23,15 +22,16 @@ from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import certified, certify, rows_allowed
 from vllm_adainfer.offline.calibration.certify.path import Queries, threshold_path
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.enough_rows import check_queries, check_rows
+from vllm_adainfer.offline.calibration.enough_rows import check_rows
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import PREFIX_BLOCK, begin_alike, split_of
 from vllm_adainfer.policy.probe import Probe
-from vllm_adainfer.promise.first_documents import loses_document
+from vllm_adainfer.promise.changed import Changed
+from vllm_adainfer.promise.first_documents import FirstDocuments
 from vllm_adainfer.settings.engine import Settings
 
-TOP = TopK(k=2, margin=0.1)
+TOP = FirstDocuments(k=2, margin=0.1)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ TOP = TopK(k=2, margin=0.1)
     ],
 )
 def test_a_document_is_lost_if_it_was_clearly_among_the_first(early, full, lost):
-    assert loses_document(np.array(early), np.array(full), TOP) is lost
+    assert TOP.breaks(np.array(early), np.array(full)) is lost
 
 
 def test_no_document_is_lost_while_each_score_moves_by_at_most_half_the_margin():
@@ -57,7 +57,7 @@ def test_no_document_is_lost_while_each_score_moves_by_at_most_half_the_margin()
     for _ in range(500):
         full = draw.random(8)
         early = full + draw.uniform(-TOP.margin / 2, TOP.margin / 2, 8)
-        assert not loses_document(early, full, TOP)
+        assert not TOP.breaks(early, full)
 
 
 def test_it_is_what_its_definition_says():
@@ -70,7 +70,7 @@ def test_it_is_what_its_definition_says():
         clear = {place for place in range(6) if full[place] > next_score + TOP.margin}
         expected = not clear <= {*kept}
         found.add(expected)
-        assert loses_document(early, full, TOP) is expected
+        assert TOP.breaks(early, full) is expected
     assert found == {True, False}
 
 
@@ -114,7 +114,7 @@ def test_the_certified_order_loses_documents_in_more_than_epsilon_of_queries_in_
     exits, full, groups = population(3000, seed=0)
     everyone = Queries.of_groups(TOP, groups, full)
     true = {p.threshold: everyone.losses(p).mean() for p in path_of(exits)}
-    bound, draw = Bound.promised(PolicyOptions(delta=delta, top_k=TOP)), np.random.default_rng(2)
+    bound, draw = Bound.promised(PolicyOptions(delta=delta, promise=TOP)), np.random.default_rng(2)
     exceeded, saved = 0, []
     for _ in range(draws):
         chosen = draw.integers(0, 3000, sample)
@@ -129,7 +129,7 @@ def test_the_certified_order_loses_documents_in_more_than_epsilon_of_queries_in_
 
 
 def test_a_query_is_one_row_of_the_bound():
-    bound = Bound.promised(PolicyOptions(bound="exact", top_k=TOP), np.arange(9), together=20)
+    bound = Bound.promised(PolicyOptions(bound="exact", promise=TOP), np.arange(9), together=20)
     assert (bound.kind, bound.groups, bound.longest) == ("exact", None, 1)
 
 
@@ -170,7 +170,7 @@ def test_what_is_certified_of_each_of_two_parts_is_a_share_of_queries():
 
 def test_queries_are_split_and_counted_whole():
     groups = np.repeat(np.arange(400), 5)
-    options = PolicyOptions(epsilon=0.1, top_k=TOP)
+    options = PolicyOptions(epsilon=0.1, promise=TOP)
     split = split_of(groups, options)
     certify = len(np.unique(groups[split.certify]))
     assert len(split.certify) == 5 * certify < 1000  # no more than the bound needs
@@ -185,7 +185,7 @@ def test_queries_are_split_and_counted_whole():
 @pytest.mark.parametrize(("documents", "held"), [(1, "stand alone"), (2, "at most 2 documents")])
 def test_an_order_needs_queries_with_more_documents(documents, held):
     with pytest.raises(AdaInferError, match=rf"--top 2 is about queries .*{held}"):
-        check_queries(np.repeat(np.arange(9), documents), 2, "data")
+        TOP.check_groups(np.repeat(np.arange(9), documents), "data")
 
 
 @pytest.mark.parametrize(
@@ -252,14 +252,14 @@ def test_a_sample_remembers_a_limited_number_of_queries(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("replicas", "top_k", "refused"),
-    [(2, TOP, "shadow_rate"), (2, None, None), (1, TOP, None)],
+    ("replicas", "promise", "refused"),
+    [(2, TOP, "shadow_rate"), (2, Changed(), None), (1, TOP, None)],
     ids=["an order", "single scores", "one engine"],
 )
 def test_queries_are_not_watched_where_vllm_spreads_their_documents_over_engines(
-    replicas, top_k, refused
+    replicas, promise, refused
 ):
-    config: Any = SimpleNamespace(top_k=top_k, score_head="sigmoid", student=None)
+    config: Any = SimpleNamespace(promise=promise, score_head="sigmoid", student=None)
     vllm_config: Any = SimpleNamespace(
         parallel_config=SimpleNamespace(data_parallel_size=replicas),
         model_config=SimpleNamespace(runner_type="pooling"),

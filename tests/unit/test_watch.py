@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple
-from functools import partial
 from itertools import count
 from typing import Any
 
 import numpy as np
 import pytest
 
-from vllm_adainfer.artifact.fields import TopK
 from vllm_adainfer.engine.compat.requests import request_group
 from vllm_adainfer.promise.accuracy import Accuracy
 from vllm_adainfer.promise.changed import Changed
-from vllm_adainfer.promise.first_documents import loses_document
+from vllm_adainfer.promise.first_documents import FirstDocuments
 from vllm_adainfer.promise.promise import Promise
 from vllm_adainfer.promise.tolerance import Tolerance
 from vllm_adainfer.watch.intervals import confidence_interval
@@ -31,7 +29,7 @@ from vllm_adainfer.watch.watch import ANSWERS_ALONE, Reading, Watch
 
 EPSILONS, ALPHA, MOST = (0.02, 0.05), 0.1, 20
 ANSWERS, TEXTS, QUESTIONS = EACH_ANSWER, Grouping(MOST), Grouping(MOST, request_group)
-QUERIES = Grouping(1, request_group, partial(loses_document, top_k=TopK(k=1, margin=0.1)))
+QUERIES = Grouping(1, request_group, FirstDocuments(k=1, margin=0.1).breaks)
 names = map(str, count())
 EVERY = pytest.mark.parametrize(
     "units", [ANSWERS, TEXTS, QUESTIONS, QUERIES], ids=["answers", "texts", "questions", "queries"]
@@ -174,7 +172,7 @@ def test_a_closed_level_goes_on_counting_and_is_not_opened_again(units):
     assert counts(watch) == (320 * answers, 20 * answers)
 
 
-@pytest.mark.parametrize("promise", [Changed(), Accuracy(), Tolerance(0.1)])
+@pytest.mark.parametrize("promise", [Changed(), Accuracy(), Tolerance(tolerance=0.1)])
 def test_accuracy_lost_may_be_less_than_the_disagreement_so_its_bound_alone_never_closes(promise):
     """6 % of disagreement at epsilon 0.02: right and wrong answers may have changed alike."""
     watch = watching(promise=promise)

@@ -10,7 +10,9 @@ from vllm_adainfer.artifact.config_fields import ConfigFields
 from vllm_adainfer.artifact.config_rules import broken_rules
 from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.artifact.kinds import ProbeInput
+from vllm_adainfer.artifact.version_1 import tagged
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.promise.links import link_of
 
 LAST_TOKEN = "last-token"  # the part of a pooled policy for prompts it cannot see as a whole
 UNKNOWN_GROUP = 16  # answers of a group that are watched where no one knows how large groups were
@@ -19,10 +21,18 @@ UNKNOWN_GROUP = 16  # answers of a group that are watched where no one knows how
 class ArtifactConfig(ConfigFields):
     """The model and requests that a policy is for, and the bounds it was certified for."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_this_version(cls, values: Any) -> Any:
+        is_older = isinstance(values, dict) and values.get("schema_version") == 1
+        return tagged(values) if is_older else values
+
     @model_validator(mode="after")
     def _consistent(self) -> ArtifactConfig:
         if broken := broken_rules(self):
             raise ValueError(broken[0])
+        names, link = [label.name for label in self.labels], link_of(self.score_head)
+        self.__dict__["promise"] = self.promise.about(names, link, self.vocab_size)
         self.parts("")  # which validates them
         return self
 
@@ -41,18 +51,6 @@ class ArtifactConfig(ConfigFields):
         return tuple(
             sorted({point for part in self.parts("").values() for point in part.exit_points})
         )
-
-    @property
-    def answers_stand(self) -> bool:
-        """Whether what the policy has settled is answered early even by a request that stays.
-
-        Who leaves depends on the load of a server: on whether a smaller batch pays, and on prefixes
-        that others need whole. A changed answer that full depth gives after all is no loss, so most
-        promises hold whoever stays. Two do not. An order of early scores may lose no document, and
-        one in which some scores are full depth's may. And early answers that are right where full
-        depth is wrong make up for others, so accuracy may fall by more where just those stay.
-        """
-        return self.top_k is not None or self.risk == "accuracy"
 
     def parts(self, name: str) -> dict[str, ArtifactConfig]:
         """The policies that this config describes, each on its own, by name.

@@ -9,21 +9,16 @@ from pydantic import Field
 from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.artifact.fields import (
     MOST_ANSWERS,
-    MOST_CHOICES,
     MOST_PROMISES,
     Adapter,
     Choice,
-    Gate,
     Label,
     LabelBound,
     LastToken,
     Level,
     Question,
     SharedTokens,
-    Strict,
     Student,
-    TokenId,
-    TopK,
 )
 from vllm_adainfer.artifact.kinds import (
     LABEL_HEADS,
@@ -31,9 +26,11 @@ from vllm_adainfer.artifact.kinds import (
     Candidates,
     ClassifierKind,
     ProbeKind,
-    Risk,
     ScoreHead,
 )
+from vllm_adainfer.artifact.outputs import AnyOutput, Choices, LabelPool, Scores, Tokens
+from vllm_adainfer.promise.kinds import AnyPromise
+from vllm_adainfer.strict import Strict
 
 
 class ConfigFields(Strict):
@@ -46,7 +43,7 @@ class ConfigFields(Strict):
     or at `branches` each of these states.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     base_model: str
     architecture: str
     layers: int = Field(gt=1)
@@ -93,37 +90,12 @@ class ConfigFields(Strict):
         description="With a pooled-label-head, the exit points where a branch, a small transformer "
         "layer over the states of all tokens of the prompt, decides in place of a head.",
     )
-    candidates: Candidates = Field(description="The tokens that the probe scores.")
-    labels: tuple[Label, ...] = Field(default=(), max_length=MOST_ANSWERS)
+    output: AnyOutput = Field(description="What requests ask for that the policy serves.")
     features: tuple[str, ...]
     classifier: ClassifierKind
     epsilon: float = Field(gt=0, lt=1)
     delta: float = Field(gt=0, lt=1)
-    risk: Risk = Field(
-        "disagreement",
-        description="What epsilon bounds: the share of answers that change, the accuracy lost, or "
-        "the share of answers that change or whose label probabilities move by more than the "
-        "tolerance; with gates that of answers on the other side of one; with top_k that of "
-        "queries whose order loses a document.",
-    )
-    tolerance: float | None = Field(
-        None, gt=0, lt=1, description="How far a label's probability may move."
-    )
-    gates: tuple[Gate, ...] = Field(
-        default=(),
-        max_length=MOST_PROMISES,
-        description="Numbers that requests compare a label's probability with. An answer is wrong "
-        "if the probability is on the other side than at full depth.",
-    )
-    top_k: TopK | None = Field(
-        None,
-        description="For a reranker: epsilon bounds the share of queries that lose a document of "
-        "their first k. Their documents come in one request, and are one row of the bound.",
-    )
-    label_mass: bool = Field(
-        False,
-        description="Whether the tolerance also covers probabilities over the whole vocabulary.",
-    )
+    promise: AnyPromise = Field(description="What epsilon bounds.")
     label_bounds: tuple[LabelBound, ...] = Field(
         default=(),
         max_length=MOST_PROMISES,
@@ -134,24 +106,6 @@ class ConfigFields(Strict):
         default=(),
         max_length=MOST_ANSWERS,
         description="Labels that no early answer ever is: such requests run on.",
-    )
-    score_head: ScoreHead | None = Field(
-        None,
-        description="The policy is for a classifier, which vLLM runs as a pooling model: labels "
-        "stand for the columns of its scores, token_id is a column, and this turns the scores into "
-        "probabilities. None for policies about tokens.",
-    )
-    label_pool: bool = Field(
-        False, description="Whether each request names its own labels, two or more of these."
-    )
-    choices: tuple[Choice, ...] = Field(
-        default=(),
-        max_length=MOST_CHOICES,
-        description="The texts that requests choose from. Labels then stand for the choices that "
-        "a first token can decide on; one more stands for the undecided first tokens, if any.",
-    )
-    undecided: tuple[TokenId, ...] = Field(
-        default=(), description="First tokens that leave several choices open."
     )
     questions: tuple[Question, ...] = Field(
         default=(), description="The questions that prompts can be recognised by."
@@ -183,6 +137,36 @@ class ConfigFields(Strict):
     def is_pooled(self) -> bool:
         """Whether the probes read the whole prompt."""
         return self.probe == "pooled-label-head"
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """The answers, if there is a fixed set of them."""
+        return () if isinstance(self.output, Tokens) else self.output.labels
+
+    @property
+    def candidates(self) -> Candidates:
+        """The tokens that the probes score."""
+        return self.output.candidates if isinstance(self.output, Tokens) else "labels"
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """The texts that requests choose from; empty where they do not."""
+        return self.output.choices if isinstance(self.output, Choices) else ()
+
+    @property
+    def undecided(self) -> tuple[int, ...]:
+        """The first tokens that leave several choices open."""
+        return self.output.undecided if isinstance(self.output, Choices) else ()
+
+    @property
+    def score_head(self) -> ScoreHead | None:
+        """What turns the scores of a classifier into probabilities; None for tokens."""
+        return self.output.score_head if isinstance(self.output, Scores) else None
+
+    @property
+    def label_pool(self) -> bool:
+        """Whether each request names its own labels, two or more of the policy's."""
+        return isinstance(self.output, LabelPool)
 
     @property
     def label_ids(self) -> tuple[int, ...]:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from vllm_adainfer.artifact.config_fields import ConfigFields
 from vllm_adainfer.artifact.fields import MOST_CHOICE_CHARACTERS, token_columns
-from vllm_adainfer.artifact.kinds import features_of_risk
-from vllm_adainfer.artifact.label_subsets import MOST_LABELS
+from vllm_adainfer.promise.promise import Unit
 
 
 def are_exit_points(points: Sequence[int], layers: int) -> bool:
@@ -21,11 +20,9 @@ def are_exit_points(points: Sequence[int], layers: int) -> bool:
 
 def broken_rules(config: ConfigFields) -> list[str]:
     """The rules that the fields of `config` break together, in words."""
-    labels, pool, choices = config.labels, config.label_pool, bool(config.choices)
-    probabilities, gates = config.risk == "probability", config.gates
-    features = features_of_risk(config.risk, bool(gates))
+    labels, choices, promise = config.labels, bool(config.choices), config.promise
     head, pooled = config.has_label_heads, config.is_pooled
-    special = probabilities or pool or choices
+    special = promise.reads_probabilities or config.label_pool or choices
     columns = token_columns(config.choices, config.undecided)
     tokens = [t for column in columns for t in column] if choices else config.label_ids
     epsilons = {level.epsilon for level in config.levels}
@@ -55,8 +52,6 @@ def broken_rules(config: ConfigFields) -> list[str]:
             or (config.student.shared_start, config.student.shared_end)
             == (len(config.shared.start), len(config.shared.end))
         ),
-        'candidates = "labels" needs labels': bool(labels) or config.candidates != "labels",
-        'labels need candidates = "labels"': not labels or config.candidates == "labels",
         "there is nothing to decide among fewer than two labels": len(labels) != 1,
         "pooled_from goes with a pooled-label-head, and that needs it": pooled
         == (config.pooled_from is not None),
@@ -75,42 +70,30 @@ def broken_rules(config: ConfigFields) -> list[str]:
         "a label-head needs labels": bool(labels) or not head,
         "token ids must be below vocab_size": max(tokens, default=0) < config.vocab_size,
         "each label needs a token id of its own": len(set(tokens)) == len(tokens),
-        f"features must be {features} with this risk": config.features == features,
-        'risk = "probability" needs a tolerance, gates or top_k, and one of them alone': (
-            (config.tolerance is not None) + bool(gates) + (config.top_k is not None)
-            == probabilities
+        f"features must be {promise.feature_names} with this promise": (
+            config.features == promise.feature_names
         ),
-        "top_k needs the score_head of a reranker, a sigmoid": (
-            config.top_k is None or config.score_head == "sigmoid"
+        "first documents need the score_head of a reranker, a sigmoid": (
+            promise.unit is not Unit.QUERY or config.score_head == "sigmoid"
         ),
-        "top_k rules out label_bounds: it counts queries, and they count documents": (
-            config.top_k is None or not config.label_bounds
+        "first documents rule out label_bounds: they count queries, and those documents": (
+            promise.unit is not Unit.QUERY or not config.label_bounds
         ),
-        "gates rule out label_mass: they are about probabilities among the labels": (
-            not gates or not config.label_mass
+        "a promise must name labels of the policy": names.issuperset(promise.named),
+        "promises about probabilities, a label pool and choices need a label-head": (
+            head or not special
         ),
-        "gates must name labels of the policy, and be different": (
-            names.issuperset([gate.label for gate in gates if gate.label is not None])
-            and len(set(gates)) == len(gates)
-        ),
-        'label_mass needs risk = "probability"': not config.label_mass or probabilities,
-        'risk = "probability", label_pool and choices need a label-head': head or not special,
-        'risk = "probability", label_pool and choices need max_tokens = 1': (
+        "promises about probabilities, a label pool and choices need max_tokens = 1": (
             config.max_tokens == 1 or not special
         ),
-        "a score_head needs a label-head, and rules out adapters, choices and a label pool": (
-            config.score_head is None
-            or (head and config.adapter is None and not choices and not pool)
-        ),
-        "labels of a score_head are its columns, in order": (
-            config.score_head is None or config.label_ids == tuple(range(len(labels)))
+        "a score_head needs a label-head, and rules out adapters": (
+            config.score_head is None or (head and config.adapter is None)
         ),
         "where any number of labels may hold, none is the answer: sigmoids need a tolerance or "
         "gates on labels, and rule out label_bounds, never_early and trained probes": (
             config.score_head != "sigmoids"
             or (
-                probabilities
-                and all(gate.label is not None for gate in gates)
+                promise.about_each
                 and not (config.label_bounds or config.never_early)
                 and config.student is None
                 and not config.branches
@@ -118,18 +101,14 @@ def broken_rules(config: ConfigFields) -> list[str]:
         ),
         "a sigmoid has two labels": len(labels) == 2 or config.score_head != "sigmoid",
         "a score_head rules out label_mass: there is no rest of a vocabulary": (
-            config.score_head is None or not config.label_mass
+            config.score_head is None or not promise.covers_mass
         ),
-        f"a label pool has at most {MOST_LABELS} labels": len(labels) <= MOST_LABELS or not pool,
-        "choices rule out label_pool": not choices or not pool,
-        'choices rule out risk = "probability"': not choices or not probabilities,
+        "choices rule out promises about probabilities": (
+            not choices or not promise.reads_probabilities
+        ),
         f"choices have at most {MOST_CHOICE_CHARACTERS} characters in all": (
             sum(len(choice.text) for choice in config.choices) <= MOST_CHOICE_CHARACTERS
         ),
-        "labels must be the first of the choices' first tokens, in their order": (
-            config.label_ids == tuple(column[0] for column in columns) or not choices
-        ),
-        "undecided needs choices": choices or not config.undecided,
         "label_bounds and never_early must name labels of the policy": (
             names.issuperset(label for _, label in promised)
             and names.issuperset(config.never_early)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from vllm_adainfer.artifact.fields import Strict
+from vllm_adainfer.strict import Strict
 
 # By field, the option of vLLM. `calibrate` has the first two.
 OPTIONS = {

@@ -5,25 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from vllm_adainfer.artifact.kinds import LabelBoundKind
+from vllm_adainfer.strict import Strict
 
 # Limits of a policy. A request that names more than this cannot match one, so it is not examined.
 MOST_ANSWERS = 1024  # label tokens
 MOST_CHOICES = 256
 MOST_CHOICE_CHARACTERS = 16_384  # of all choices together
-MOST_PROMISES = 64  # gates, or promises about one label
+MOST_PROMISES = 64  # about one label each
 MOST_STUDENT_TOKENS = 512  # what a student reads of a prompt, in tokens of its own
 
 T = TypeVar("T")
 TokenId = Annotated[int, Field(ge=0)]
-
-
-class Strict(BaseModel):
-    """Unknown keys are errors, and nothing changes after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Label(Strict):
@@ -52,34 +47,6 @@ def token_columns(choices: Sequence[Choice], undecided: tuple[int, ...]) -> list
     A choice without first tokens has no label.
     """
     return [tokens for tokens in (*(one.first_tokens for one in choices), undecided) if tokens]
-
-
-class Gate(Strict):
-    """A number that requests compare a probability with.
-
-    Attributes:
-        label: the name of the label whose probability it is; None for whichever label is best.
-        probability: the number. The label's probability is among the labels, without the rest of
-            the vocabulary.
-
-    """
-
-    label: str | None = Field(None, min_length=1)
-    probability: float = Field(gt=0, lt=1)
-
-
-class TopK(Strict):
-    """How many documents of a query users look at, and which of them an early order must keep.
-
-    Attributes:
-        k: the number of documents.
-        margin: a document of the first `k` counts as lost only if its score at full depth lies
-            more than this above that of the document after them.
-
-    """
-
-    k: int = Field(ge=1, le=MOST_ANSWERS)
-    margin: float = Field(gt=0, lt=1)
 
 
 class LabelBound(Strict):

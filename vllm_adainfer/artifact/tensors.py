@@ -82,7 +82,7 @@ def _shapes_of_part(
     config: ArtifactConfig, found: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
     hidden, labels = config.hidden_size, len(config.labels)
-    head_rows = labels + (config.risk == "probability")  # the last is for the label mass
+    head_rows = labels + config.promise.reads_probabilities  # the last is for the label mass
     shapes: dict[str, tuple[int, ...]] = {
         "thresholds": (config.num_threshold_rows, len(config.exit_points))
     }

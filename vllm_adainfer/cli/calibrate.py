@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from vllm_adainfer.artifact.kinds import ClassifierKind
+from vllm_adainfer.artifact.kinds import BoundChoice, ClassifierKind, ProbeChoice
 from vllm_adainfer.cli.app import command
 from vllm_adainfer.cli.arguments import (
     ChatTemplate,
@@ -22,20 +22,6 @@ from vllm_adainfer.cli.arguments import (
     Template,
     names_of,
     overrides_of,
-)
-from vllm_adainfer.cli.promises import (
-    choice_texts,
-    gates_of,
-    label_bounds,
-    layers_of,
-    risk_of,
-    top_k_of,
-)
-from vllm_adainfer.offline.calibration.options import (
-    BoundChoice,
-    CalibrationRequest,
-    PolicyOptions,
-    ProbeChoice,
 )
 
 
@@ -180,8 +166,10 @@ def calibrate(
 ) -> None:
     """Fit a policy on your prompts, certify its bound, and write an artifact."""
     from vllm_adainfer.artifact.files import load_details
+    from vllm_adainfer.cli.promises import choice_texts, label_bounds, layers_of, promise_of
     from vllm_adainfer.offline.adapter import read_adapter
     from vllm_adainfer.offline.calibration.calibrate import calibrate as run
+    from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
     from vllm_adainfer.offline.facts.artifact import artifact_facts
     from vllm_adainfer.offline.facts.document import as_text
 
@@ -206,10 +194,14 @@ def calibrate(
             exit_points=layers_of(exit_points),
             epsilon=epsilon,
             delta=delta,
-            risk=risk_of(risk, tolerance, gate or (), top),
-            tolerance=tolerance,
-            gates=gates_of(gate or ()),
-            top_k=top_k_of(top),
+            promise=promise_of(
+                {
+                    "--risk accuracy": risk if risk == "accuracy" else None,
+                    "--tolerance": tolerance,
+                    "--gate": gate or None,
+                    "--top": top,
+                }
+            ),
             label_bounds=(
                 *label_bounds("recall", recall or ()),
                 *label_bounds("precision", precision or ()),

@@ -2,74 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from vllm_adainfer.artifact.fields import Gate, LabelBound, TopK
-from vllm_adainfer.artifact.kinds import LabelBoundKind, Risk
+from vllm_adainfer.artifact.fields import LabelBound
+from vllm_adainfer.artifact.kinds import LabelBoundKind
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.promise.changed import Changed
+from vllm_adainfer.promise.gates import labelled
+from vllm_adainfer.promise.kinds import PROMISES
+from vllm_adainfer.promise.promise import Promise
 
-T = TypeVar("T")
 
-
-def risk_of(
-    risk: Literal["disagreement", "accuracy"],
-    tolerance: float | None,
-    gates: Sequence[str],
-    top: str | None,
-) -> Risk:
-    """The risk that epsilon bounds.
+def promise_of(asked: Mapping[str, Any]) -> Promise:
+    """The promise that is asked for by the values of options, by name.
 
     Raises:
-        AdaInferError: two are asked for.
+        AdaInferError: two are asked for, or a value is of another form than its option's.
 
     """
-    others = {
-        "--gate bounds how often probabilities are on the wrong side": bool(gates),
-        "--tolerance bounds how far probabilities move": tolerance is not None,
-        "--top bounds how often queries lose a document": top is not None,
-    }
-    asked = [said for said, given in others.items() if given]
-    if asked and risk == "accuracy":
-        raise AdaInferError(
-            f"{asked[0]}, --risk accuracy the accuracy lost, and a policy has one bound: drop one "
-            "of them"
-        )
-    return "probability" if asked else risk
-
-
-def gates_of(asked: Sequence[str]) -> tuple[Gate, ...]:
-    """The gates of ``--gate``.
-
-    Raises:
-        AdaInferError: one is not of the form LABEL:P.
-
-    """
-
-    def gate(label: str, probability: float) -> Gate:
-        return Gate(label=None if label == "best" else label, probability=probability)
-
-    must_be = "a label, or best, and a probability between 0 and 1, such as unsafe:0.8"
-    return _each("--gate", asked, gate, must_be)
-
-
-def top_k_of(text: str | None) -> TopK | None:
-    """The promise of ``--top``.
-
-    Raises:
-        AdaInferError: it is not of the form K:MARGIN.
-
-    """
-    if text is None:
-        return None
-    k, _, margin = text.partition(":")
-    try:
-        return TopK(k=int(k), margin=float(margin))
-    except ValueError:
-        raise AdaInferError(
-            f"--top {text!r:.80} must be a number of documents and a margin between 0 and 1, such "
-            "as 5:0.05"
-        ) from None
+    given = [one for one in PROMISES if asked.get(one.option) is not None]
+    if len(given) > 1:
+        bounds = ", ".join(f"{one.option} bounds {one.bounds}" for one in given)
+        raise AdaInferError(f"{bounds}, and a policy has one bound: drop all but one of them")
+    [kind] = given or [Changed]
+    return kind.asked(asked.get(kind.option))
 
 
 def label_bounds(kind: LabelBoundKind, asked: Sequence[str]) -> tuple[LabelBound, ...]:
@@ -84,26 +41,7 @@ def label_bounds(kind: LabelBoundKind, asked: Sequence[str]) -> tuple[LabelBound
         return LabelBound(kind=kind, label=label, epsilon=epsilon)
 
     must_be = "a label and a share between 0 and 1, such as unsafe:0.005"
-    return _each(f"--{kind}", asked, promise, must_be)
-
-
-def _each(
-    option: str, asked: Sequence[str], make: Callable[[str, float], T], must_be: str
-) -> tuple[T, ...]:
-    """Each LABEL:NUMBER, as `make` builds it.
-
-    Raises:
-        AdaInferError: one has another form, or its number is out of range.
-
-    """
-    found = []
-    for text in asked:
-        label, _, number = text.rpartition(":")
-        try:
-            found.append(make(label, float(number)))
-        except ValueError:
-            raise AdaInferError(f"{option} {text!r:.80} must be {must_be}") from None
-    return tuple(found)
+    return labelled(f"--{kind}", asked, promise, must_be)
 
 
 def choice_texts(text: str) -> tuple[str, ...]:

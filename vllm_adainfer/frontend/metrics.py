@@ -64,7 +64,7 @@ class EngineMetrics:
             self._series["tokens"].labels(*self._labels, name)
         for name, config in configs.items():
             self._describe(name, "" if config.adapter is None else config.adapter.name)
-            if config.risk == "probability":
+            if config.promise.reads_probabilities:
                 self._series["shadow_moves"].labels(*self._labels, name)
             for level in config.levels:
                 self._set("policy_exits_allowed", 1, name, f"{level.epsilon:g}")

@@ -84,7 +84,7 @@ class ExitPolicy(ABC):
         probes: the probe of each exit point; none of a policy without probes.
         promise: what is promised of the answers.
         answers_stand: whether what it has settled is answered early even where the request stays
-            to full depth: what it promises holds only so (see `ArtifactConfig.answers_stand`), or
+            to full depth: what it promises holds only so (see `Promise.answers_stand`), or
             the early answer spares the LM head a scan of the whole vocabulary.
 
     """

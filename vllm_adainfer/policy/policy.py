@@ -13,8 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from vllm_adainfer.artifact.artifact import Artifact
-from vllm_adainfer.artifact.kinds import FEATURES, ProbeInput
-from vllm_adainfer.artifact.label_subsets import mask_of, restrict
+from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.artifact.tensors import served_shape
 from vllm_adainfer.policy.answers import Answers, best_token
 from vllm_adainfer.policy.encoders import StateEncoder, TextEncoder
@@ -22,8 +21,9 @@ from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.score import score
-from vllm_adainfer.promise.kinds import promise_of
+from vllm_adainfer.promise.label_subsets import mask_of, restrict
 from vllm_adainfer.promise.probabilities import (
+    FEATURES,
     features_among,
     probabilities_of_answers,
     probabilities_of_logits,
@@ -83,7 +83,7 @@ class Policy(ExitPolicy):
         self.exit_points = config.exit_points
         self.num_threshold_rows = config.num_threshold_rows
         self.probe_inputs = config.probe_inputs
-        self.promise = promise_of(config)
+        self.promise = config.promise
         self.answer_ids = tensors.get("shortlist")
         of_labels = config.candidates == "labels"
         has_rest = of_labels and self.promise.reads_probabilities
@@ -92,7 +92,7 @@ class Policy(ExitPolicy):
         self._scored = partial(
             Answers, token_ids=self.answer_ids, of_labels=of_labels, has_rest=has_rest
         )
-        self.answers_stand = config.answers_stand or "shortlist" in tensors
+        self.answers_stand = config.promise.answers_stand or "shortlist" in tensors
         self._pool = config.label_pool
         self._columns = torch.arange(len(config.labels), device=device)
         self._first_tokens: FirstTokens | None = None

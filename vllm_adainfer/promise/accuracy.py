@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import numpy as np
 from typing_extensions import override
 
 from vllm_adainfer.arrays import Floats, Ints
-from vllm_adainfer.promise.changed import Changed
+from vllm_adainfer.promise.changed import BestAnswer
 from vllm_adainfer.promise.promise import Outcome
 
 RightTokens = Sequence[set[int]]  # by prompt
 
 
-class Accuracy(Changed):
+class Accuracy(BestAnswer):
     """At most epsilon of accuracy is lost.
 
     Changed answers bound what is lost, and nobody knows the right ones in service. The mean of the
-    loss holds there only if no answer that makes up for others is taken back, see
-    `ArtifactConfig.answers_stand`.
+    loss holds there only if no answer that makes up for others is taken back.
     """
 
-    risk = "accuracy"
-    lost = "accuracy lost"
-    bounded = "of accuracy lost"
-    measure = "points"
-    closes = False
+    kind: Literal["accuracy"] = "accuracy"
+    lost: ClassVar[str] = "accuracy lost"
+    measured: ClassVar[str] = "accuracy_lost"
+    bounded: ClassVar[str] = "of accuracy lost"
+    measure: ClassVar[str] = "points"
+    reads_right: ClassVar[bool] = True
+    # Early answers that are right where full depth is wrong make up for others: accuracy may fall
+    # by more where just those stay.
+    answers_stand: ClassVar[bool] = True
+    closes: ClassVar[bool] = False
+    bounds: ClassVar[str] = "the accuracy lost"
+    option: ClassVar[str] = "--risk accuracy"
 
     @override
     def loss(self, early: Outcome, full: Outcome, right: RightTokens | None = None) -> Floats:

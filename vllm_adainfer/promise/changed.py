@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from typing_extensions import override
 
-from vllm_adainfer.artifact.kinds import FEATURES, Risk
-from vllm_adainfer.promise.probabilities import features_among
+from vllm_adainfer.promise.probabilities import FEATURES, features_among
 from vllm_adainfer.promise.promise import Outcome, Promise
 
 
-class Changed(Promise):
-    """At most epsilon of the answers change."""
+class BestAnswer(Promise):
+    """A promise about the best token or label alone."""
 
-    risk: ClassVar[Risk] = "disagreement"
-    lost: ClassVar[str] = "disagreement"
-    bounded: ClassVar[str] = "of the {answers} changed"
-    broken: ClassVar[str] = "early answers of shadow requests differ from full depth"
-    feature_names = FEATURES
-    reads_probabilities = False
-
-    def __init__(self, is_classifier: bool = False) -> None:
-        """`is_classifier`: answers are the scores of a classifier."""
-        if is_classifier:
-            self.right_about = "probabilities are right about which is largest, not in value"
+    feature_names: ClassVar[tuple[str, ...]] = FEATURES
+    reads_probabilities: ClassVar[bool] = False
+    right_about: ClassVar[str] = "probabilities are right about which is largest, not in value"
 
     @override
     def features(self, scores: Tensor) -> Tensor:
@@ -42,6 +33,16 @@ class Changed(Promise):
     @override
     def wrong(self, early: Outcome, full: Outcome) -> Tensor:
         return early.best != full.best
+
+
+class Changed(BestAnswer):
+    """At most epsilon of the answers change."""
+
+    kind: Literal["changed"] = "changed"
+    lost: ClassVar[str] = "disagreement"
+    measured: ClassVar[str] = "disagreement"
+    bounded: ClassVar[str] = "of the {answers} changed"
+    broken: ClassVar[str] = "early answers of shadow requests differ from full depth"
 
     @override
     def words(self) -> str:

@@ -2,41 +2,62 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 import numpy as np
+from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
-from vllm_adainfer.arrays import Floats
-from vllm_adainfer.artifact.fields import TopK
+from vllm_adainfer.arrays import Floats, Ints
+from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.promise.promise import Outcome, Promise, Unit
 
 
 class FirstDocuments(Promise):
-    """At most epsilon of the queries lose a document, see `loses_document`.
+    """At most epsilon of the queries lose a document, see `breaks`.
 
     How far a score may move depends on those of the query's other documents, which no row knows.
     Thresholds are those that lose few documents in calibration.
 
-    Attributes:
-        top_k: which documents of a query an early order must keep.
-
     """
 
-    risk = "probability"
-    bounded = "of the queries wrong"
-    broken = "shadow queries lose one of their first documents"
-    unit = Unit.QUERY
-    reads_values = True
-    best_may_change = True
-    right_about = "scores are right about which documents of a query come first, not in value"
+    kind: Literal["first-documents"] = "first-documents"
+    k: int = Field(ge=1, le=1024, description="How many documents of a query users look at.")
+    margin: float = Field(
+        gt=0,
+        lt=1,
+        description="A document of the first k counts as lost only if its score at full depth lies "
+        "more than this above that of the document after them.",
+    )
+    bounded: ClassVar[str] = "of the queries wrong"
+    broken: ClassVar[str] = "shadow queries lose one of their first documents"
+    unit: ClassVar[Unit] = Unit.QUERY
+    reads_values: ClassVar[bool] = True
+    best_may_change: ClassVar[bool] = True
+    answers_stand: ClassVar[bool] = True  # an order of scores of both kinds may lose a document
+    right_about: ClassVar[str] = (
+        "scores are right about which documents of a query come first, not in value"
+    )
+    bounds: ClassVar[str] = "how often queries lose a document"
+    option: ClassVar[str] = "--top"
 
-    def __init__(self, top_k: TopK) -> None:
-        """See the class."""
-        self.top_k = top_k
+    @classmethod
+    @override
+    def asked(cls, value: str) -> FirstDocuments:
+        k, _, margin = value.partition(":")
+        try:
+            return cls(k=int(k), margin=float(margin))
+        except ValueError:
+            raise AdaInferError(
+                f"--top {value!r:.80} must be a number of documents and a margin between 0 and 1, "
+                "such as 5:0.05"
+            ) from None
 
     @override
     def admits(self) -> dict[str, object]:
-        return super().admits() | {"the first documents that it promises": self.top_k}
+        first = (self.k, self.margin)
+        return super().admits() | {"the first documents that it promises": first}
 
     @override
     def wrong(self, early: Outcome, full: Outcome) -> Tensor:
@@ -45,11 +66,31 @@ class FirstDocuments(Promise):
         Two documents that move by less do not pass each other if they lie the margin apart: what a
         fit may go by, which sees single rows.
         """
-        return self.moves(early, full) > self.top_k.margin / 2
+        return self.moves(early, full) > self.margin / 2
 
     @override
     def breaks(self, early: Floats, full: Floats) -> bool:
-        return loses_document(early, full, self.top_k)
+        """Whether a document of the first `k` at full depth is not among them early.
+
+        Only those count that lie more than the margin above the document after them. Documents with
+        the same score keep their order, as vLLM's ``/rerank`` does.
+        """
+        if len(full) <= self.k:
+            return False
+        must_stay = full > full[ranked(full)[self.k]] + self.margin
+        must_stay[ranked(early)[: self.k]] = False
+        return bool(must_stay.any())
+
+    @override
+    def check_groups(self, groups: Ints, data: str) -> None:
+        most = int(np.bincount(groups).max())
+        if most <= self.k:
+            held = "prompts that stand alone" if most == 1 else f"at most {most} documents a query"
+            raise AdaInferError(
+                f"--top {self.k} is about queries with more than {self.k} documents, and {data} "
+                f"has {held}: give each query with all the documents that it is sent with, or a "
+                "smaller --top"
+            )
 
     @override
     def moves(self, early: Outcome, full: Outcome) -> Tensor:
@@ -60,8 +101,8 @@ class FirstDocuments(Promise):
     @override
     def words(self) -> str:
         return (
-            f"a query that loses one of its first {self.top_k.k} documents which at full depth "
-            f"scores more than {self.top_k.margin:g} above the next"
+            f"a query that loses one of its first {self.k} documents which at full depth "
+            f"scores more than {self.margin:g} above the next"
         )
 
 
@@ -69,25 +110,6 @@ def relevance(outcome: Outcome) -> Tensor:
     """[rows], the probability of the last label, by which a reranker orders documents."""
     assert outcome.labels is not None
     return outcome.labels.among[:, -1]
-
-
-def loses_document(early: Floats, full: Floats, top_k: TopK) -> bool:
-    """Whether a document of the first `top_k.k` at full depth is not among them early.
-
-    Only those count that lie more than the margin above the document after them. Documents with
-    the same score keep their order, as vLLM's ``/rerank`` does.
-
-    Args:
-        early: [documents], their early scores; full depth's where none was given.
-        full: [documents], their scores at full depth.
-        top_k: what is promised.
-
-    """
-    if len(full) <= top_k.k:
-        return False
-    must_stay = full > full[ranked(full)[top_k.k]] + top_k.margin
-    must_stay[ranked(early)[: top_k.k]] = False
-    return bool(must_stay.any())
 
 
 def ranked(scores: Floats) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor
 from typing_extensions import override
 
-from vllm_adainfer.artifact.fields import Gate, Label
-from vllm_adainfer.artifact.kinds import GATE_FEATURES
-from vllm_adainfer.promise.links import SOFTMAX, Link
+from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.promise.promise import Outcome, Promise
+from vllm_adainfer.strict import Strict
 
+GATE_FEATURES = ("gate_distance", "gate_margin")
+MOST_GATES = 64
+
+T = TypeVar("T")
 FURTHEST = 20.0  # from a gate, in log-odds: beyond it, and without one, all answers are alike
+
+
+class Gate(Strict):
+    """A number that requests compare a probability with.
+
+    Attributes:
+        label: the name of the label whose probability it is; None for whichever label is best.
+        probability: the number. The label's probability is among the labels, without the rest of
+            the vocabulary.
+
+    """
+
+    label: str | None = Field(None, min_length=1)
+    probability: float = Field(gt=0, lt=1)
+
+
+def _different(gates: tuple[Gate, ...]) -> tuple[Gate, ...]:
+    if len(set(gates)) < len(gates):
+        raise ValueError("gates must be different")
+    return gates
 
 
 class Gates(Promise):
@@ -23,39 +48,59 @@ class Gates(Promise):
     Labels are [rows, labels]: scores, log-probabilities, or both up to a constant by row; -inf for
     a label that a row is not about. Where any number of labels may hold, scores alone.
 
-    Attributes:
-        gates: the gates.
-
     """
 
-    risk = "probability"
-    feature_names = GATE_FEATURES
-    best_may_change = True
-    right_about = "probabilities are right about their side of the gates, not in value"
+    kind: Literal["gates"] = "gates"
+    gates: Annotated[tuple[Gate, ...], AfterValidator(_different)] = Field(
+        min_length=1,
+        max_length=MOST_GATES,
+        description="Numbers that requests compare a label's probability with. An answer is wrong "
+        "if the probability is on the other side than at full depth.",
+    )
+    feature_names: ClassVar[tuple[str, ...]] = GATE_FEATURES
+    best_may_change: ClassVar[bool] = True
+    right_about: ClassVar[str] = (
+        "probabilities are right about their side of the gates, not in value"
+    )
+    bounds: ClassVar[str] = "how often probabilities are on the wrong side"
+    option: ClassVar[str] = "--gate"
 
-    def __init__(
-        self,
-        gates: Sequence[Gate],
-        labels: Sequence[Label],
-        link: Link = SOFTMAX,
-        vocabulary: int | None = None,
-    ) -> None:
-        """Take `gates` on `labels`, whose scores become probabilities by `link`.
+    @classmethod
+    @override
+    def asked(cls, value: Sequence[str]) -> Gates:
+        def gate(label: str, probability: float) -> Gate:
+            return Gate(label=None if label == "best" else label, probability=probability)
 
-        `vocabulary` is its size, for the logits of answers; None if the labels are all there is.
-        """
-        self.gates, self.link, self.vocabulary = tuple(gates), link, vocabulary
-        self._num_labels = len(labels)
-        columns = {label.name: column for column, label in enumerate(labels)}
-        self._columns = [None if one.label is None else columns[one.label] for one in gates]
-        self._odds = [math.log(one.probability / (1 - one.probability)) for one in gates]
+        must_be = "a label, or best, and a probability between 0 and 1, such as unsafe:0.8"
+        gates = labelled("--gate", value, gate, must_be)
+        if len(set(gates)) < len(gates):
+            raise AdaInferError("--gate names the same label and number twice: drop one")
+        return cls(gates=gates)
+
+    @property
+    @override
+    def vocabulary(self) -> int | None:
+        return self._vocabulary
+
+    @property
+    @override
+    def named(self) -> tuple[str, ...]:
+        return tuple(gate.label for gate in self.gates if gate.label is not None)
+
+    @property
+    @override
+    def about_each(self) -> bool:
+        return all(gate.label is not None for gate in self.gates)
 
     def margins(self, labels: Tensor) -> Tensor:
         """fp32 [rows, gates], how far log-odds among the labels lie above each gate's."""
         best = labels.argmax(dim=1, keepdim=True)
         found = []
-        for column, odds in zip(self._columns, self._odds, strict=True):
-            chosen = best if column is None else torch.full_like(best, column)
+        for gate in self.gates:
+            chosen = best
+            if gate.label is not None:
+                chosen = torch.full_like(best, self._labels.index(gate.label))
+            odds = math.log(gate.probability / (1 - gate.probability))
             found.append(self.link.log_odds(labels, chosen) - odds)
         return torch.stack(found, dim=1).float()
 
@@ -75,7 +120,7 @@ class Gates(Promise):
     def serves_best(self) -> bool:
         """Of two labels, a gate at 0.5 on one decides which is best."""
         decides = [one for one in self.gates if one.label is not None and one.probability == 0.5]
-        return self._num_labels == 2 and bool(decides)
+        return len(self._labels) == 2 and bool(decides)
 
     @override
     def admits(self) -> dict[str, object]:
@@ -91,7 +136,7 @@ class Gates(Promise):
         here, there = self._scores(early), self._scores(full)
         above = self.margins(there) >= 0
         wrong = ((self.margins(here) >= 0) != above).any(dim=1)
-        of_best = [column is None for column in self._columns]
+        of_best = [gate.label is None for gate in self.gates]
         if any(of_best):
             another = here.argmax(dim=1) != there.argmax(dim=1)
             wrong |= another & above[:, of_best].any(dim=1)
@@ -118,3 +163,22 @@ class Gates(Promise):
                 "where full depth's is above"
             )
         return f"the probability of {gate.label} among the labels {side}"
+
+
+def labelled(
+    option: str, asked: Sequence[str], make: Callable[[str, float], T], must_be: str
+) -> tuple[T, ...]:
+    """Each LABEL:NUMBER of an option, as `make` builds it.
+
+    Raises:
+        AdaInferError: one has another form, or its number is out of range.
+
+    """
+    found = []
+    for text in asked:
+        label, _, number = text.rpartition(":")
+        try:
+            found.append(make(label, float(number)))
+        except ValueError:
+            raise AdaInferError(f"{option} {text!r:.80} must be {must_be}") from None
+    return tuple(found)

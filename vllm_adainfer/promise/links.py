@@ -9,8 +9,6 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from typing_extensions import override
 
-from vllm_adainfer.artifact.kinds import ScoreHead
-
 
 class Link(ABC):
     """Turns scores [rows, labels] into probabilities and back.
@@ -88,6 +86,9 @@ class Sigmoids(Link):
 SOFTMAX, SIGMOIDS = Softmax(), Sigmoids()
 
 
-def link_of(score_head: ScoreHead | None) -> Link:
-    """That of a policy; the sigmoid of one column is the softmax of two labels."""
+def link_of(score_head: str | None) -> Link:
+    """That of a policy's `ArtifactConfig.score_head`.
+
+    The sigmoid of one column is the softmax of two labels.
+    """
     return SIGMOIDS if score_head == "sigmoids" else SOFTMAX

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_adainfer.artifact.label_subsets import restrict
+from vllm_adainfer.promise.label_subsets import restrict
 from vllm_adainfer.promise.links import SOFTMAX, Link
 
+# A classifier's input: columns of `adainfer_kernels.ProbeResult.features`, and of `features_of`.
+FEATURES = ("top_prob", "gap")
+PROBABILITY_FEATURES = ("top_logit", "gap", "mass_logit")
 # How far a probability has moved, as buckets of a histogram.
 MOVES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 

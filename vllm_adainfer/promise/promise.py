@@ -6,14 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from vllm_adainfer.arrays import Floats
-from vllm_adainfer.artifact.kinds import PROBABILITY_FEATURES, Risk
+from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.promise.links import SOFTMAX, Link
-from vllm_adainfer.promise.probabilities import LabelProbabilities, answers_of, features_of
+from vllm_adainfer.promise.probabilities import (
+    PROBABILITY_FEATURES,
+    LabelProbabilities,
+    answers_of,
+    features_of,
+)
+from vllm_adainfer.strict import Strict
 
 
 class Unit(Enum):
@@ -53,31 +58,39 @@ class Outcome:
         )
 
 
-class Promise(ABC):
+class Promise(Strict, ABC):
     """What epsilon bounds: the one definition that fit, certify, serving and evaluation use.
 
+    Its fields are its data, as an artifact keeps them.
+
     Attributes:
-        risk: its name in artifacts.
+        kind: its name in artifacts.
         lost: what epsilon bounds, in two words.
+        measured: the share in an evaluation's report that epsilon bounds.
         bounded: the same after a number of this `measure`; "{answers}" stands for these.
         measure: "%", or the points of a difference.
         broken: what shadow requests do where it is broken.
         unit: what counts once in the bound.
+        reads_right: whether its loss needs the right answers: it is -1 where full depth's is wrong.
         feature_names: what the classifiers read.
         reads_probabilities: whether it is about probabilities, so that heads have one more row, for
             the log-odds of the label mass, and answers are logits of an exact distribution.
         reads_values: whether `wrong` compares the values of probabilities.
         best_may_change: whether an answer with another best label may be right.
+        answers_stand: whether what is settled must be answered early even by a request that stays.
+            Who leaves depends on a server's load: on whether a smaller batch pays, and on prefixes
+            that others need whole. A changed answer that full depth gives after all is no loss, so
+            most promises hold whoever stays.
         closes: whether changed answers in service are evidence against it.
-        vocabulary: its size, where it shares what the label mass leaves; None where the labels are
-            all there is.
-        link: how scores become probabilities.
         right_about: what is right about probabilities that are served; "" if their values are.
+        bounds: what it bounds, in the words of an error.
+        option: the option of `calibrate` that asks for it; "" for the one that needs none.
 
     """
 
-    risk: ClassVar[Risk]
+    kind: str = ""
     lost: ClassVar[str] = "wrong answers"
+    measured: ClassVar[str] = "wrong"
     bounded: ClassVar[str] = "of the answers wrong"
     measure: ClassVar[str] = "%"
     broken: ClassVar[str] = (
@@ -85,14 +98,48 @@ class Promise(ABC):
         "too far"
     )
     unit: ClassVar[Unit] = Unit.ANSWER
+    reads_right: ClassVar[bool] = False
     feature_names: ClassVar[tuple[str, ...]] = PROBABILITY_FEATURES
     reads_probabilities: ClassVar[bool] = True
     reads_values: ClassVar[bool] = False
     best_may_change: ClassVar[bool] = False
+    answers_stand: ClassVar[bool] = False
     closes: ClassVar[bool] = True
-    vocabulary: int | None = None
-    link: Link = SOFTMAX
-    right_about: str = ""
+    right_about: ClassVar[str] = ""
+    bounds: ClassVar[str] = ""
+    option: ClassVar[str] = ""
+    _labels: tuple[str, ...] = ()
+    _link: Link = SOFTMAX
+    _vocabulary: int = 1
+
+    def about(self, labels: Sequence[str], link: Link = SOFTMAX, vocabulary: int = 1) -> Self:
+        """The same promise about a policy's `labels`, whose scores become probabilities by `link`.
+
+        `vocabulary` is its size, which only answers in service depend on.
+        """
+        promise = self.model_copy()
+        promise._labels, promise._link, promise._vocabulary = tuple(labels), link, vocabulary
+        return promise
+
+    @classmethod
+    def asked(cls, value: Any) -> Self:
+        """The promise that is asked for with the `value` of its option.
+
+        Raises:
+            AdaInferError: the value has another form.
+
+        """
+        return cls()
+
+    @property
+    def link(self) -> Link:
+        """How scores become probabilities."""
+        return self._link
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Its size, where it shares what the label mass leaves; None where labels are all."""
+        return None
 
     @property
     def covers_mass(self) -> bool:
@@ -135,6 +182,28 @@ class Promise(ABC):
         Both are [documents], the scores that they have early and at full depth.
         """
         raise NotImplementedError
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The labels that it names."""
+        return ()
+
+    @property
+    def about_each(self) -> bool:
+        """Whether it is about each label by itself, so that any number of them may hold."""
+        return False
+
+    def check_groups(self, groups: Ints, data: str) -> None:
+        """Check that there are groups it can be broken in; `groups` [prompts] number them.
+
+        Raises:
+            AdaInferError: there are none.
+
+        """
+
+    def with_mass(self) -> Promise | None:
+        """The same with the label mass; None if it never covers that."""
+        return None
 
     def moves(self, early: Outcome, full: Outcome) -> Tensor | None:
         """fp32 [rows], the largest move of a probability; None where their values are not read."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
+from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
-from vllm_adainfer.promise.links import SOFTMAX, Link
 from vllm_adainfer.promise.promise import Outcome, Promise
 
 
@@ -15,24 +17,41 @@ class Tolerance(Promise):
     Where one label holds, another best one is wrong, too. With the label mass, probabilities in the
     whole vocabulary count, and an answer is also wrong if the best token of all is no label.
 
-    Attributes:
-        tolerance: how far a probability may move.
-
     """
 
-    risk = "probability"
-    reads_values = True
+    kind: Literal["tolerance"] = "tolerance"
+    tolerance: float = Field(gt=0, lt=1, description="How far a label's probability may move.")
+    label_mass: bool = Field(
+        default=False,
+        description="Whether the tolerance also covers probabilities over the whole vocabulary.",
+    )
+    reads_values: ClassVar[bool] = True
+    bounds: ClassVar[str] = "how far probabilities move"
+    option: ClassVar[str] = "--tolerance"
 
-    def __init__(
-        self, tolerance: float, link: Link = SOFTMAX, vocabulary: int | None = None
-    ) -> None:
-        """See the class; `vocabulary` is its size with the label mass, None without it."""
-        self.tolerance, self.link, self.vocabulary = tolerance, link, vocabulary
+    @classmethod
+    @override
+    def asked(cls, value: float) -> Tolerance:
+        return cls(tolerance=value)
+
+    @property
+    @override
+    def vocabulary(self) -> int | None:
+        return self._vocabulary if self.label_mass else None
 
     @property
     @override
     def covers_mass(self) -> bool:
-        return self.vocabulary is not None
+        return self.label_mass
+
+    @property
+    @override
+    def about_each(self) -> bool:
+        return True
+
+    @override
+    def with_mass(self) -> Tolerance:
+        return self.model_copy(update={"label_mass": True})
 
     @override
     def admits(self) -> dict[str, object]:

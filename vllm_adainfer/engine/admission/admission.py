@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact_config
-from vllm_adainfer.artifact.label_subsets import ALL, bits_of
+from vllm_adainfer.artifact.requested import Output
 from vllm_adainfer.engine.admission.arrival import Arrival
 from vllm_adainfer.engine.admission.policies import Policies, Rows, ThresholdRows
 from vllm_adainfer.engine.admission.requested_output import wants_prompt_logprobs
@@ -25,7 +25,7 @@ from vllm_adainfer.engine.compat.config import serves_prompt_logprobs
 from vllm_adainfer.engine.pinned_artifacts import served_configs
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.loop.step import FULL_DEPTH
-from vllm_adainfer.promise.output import Output
+from vllm_adainfer.promise.label_subsets import ALL, bits_of
 from vllm_adainfer.settings.engine import NO_POLICY, Settings
 from vllm_adainfer.settings.request import RequestSettings, read_request
 
@@ -70,7 +70,7 @@ class Admission:
             config.is_pooled for config in configs.values()
         )
         self.has_students = any(config.student for config in configs.values())
-        self.any_stand = any(config.answers_stand for config in configs.values())
+        self.any_stand = any(config.promise.answers_stand for config in configs.values())
         self.may_serve_choices = (
             self.has_choices or settings.exit_points is not None or settings.calibrates_itself
         )
@@ -127,7 +127,7 @@ class Admission:
             subset=ALL if config is None else _subset(request.output, config),
             certified_tokens=UNLIMITED if config is None else config.max_tokens,
             has_choice_policy=config is not None and bool(config.choices),
-            answers_stand=config is not None and config.answers_stand,
+            answers_stand=config is not None and config.promise.answers_stand,
             text=() if name is None else request.texts.get(name, ()),
             record_row=NOT_RECORDED if record_row is None else record_row,
         )

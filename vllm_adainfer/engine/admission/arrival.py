@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from vllm_adainfer.artifact.requested import Form, Output
 from vllm_adainfer.auto.directory import AutoDirectory
 from vllm_adainfer.auto.kinds import Kind, kind_names
 from vllm_adainfer.engine.admission.policies import Policies
@@ -26,7 +27,7 @@ from vllm_adainfer.engine.compat.requests import request_group
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.policy.script import SCRIPT_LABELS
-from vllm_adainfer.promise.output import Form, Output
+from vllm_adainfer.promise.promise import Unit
 from vllm_adainfer.settings.engine import Settings
 from vllm_adainfer.settings.request import EXIT_ARG, RequestSettings, read_request
 
@@ -50,7 +51,7 @@ class Arrival:
         self._settings, self._policies = settings, policies
         self._logprobs_mode = logprobs_mode
         configs = policies.configs.values()
-        self._promises_order = any(config.top_k is not None for config in configs)
+        self._promises_order = any(config.promise.unit is Unit.QUERY for config in configs)
         # What a monitor counts as one is drawn as one: an order's queries, questions of one text.
         self._draws_groups = self._promises_order or any(c.most_together > 1 for c in configs)
         self._shadow = GroupSample(settings.shadow_rate, "shadow")

@@ -10,13 +10,13 @@ from vllm_adainfer.artifact.artifact import all_parts
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Adapter
 from vllm_adainfer.artifact.kinds import NotCovered
+from vllm_adainfer.artifact.requested import Form, Output
 from vllm_adainfer.engine.admission.running import Running
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.policy.policy_set import first_threshold_rows
 from vllm_adainfer.policy.questions import KnownQuestions
-from vllm_adainfer.promise.output import Form, Output
 from vllm_adainfer.settings.engine import Settings
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class Policies:
         configs = {n: config for n, config in candidates.items() if output.is_promised_by(config)}
         exact = [name for name, config in configs.items() if output.has_labels_of(config)]
         names = exact or list(configs)
-        return [name for name in names if configs[name].risk != "probability"] or names
+        return [name for name in names if not configs[name].promise.reads_probabilities] or names
 
 
 class ThresholdRows:

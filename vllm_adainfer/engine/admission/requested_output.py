@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.fields import MOST_ANSWERS
+from vllm_adainfer.artifact.requested import Form, Output
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
-from vllm_adainfer.promise.output import Form, Output
 
 if TYPE_CHECKING:
     from vllm import PoolingParams, SamplingParams

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.artifact.kinds import NotCovered
-from vllm_adainfer.artifact.label_subsets import ALL
+from vllm_adainfer.artifact.requested import Output
 from vllm_adainfer.exits.loop.step import FULL_DEPTH
-from vllm_adainfer.promise.output import Output
+from vllm_adainfer.promise.label_subsets import ALL
 from vllm_adainfer.settings.engine import NO_POLICY
 from vllm_adainfer.settings.request import RequestSettings, read_request
 
@@ -70,7 +70,7 @@ class Running:
             without a label pool.
         certified_tokens: how many of its first tokens its policy's bound covers.
         has_choice_policy: whether a policy for choices decides it.
-        answers_stand: whether its policy's answers do, see `ArtifactConfig.answers_stand`.
+        answers_stand: whether its policy's answers do, see `Promise.answers_stand`.
         text: what its policy's student reads of its prompt, in the student's tokens; empty if it is
             not asked.
         record_row: its line of the calibration data; `NOT_RECORDED` if it has none.

@@ -24,7 +24,6 @@ from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.script import ScriptedPolicy
-from vllm_adainfer.promise.kinds import promise_of
 from vllm_adainfer.promise.promise import Unit
 from vllm_adainfer.settings.engine import DEFAULT_POLICY, Settings
 from vllm_adainfer.watch.units import Grouping
@@ -115,7 +114,7 @@ def monitor_of(config: ArtifactConfig, settings: Settings) -> Watch:
     epsilons = [level.epsilon for level in config.levels]
     if settings.calibrates_itself:  # each miss counts in its own step
         return Watch(epsilons, config.delta, closes=False)
-    watch = Watch(epsilons, config.delta, grouping_of(config), promise_of(config))
+    watch = Watch(epsilons, config.delta, grouping_of(config), config.promise)
     columns = {label.name: column for column, label in enumerate(config.labels)}
     watch.watch_labels({one: columns[one.label] for one in config.label_bounds})
     return watch
@@ -123,7 +122,7 @@ def monitor_of(config: ArtifactConfig, settings: Settings) -> Watch:
 
 def grouping_of(config: ArtifactConfig) -> Grouping:
     """What counts once in the bounds of an artifact: an answer, a group of them, or a query."""
-    promise = promise_of(config)
+    promise = config.promise
     if promise.unit is Unit.QUERY:
         return Grouping(group_of=request_group, loses=promise.breaks)
     most = config.max_tokens * config.most_together

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.promise.scope import if_partly_cached
-from vllm_adainfer.promise.words import (
+from vllm_adainfer.artifact.scope import if_partly_cached
+from vllm_adainfer.artifact.words import (
     outputs_in_words,
     probabilities_in_words,
     probes_in_words,
@@ -48,7 +48,7 @@ def policy_banner(
         return f"{text}; epsilon is 0, so no request exits unless it sets its own epsilon"
     certified = config.levels[level]
     shadow = f"shadow rate {settings.shadow_rate:g}"
-    if settings.shadow_rate and config.risk == "accuracy":
+    if settings.shadow_rate and not config.promise.closes:
         shadow += (
             " (the right answers are unknown in service: shadow requests measure disagreement, "
             "which the accuracy lost cannot exceed, so they never stop exits)"

@@ -12,6 +12,7 @@ from vllm_adainfer.engine.compat.compilation import names_experts
 from vllm_adainfer.engine.compat.config import packaged_logits_processors, replays_whole_model
 from vllm_adainfer.engine.scheduler.prefix_cache import refuse_kv_connector
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.promise.promise import Unit
 from vllm_adainfer.settings.engine import Settings
 
 if TYPE_CHECKING:
@@ -266,7 +267,7 @@ def _why_not_served(
             "has a student, which reads the text of prompts: drop --skip-tokenizer-init, or "
             "calibrate without --student"
         )
-    if config.top_k is not None and settings.compares and has_replicas(vllm_config):
+    if config.promise.unit is Unit.QUERY and settings.compares and has_replicas(vllm_config):
         yield (
             "promises which documents of a query come first, and --data-parallel-size spreads the "
             "documents of a query over engines, none of which can compare its order: start each "

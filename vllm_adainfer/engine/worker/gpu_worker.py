@@ -19,7 +19,6 @@ from vllm.v1.worker.gpu_worker import Worker
 import vllm_adainfer
 from vllm_adainfer.artifact.artifact import digest_of
 from vllm_adainfer.artifact.kinds import ProbeInput
-from vllm_adainfer.artifact.label_subsets import ALL
 from vllm_adainfer.engine.compat.warm_up import WarmedUp
 from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0, same_on_all_ranks
 from vllm_adainfer.engine.self_test.self_test import self_test
@@ -29,6 +28,7 @@ from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.files import PUBLIC, replace_file
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicySet
+from vllm_adainfer.promise.label_subsets import ALL
 
 
 class AdaInferGPUWorker(ExitWorker, WarmedUp, Worker):

@@ -23,7 +23,6 @@ from vllm_adainfer.engine.startup.refusals import refuse_policy
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
-from vllm_adainfer.promise.kinds import promise_of
 from vllm_adainfer.watch.watch import Watch
 
 logger = get_logger(__name__)
@@ -202,7 +201,7 @@ def _admitted_by(config: ArtifactConfig) -> dict[str, object]:
         "whether it serves any of its labels (--label-pool)": config.label_pool,
         "whether it is for more than one token (--max-tokens)": config.max_tokens > 1,
         "the labels that are never early answers": set(config.never_early),
-        **promise_of(config).admits(),
+        **config.promise.admits(),
     }
     if config.student is not None:
         facts[STUDENT_READS] = config.student.reads, config.shared

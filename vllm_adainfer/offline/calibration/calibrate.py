@@ -24,7 +24,7 @@ from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.pretrained import engine_settings
 from vllm_adainfer.offline.progress import say
-from vllm_adainfer.promise.kinds import asked_for
+from vllm_adainfer.promise.links import link_of
 
 # How many tokens an exit point can answer with when the vocabulary is open. They make up 87 % of
 # what SmolLM2 writes, and the tokens it is sure of early are common ones: simulated at epsilon
@@ -133,7 +133,7 @@ def calibration_of(request: CalibrationRequest, prompts: Prompts, rows: Rows) ->
         commonest = found[np.argsort(-counts, kind="stable")[:SHORTLIST]]
         answers = torch.from_numpy(np.sort(commonest))
     score_head = score_head_of(prompts.hf_config)
-    promise = asked_for(options, labels, score_head)
+    promise = options.promise.about([label.name for label in labels], link_of(score_head))
     subsets = subsets_of(prompts.examples, token_ids) if request.label_pool else None
     full_depth = None
     if promise.reads_probabilities and answers is not None:

@@ -17,6 +17,7 @@ from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.questions import SEEN, ends_of
 from vllm_adainfer.offline.calibration.data.split import Split, groups_of
 from vllm_adainfer.offline.calibration.options import PolicyOptions
+from vllm_adainfer.promise.promise import Unit
 
 
 def check_rows(split: Split, options: PolicyOptions, data: str) -> None:
@@ -27,7 +28,8 @@ def check_rows(split: Split, options: PolicyOptions, data: str) -> None:
 
     """
     together, rows = split.most_together(split.groups), len(split.certify)
-    if options.top_k is not None:
+    counts_queries = options.promise.unit is Unit.QUERY
+    if counts_queries:
         together, rows = 1, len(np.unique(split.groups[split.certify]))
     groups, repeats = split.groups[split.certify], split.repeats
     bound = Bound.promised(
@@ -37,7 +39,7 @@ def check_rows(split: Split, options: PolicyOptions, data: str) -> None:
         return
     needed = bound.groups_needed(rows, options.epsilon)
     what = "rows" if repeats is None else "different prompts"
-    if options.top_k is not None:
+    if counts_queries:
         what = "queries"
     elif together > 1:
         what = f"groups of requests that came together (of up to {together})"
@@ -46,22 +48,6 @@ def check_rows(split: Split, options: PolicyOptions, data: str) -> None:
         f"at least {2 * needed - 1} {what} (half of them held out), but {data} has "
         f"{split.units.max(initial=-1) + 1}: give more rows or raise --epsilon"
     )
-
-
-def check_queries(groups: Ints, k: int, data: str) -> None:
-    """Check that there are queries with more than `k` documents; `groups` [prompts] number them.
-
-    Raises:
-        AdaInferError: no query has.
-
-    """
-    most = int(np.bincount(groups).max())
-    if most <= k:
-        held = "prompts that stand alone" if most == 1 else f"at most {most} documents a query"
-        raise AdaInferError(
-            f"--top {k} is about queries with more than {k} documents, and {data} has {held}: give "
-            "each query with all the documents that it is sent with, or a smaller --top"
-        )
 
 
 def check_questions(examples: Sequence[Example], options: PolicyOptions, data: str) -> None:
@@ -104,7 +90,7 @@ def check_labels(options: PolicyOptions, labels: Sequence[Label]) -> None:
     names = [label.name for label in labels]
     asked = [(f"--{one.kind}", one.label) for one in options.label_bounds]
     asked += [("--never-early", label) for label in options.never_early]
-    asked += [("--gate", gate.label) for gate in options.gates if gate.label is not None]
+    asked += [(options.promise.option, label) for label in options.promise.named]
     for option, label in asked:
         if label not in names:
             raise AdaInferError(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from vllm_adainfer.artifact.kinds import LABEL_HEADS
+from vllm_adainfer.artifact.kinds import LABEL_HEADS, ProbeChoice
 from vllm_adainfer.offline.calibration.certify.certify import Points, Terms, certified
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.enough_rows import check_label_rows
@@ -22,11 +22,9 @@ from vllm_adainfer.offline.calibration.fit.cost import (
 )
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_exits, with_trained
 from vllm_adainfer.offline.calibration.fit.training import Lesson, branches_of, train_student
-from vllm_adainfer.offline.calibration.options import ProbeChoice
 from vllm_adainfer.offline.calibration.record.rows import OwnStates
 from vllm_adainfer.offline.progress import progress, say
 from vllm_adainfer.policy.encoders import TextEncoder
-from vllm_adainfer.promise.kinds import asked_for
 
 # A policy also promises probabilities in the whole vocabulary if it keeps at least this share of
 # the savings it would have without. It does where the labels have nearly all of the mass.
@@ -164,11 +162,9 @@ def with_mass_if_it_pays(policy: FittedPolicy) -> FittedPolicy:
     """
     calibration = policy.calibration
     has_rest = calibration.rows.model.logit_lens.head.size > len(calibration.labels)
-    if calibration.options.tolerance is None or not has_rest:  # a classifier has no other tokens
+    promise = calibration.target.promise.with_mass()
+    if promise is None or not has_rest:  # a classifier has no other tokens
         return policy
-    promise = asked_for(
-        calibration.options, calibration.labels, calibration.score_head, label_mass=True
-    )
     target = replace(calibration.target, promise=promise)
     with_mass = make_policy(replace(calibration, target=target))
     times = (one.expected for one in (with_mass, policy))

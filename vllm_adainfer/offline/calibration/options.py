@@ -1,27 +1,22 @@
-"""The options of `vllm-adainfer calibrate`, and which of them go together. Needs no torch."""
+"""The options of `vllm-adainfer calibrate`, and which of them go together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from vllm_adainfer.artifact.fields import Gate, LabelBound, TopK
-from vllm_adainfer.artifact.kinds import (
-    LABEL_HEADS,
-    BoundKind,
-    ClassifierKind,
-    ProbeKind,
-    Risk,
-)
+from vllm_adainfer.artifact.fields import LabelBound
+from vllm_adainfer.artifact.kinds import LABEL_HEADS, BoundChoice, ClassifierKind, ProbeChoice
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.promise.changed import Changed
+from vllm_adainfer.promise.promise import Promise, Unit
 
 if TYPE_CHECKING:
     from vllm_adainfer.offline.adapter import NamedAdapter
 
-BoundChoice = Literal["auto", BoundKind]
-ProbeChoice = Literal["auto", "branch", ProbeKind]
+CHANGED = Changed()
 
 
 @dataclass(frozen=True)
@@ -32,10 +27,7 @@ class PolicyOptions:
     exit_points: tuple[int, ...] | None = None
     epsilon: float = 0.02
     delta: float = 0.1
-    risk: Risk = "disagreement"
-    tolerance: float | None = None
-    gates: tuple[Gate, ...] = ()
-    top_k: TopK | None = None
+    promise: Promise = CHANGED
     label_bounds: tuple[LabelBound, ...] = ()
     never_early: tuple[str, ...] = ()
     bound: BoundChoice = "auto"
@@ -83,17 +75,11 @@ def check_classifier(request: CalibrationRequest, columns: int, several_hold: bo
         "--label-pool": request.label_pool,
         "--choices": request.choices,
     }
-    options = request.options
-    reads = options.tolerance is not None or any(gate.label for gate in options.gates)
-    about_best = (
-        options.label_bounds
-        or options.never_early
-        or not all(gate.label for gate in options.gates)
-        or options.risk == "accuracy"
-    )
+    options, promise = request.options, request.options.promise
+    about_best = options.label_bounds or options.never_early or not promise.about_each
     refusals = [
         (
-            several_hold and (not reads or bool(about_best)),
+            several_hold and bool(about_best),
             "any number of this classifier's labels may hold at once, so none of them is the "
             "answer: promise their probabilities, with --tolerance or --gate LABEL:P, and drop "
             "other promises",
@@ -116,9 +102,9 @@ def check_classifier(request: CalibrationRequest, columns: int, several_hold: bo
             "a classifier answers with scores, not with tokens: drop --max-tokens",
         ),
         (
-            request.options.top_k is not None and columns != 1,
-            f"--top ranks documents by the one score of a reranker, and this classifier gives "
-            f"{columns}: drop it",
+            promise.unit is Unit.QUERY and columns != 1,
+            f"{promise.option} ranks documents by the one score of a reranker, and this classifier "
+            f"gives {columns}: drop it",
         ),
         (
             request.probe not in ("auto", "branch", *LABEL_HEADS),
@@ -140,15 +126,9 @@ def check_options(
 
     """
     options, choices, labels = request.options, bool(request.choices), bool(request.labels)
-    generated, gates = options.max_tokens > 1, bool(options.gates)
-    promised = {
-        "--tolerance": options.tolerance is not None,
-        "--gate": gates,
-        "--top": options.top_k is not None,
-    }
-    asked = [name for name, given in promised.items() if given]
-    probabilities, named_by = options.risk == "probability", asked[0] if asked else "--tolerance"
-    accuracy, exact = options.risk == "accuracy", options.bound == "exact"
+    generated, exact = options.max_tokens > 1, options.bound == "exact"
+    promise, named_by = options.promise, options.promise.option
+    probabilities, queries = promise.reads_probabilities, promise.unit is Unit.QUERY
     bounds = bool(options.label_bounds)
     about_labels = bounds or bool(options.never_early)
     named = {(one.kind, one.label) for one in options.label_bounds}
@@ -184,21 +164,12 @@ def check_options(
             f"drop --probe or {named_by}",
         ),
         (
-            len(asked) > 1,
-            "--tolerance promises the value of a probability, --gate on which side of it one is, "
-            f"--top which documents come first: drop all but one of {', '.join(asked)}",
+            queries and not is_classifier,
+            f"{named_by} ranks the documents of a reranker, and this model generates: drop it",
         ),
         (
-            options.top_k is not None and not is_classifier,
-            "--top ranks the documents of a reranker, and this model generates: drop it",
-        ),
-        (
-            options.top_k is not None and bounds,
-            "--top counts queries, and --recall and --precision documents: drop one of them",
-        ),
-        (
-            len(set(options.gates)) < len(options.gates),
-            "--gate names the same label and number twice: drop one",
+            queries and bounds,
+            f"{named_by} counts queries, and --recall and --precision documents: drop one of them",
         ),
         (
             request.student is not None and (generated or another_probe),
@@ -226,12 +197,12 @@ def check_options(
             "or auto with --max-tokens",
         ),
         (
-            accuracy and generated,
-            "--risk accuracy works for one-token answers only: drop --max-tokens or bound the "
+            promise.reads_right and generated,
+            f"{named_by} works for one-token answers only: drop --max-tokens or bound the "
             "disagreement",
         ),
         (
-            exact and accuracy,
+            exact and promise.reads_right,
             "--bound exact counts changed answers and cannot bound the accuracy lost: use wsr or "
             "auto",
         ),
@@ -260,9 +231,9 @@ def check_options(
             "--recall or --precision names a label twice: keep the smaller epsilon",
         ),
         (
-            bounds and accuracy,
-            "--recall and --precision compare with full depth, --risk accuracy with the right "
-            "answers: drop one of them",
+            bounds and promise.reads_right,
+            f"--recall and --precision compare with full depth, {named_by} with the right answers: "
+            "drop one of them",
         ),
         (
             bounds and options.by_question,

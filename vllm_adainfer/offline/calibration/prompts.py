@@ -52,7 +52,6 @@ from vllm_adainfer.offline.calibration.data.student_base import (
 )
 from vllm_adainfer.offline.calibration.enough_rows import (
     check_labels,
-    check_queries,
     check_questions,
     check_rows,
 )
@@ -65,6 +64,7 @@ from vllm_adainfer.offline.calibration.options import (
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import say
 from vllm_adainfer.promise.accuracy import RightTokens
+from vllm_adainfer.promise.promise import Unit
 
 # The held-out rows are enough if the bound holds at this share of epsilon, measured on them.
 ALLOWANCE = 0.6
@@ -139,8 +139,7 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
         )
     check_labels(options, labels)
     groups = groups_of(examples)
-    if options.top_k is not None:
-        check_queries(groups, options.top_k.k, data)
+    options.promise.check_groups(groups, data)
     alike = alike_of(examples, groups)
     order = random_order(groups if alike is None else alike, options.seed)
     examples = [examples[index] for index in order]
@@ -156,7 +155,7 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     alone = len(shortest.token_ids) == 1  # nothing is left of it without the first token
     if request.probe == "auto":
         by_last_token = alone or (
-            options.top_k is not None and begin_alike(fitting, split.groups[split.fit])
+            options.promise.unit is Unit.QUERY and begin_alike(fitting, split.groups[split.fit])
         )
         label_head: ProbeKind = "label-head" if by_last_token else "pooled-label-head"
         probe = label_head if labels else "lens"
@@ -167,7 +166,7 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
             f"{shortest.place}: a {request.probe} leaves out the first token of a prompt, and "
             "this one has no other: use --probe label-head, or give a --template"
         )
-    right = right_tokens(examples, labels, tokenizer) if options.risk == "accuracy" else None
+    right = right_tokens(examples, labels, tokenizer) if options.promise.reads_right else None
     student = None
     if request.student is not None:
         student = load_student_base(request.student, examples, tokenizer, shared)
@@ -194,7 +193,7 @@ def split_of(groups: Ints, options: PolicyOptions, alike: Ints | None = None) ->
     """
     half, bound = Split.of_groups(groups, alike=alike), Bound.promised(options)
     some_rows = options.by_question or bool(options.label_bounds)  # each bound on rows of its own
-    counts_groups = options.top_k is not None
+    counts_groups = options.promise.unit is Unit.QUERY
     alone = counts_groups or half.most_together(groups) == 1
     if some_rows or bound.kind != "exact" or not alone:
         return half

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer import __version__
 from vllm_adainfer.artifact.engine_options import EngineOptions
-from vllm_adainfer.engine.classes import model_class_of
-from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.adapter import NamedAdapter, adapter_for
-from vllm_adainfer.offline.doctor.finding import Finding, fail, ok, skip
-from vllm_adainfer.promise.words import (
+from vllm_adainfer.artifact.words import (
     probabilities_in_words,
     probes_in_words,
     promise_in_words,
 )
+from vllm_adainfer.engine.classes import model_class_of
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.adapter import NamedAdapter, adapter_for
+from vllm_adainfer.offline.doctor.finding import Finding, fail, ok, skip
 from vllm_adainfer.settings.engine import KILL_SWITCH
 
 if TYPE_CHECKING:

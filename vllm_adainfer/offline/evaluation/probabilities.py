@@ -31,7 +31,7 @@ def quality(config: ArtifactConfig, run: Run, truth: Ints | None) -> dict[str, A
     """Scores of one run; None for those that need true labels or the whole vocabulary."""
     assert run.logprobs is not None
     found: dict[str, Any] = {"ece": None, "brier": None, "label_mass": None, "bins": None}
-    if config.label_mass:
+    if config.promise.covers_mass:
         found["label_mass"] = float(label_mass(run.logprobs).mean())
     if truth is not None and config.score_head != "sigmoids":
         probabilities = among_labels(run.logprobs)

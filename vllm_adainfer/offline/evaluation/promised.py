@@ -30,7 +30,6 @@ from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run
 from vllm_adainfer.offline.reports.shares import Share, of_rounds
 from vllm_adainfer.promise.first_documents import FirstDocuments, ranked
 from vllm_adainfer.promise.gates import Gates
-from vllm_adainfer.promise.kinds import promise_of
 from vllm_adainfer.promise.probabilities import LabelProbabilities
 from vllm_adainfer.promise.promise import Outcome
 from vllm_adainfer.promise.tolerance import Tolerance
@@ -61,15 +60,15 @@ def promised_rows(
         and the share that is ``wrong``; empty for a promise about answers alone.
 
     """
-    promise = promise_of(config)
+    promise = config.promise
     compared = _Compared(config, examples, groups, rounds)
-    found: dict[str, Any] = {"risk": config.risk}
+    found: dict[str, Any] = {"risk": "probability"}
     if isinstance(promise, Gates):
         return {**found, "gates": compared.by_gate(promise)}
     if isinstance(promise, FirstDocuments):
         return {**found, "queries": compared.by_query(promise)}
     if isinstance(promise, Tolerance):
-        found |= {"tolerance": config.tolerance, "label_mass": config.label_mass}
+        found |= {"tolerance": promise.tolerance, "label_mass": promise.label_mass}
         return {**found, "probabilities": compared.by_move(promise)}
     return {}
 
@@ -131,8 +130,9 @@ class _Compared:
 
         Beside the rows `gates`, each with its name, number and the ``full`` probabilities.
         """
-        link, gates = promise.link, self.config.gates
-        each = [Gates([gate], self.config.labels, link) for gate in gates]
+        link, gates = promise.link, promise.gates
+        names = [label.name for label in self.config.labels]
+        each = [Gates(gates=(gate,)).about(names, link) for gate in gates]
 
         def outcome(run: Run) -> Outcome:
             assert run.logprobs is not None
@@ -219,7 +219,7 @@ class _Compared:
         ``ndcg_lost`` is the mean of 1 - NDCG@10 if full depth's scores are the gains; if all
         documents have labels, ``ndcg`` is the mean NDCG@10 by these.
         """
-        top_k, examples = promise.top_k, self.examples
+        examples = self.examples
         queries = [np.flatnonzero(self.groups == one) for one in np.unique(self.groups)]
         full, alone = [*map(_relevance, self.full)], np.arange(len(queries))
         right = None
@@ -227,7 +227,7 @@ class _Compared:
             right = np.array([float(example.label == YES) for example in examples])
 
         def other_first(early: Floats, deep: Floats) -> bool:
-            first = slice(top_k.k)
+            first = slice(promise.k)
             return set(ranked(early)[first]) != set(ranked(deep)[first])
 
         def row(runs: Sequence[Run]) -> dict[str, Any]:
@@ -244,7 +244,7 @@ class _Compared:
             return found
 
         counts = {"queries": len(queries), "documents": len(examples)}
-        return {"k": top_k.k, "margin": top_k.margin, **counts, **self.rows(row)}
+        return {"k": promise.k, "margin": promise.margin, **counts, **self.rows(row)}
 
 
 def _relevance(run: Run) -> Floats:

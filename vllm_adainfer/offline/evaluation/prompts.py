@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.requested import Form, Output
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.batch_files import are_requests
 from vllm_adainfer.offline.calibration.data.choices import common_choices, find_choices, with_labels
@@ -20,7 +21,6 @@ from vllm_adainfer.offline.calibration.data.read_examples import read_examples
 from vllm_adainfer.offline.calibration.prompts import right_tokens
 from vllm_adainfer.offline.evaluation.sequences import Tokens, has_number, is_number
 from vllm_adainfer.offline.pretrained import Model
-from vllm_adainfer.promise.output import Form, Output
 
 
 def load_examples(

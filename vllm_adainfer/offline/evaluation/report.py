@@ -31,8 +31,6 @@ from vllm_adainfer.offline.reports.shares import (
     verdict,
 )
 
-# For each risk, the measured share that the bound is about.
-BOUNDED = {"disagreement": "disagreement", "probability": "wrong", "accuracy": "accuracy_lost"}
 # Which answers break a promise, by the part of the report about it.
 BROKEN = {
     "probabilities": "beyond the tolerance of {tolerance:g}",
@@ -59,7 +57,7 @@ def build_report(
     never = measured.at(NEVER_EXIT)
     levels = [measured.level(level.epsilon) for level in config.levels]
     promised = promised_rows(config, examples, measured.groups, rounds)
-    name = BOUNDED[config.risk]
+    name = config.promise.measured
     for row, risk in zip(levels, bounded_rows(promised) or levels, strict=True):
         if name in risk:
             row["verdict"] = verdict(risk[name], risk[f"{name}_95"], row["epsilon"])
@@ -179,7 +177,7 @@ class _Measured:
 
     def _accuracy_lost(self, run: Run) -> dict[str, Any]:
         early, full = self._right(run), self._right(self.at(NEVER_EXIT)[0])
-        if self.config.risk != "accuracy" or early is None or full is None:
+        if not self.config.promise.reads_right or early is None or full is None:
             return {}
         lost = self._share(full - early)
         return {"accuracy_lost": lost.value, "accuracy_lost_95": lost.signed_interval}

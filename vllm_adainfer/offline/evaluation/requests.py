@@ -9,9 +9,9 @@ import numpy as np
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Choice, Label
+from vllm_adainfer.artifact.requested import Form, Output
 from vllm_adainfer.offline.calibration.record.collect import greedy, scores_of
 from vllm_adainfer.offline.evaluation.run import Logprobs
-from vllm_adainfer.promise.output import Form, Output
 
 if TYPE_CHECKING:
     from vllm import PoolingParams, PoolingRequestOutput, RequestOutput, SamplingParams

@@ -6,22 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
-from vllm_adainfer.artifact.served_prompts import served_prompts
-from vllm_adainfer.offline.facts.document import Block, Facts, Table
-from vllm_adainfer.promise.kinds import promise_of
-from vllm_adainfer.promise.scope import (
+from vllm_adainfer.artifact.scope import (
     after_which_text,
     each_for_itself,
     not_seen_whole,
     student_in_words,
 )
-from vllm_adainfer.promise.words import (
+from vllm_adainfer.artifact.served_prompts import served_prompts
+from vllm_adainfer.artifact.words import (
     at_most,
     outputs_in_words,
     probabilities_in_words,
     probes_in_words,
     promise_in_words,
 )
+from vllm_adainfer.offline.facts.document import Block, Facts, Table
 
 WORTH_MORE_PROMPTS = 1.0  # percentage points that the second half of the prompts has brought
 
@@ -52,7 +51,7 @@ def _summary(config: ArtifactConfig, details: Mapping[str, Any]) -> Facts:
     labels = ", ".join(f"{label.name} ({label.token_id})" for label in config.labels)
     if config.choices:
         labels = "the first tokens of the choices"
-    adapter, student, lost = config.adapter, config.student, promise_of(config).lost
+    adapter, student, lost = config.adapter, config.student, config.promise.lost
     facts = {
         "model": f"{config.base_model} ({config.architecture}, {config.layers} layers, weights "
         f"{config.weights_fingerprint})",
@@ -88,12 +87,12 @@ def _bound(config: ArtifactConfig) -> str:
 
 def level_facts(config: ArtifactConfig) -> list[Facts]:
     """The epsilon table, on the held-out rows."""
-    lost = promise_of(config).lost
+    lost = config.promise.lost
     return [
         {
             "epsilon": f"{100 * level.epsilon:g} %",
             "disagreement, held out": f"{level.disagreement:.2%}",
-            **({} if config.risk == "disagreement" else {lost: f"{level.risk:.2%}"}),
+            **({} if lost == "disagreement" else {lost: f"{level.risk:.2%}"}),
             "upper bound": f"{level.bound:.2%}",
             **{
                 f"{promise.kind} of {promise.label}: changed (bound)": f"{found.risk:.2%} of "

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.words import probes_in_words
 from vllm_adainfer.offline.facts import artifact as about
 from vllm_adainfer.offline.reports import figures
 from vllm_adainfer.offline.reports.evaluation_facts import evaluation_facts, level_facts
 from vllm_adainfer.offline.reports.page import Section, html_page
 from vllm_adainfer.offline.reports.shares import share_in
-from vllm_adainfer.promise.words import probes_in_words
 
 
 def evaluation_page(

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.promise.kinds import promise_of
 
 Points = tuple[Sequence[Any], Sequence[Any]]  # x and y
 Trace = dict[str, Any]
@@ -103,7 +102,7 @@ def risk_curve(config: ArtifactConfig, details: Mapping[str, Any], index: int) -
         for key, name in (("risk", "held-out rows"), ("bound", f"bound at {1 - config.delta:.0%}"))
     ]
     points = [([100 * level.layers_saved], [100 * level.bound]) for level in config.levels]
-    layout = axes("layers saved, %", f"{promise_of(config).lost}, %")
+    layout = axes("layers saved, %", f"{config.promise.lost}, %")
     return _marked("risk", "Risk and its bound at calibration", traces, layout, points, index)
 
 

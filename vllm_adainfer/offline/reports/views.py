@@ -16,7 +16,6 @@ from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_student_tokenizer
 from vllm_adainfer.artifact.kinds import ProbeInput
-from vllm_adainfer.artifact.label_subsets import ALL, bits_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.collect import Plan, recorded
@@ -28,6 +27,7 @@ from vllm_adainfer.policy.own_text import OwnText
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.questions import KnownQuestions
+from vllm_adainfer.promise.label_subsets import ALL, bits_of
 from vllm_adainfer.promise.probabilities import features_among
 
 

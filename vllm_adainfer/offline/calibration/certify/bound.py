@@ -40,6 +40,7 @@ from vllm_adainfer.arrays import Bools, Floats, Ints
 from vllm_adainfer.artifact.kinds import BoundKind
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.options import PolicyOptions
+from vllm_adainfer.promise.promise import Unit
 
 HIGHEST, PRECISION = 0.999, 0.0005  # of an upper bound found by bisection
 
@@ -89,7 +90,7 @@ class Bound:
             AdaInferError: the exact bound is asked for prompts that are not independent.
 
         """
-        if options.top_k is not None:
+        if options.promise.unit is Unit.QUERY:
             if repeats is not None and groups is not None:
                 repeats = repeats[np.unique(groups, return_index=True)[1]]
             groups, together = None, 1
@@ -99,10 +100,10 @@ class Bound:
                 "together are not: use wsr or auto"
             )
         kind, longest = options.bound, options.max_tokens * together
-        accuracy = options.risk == "accuracy"
+        signed = options.promise.reads_right
         if kind == "auto":
-            kind = "wsr" if accuracy or longest > 1 else "exact"
-        return cls(kind, options.delta, -1.0 if accuracy else 0.0, groups, longest, repeats)
+            kind = "wsr" if signed or longest > 1 else "exact"
+        return cls(kind, options.delta, -1.0 if signed else 0.0, groups, longest, repeats)
 
     def of_rows(self, rows: Bools) -> Bound:
         """The bound for some of the rows alone."""

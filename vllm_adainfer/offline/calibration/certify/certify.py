@@ -29,7 +29,7 @@ from vllm_adainfer.offline.calibration.certify.path import (
 from vllm_adainfer.offline.calibration.data.split import numbered
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit
-from vllm_adainfer.promise.first_documents import relevance
+from vllm_adainfer.promise.first_documents import FirstDocuments, relevance
 
 EPSILONS = (0.005, 0.01, 0.02, 0.05, 0.1)
 
@@ -159,12 +159,12 @@ class Terms:
         return self._queries_of(self.calibration.fitted)
 
     def _queries_of(self, rows: Ints) -> Queries | None:
-        calibration = self.calibration
-        if calibration.options.top_k is None:
+        calibration, promise = self.calibration, self.calibration.options.promise
+        if not isinstance(promise, FirstDocuments):
             return None
         full = relevance(calibration.target.full_depth_of(calibration.rows, rows)).double().numpy()
         groups = calibration.split.groups[calibration.rows.prompts[rows]]
-        return Queries.of_groups(calibration.options.top_k, groups, full)
+        return Queries.of_groups(promise, groups, full)
 
     def rows_allowed(self, candidates: Sequence[FittedExit]) -> float:
         """The largest mean loss of rows within the bound, from `candidates`; 0 without any."""

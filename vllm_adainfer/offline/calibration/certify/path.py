@@ -30,9 +30,8 @@ import numpy as np
 import torch
 
 from vllm_adainfer.arrays import Bools, Floats, Ints
-from vllm_adainfer.artifact.fields import TopK
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored
-from vllm_adainfer.promise.first_documents import loses_document, ranked
+from vllm_adainfer.promise.first_documents import FirstDocuments, ranked
 
 STEPS = 200
 # The share of the losses that heads for the last token may add to those of whole prompts. Few
@@ -120,21 +119,21 @@ class Queries:
     """The queries that some rows are the documents of.
 
     Attributes:
-        top_k: what is promised of each.
+        promise: what is promised of each.
         rows: the rows of each query, int64 [its documents].
         full: [rows], the scores at full depth.
 
     """
 
-    top_k: TopK
+    promise: FirstDocuments
     rows: tuple[Ints, ...]
     full: Floats
 
     @classmethod
-    def of_groups(cls, top_k: TopK, groups: Ints, full: Floats) -> Queries:
+    def of_groups(cls, promise: FirstDocuments, groups: Ints, full: Floats) -> Queries:
         """The queries of `groups`, [rows], in ascending order."""
         rows = tuple(np.flatnonzero(groups == one) for one in np.unique(groups))
-        return cls(top_k, rows, full)
+        return cls(promise, rows, full)
 
     def losses(self, *points: PathPoint) -> Floats:
         """[queries], 1 where an order loses a document if each may have its score at any point.
@@ -144,13 +143,11 @@ class Queries:
         """
         scores = [np.where(np.isnan(p.relevance), self.full, p.relevance) for p in points]
         low, high = np.minimum.reduce(scores), np.maximum.reduce(scores)
-        tried = self.top_k.k if len(points) > 1 else 1  # one point has one order
+        tried = self.promise.k if len(points) > 1 else 1  # one point has one order
         lost = [
             any(
-                loses_document(
-                    np.where(np.arange(len(own)) == place, low[own], high[own]),
-                    self.full[own],
-                    self.top_k,
+                self.promise.breaks(
+                    np.where(np.arange(len(own)) == place, low[own], high[own]), self.full[own]
                 )
                 for place in ranked(self.full[own])[:tried]
             )

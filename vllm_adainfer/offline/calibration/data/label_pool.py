@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.artifact.fields import Label
-from vllm_adainfer.artifact.label_subsets import MOST_LABELS
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example, find_labels
+from vllm_adainfer.promise.label_subsets import MOST_LABELS
 
 # What vLLM's decision endpoints take as labels.
 POOLS = {

@@ -30,9 +30,10 @@ from sklearn.svm import LinearSVC
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from vllm_adainfer.artifact.kinds import FEATURES, ClassifierKind
+from vllm_adainfer.artifact.kinds import ClassifierKind
 from vllm_adainfer.artifact.tensors import served_shape
 from vllm_adainfer.policy.score import score
+from vllm_adainfer.promise.probabilities import FEATURES
 
 INVERSE_PENALTY = 100.0  # scikit-learn's C
 

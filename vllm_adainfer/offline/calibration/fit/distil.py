@@ -18,9 +18,9 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from vllm_adainfer.arrays import Floats, Ints
-from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration.fit.ridge import CrossValidated, Linear
 from vllm_adainfer.offline.calibration.record.rows import FOLDS
+from vllm_adainfer.promise.label_subsets import restrict
 from vllm_adainfer.promise.links import SOFTMAX, Link
 
 # Small penalties give closer probabilities, but rank answers worse across layers: on the demo

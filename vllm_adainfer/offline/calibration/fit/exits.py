@@ -16,7 +16,6 @@ from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Floats, Ints
 from vllm_adainfer.artifact.kinds import ClassifierKind
-from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
 from vllm_adainfer.offline.calibration.fit.classifier import fit_classifier, fit_crf
 from vllm_adainfer.offline.calibration.fit.probes import (
@@ -32,6 +31,7 @@ from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.score import score
 from vllm_adainfer.promise.accuracy import RightTokens
 from vllm_adainfer.promise.first_documents import relevance
+from vllm_adainfer.promise.label_subsets import restrict
 
 PLAIN = Target("logit-lens", None)  # any token may be the answer
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Floats, Ints
 from vllm_adainfer.artifact.kinds import LABEL_HEADS, ProbeKind
-from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration.fit import ridge
 from vllm_adainfer.offline.calibration.fit.distil import (
     PENALTIES,
@@ -28,6 +27,7 @@ from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.promise.changed import Changed
+from vllm_adainfer.promise.label_subsets import restrict
 from vllm_adainfer.promise.links import SOFTMAX, Link
 from vllm_adainfer.promise.probabilities import LabelProbabilities, probabilities_of_scores
 from vllm_adainfer.promise.promise import Outcome, Promise

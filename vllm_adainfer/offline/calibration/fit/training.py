@@ -21,7 +21,6 @@ from adainfer_kernels import Head
 from torch import Tensor, nn
 
 from vllm_adainfer.arrays import Ints
-from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
 from vllm_adainfer.offline.calibration.fit.distil import Taught
@@ -30,6 +29,7 @@ from vllm_adainfer.offline.calibration.record.rows import OwnStates
 from vllm_adainfer.offline.progress import progress, say
 from vllm_adainfer.policy.encoders import StateEncoder, TextEncoder
 from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.promise.label_subsets import restrict
 
 # A net overfits once the cross-entropy of inputs that it does not learn from is this much above its
 # least. On some hundred inputs less is noise: nets of the epoch with the least answered up to a

@@ -13,7 +13,15 @@ from vllm_adainfer.artifact.artifact import Encoder
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.fields import Adapter, LastToken, Level, Question
 from vllm_adainfer.artifact.files import save_artifact
-from vllm_adainfer.artifact.kinds import LABEL_HEADS, Candidates
+from vllm_adainfer.artifact.kinds import LABEL_HEADS
+from vllm_adainfer.artifact.outputs import (
+    AnyOutput,
+    Choices,
+    LabelPool,
+    Labels,
+    Scores,
+    Tokens,
+)
 from vllm_adainfer.offline.calibration.certify.path import PathPoint, held_out_path, threshold_grid
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy
@@ -61,7 +69,6 @@ def policy_config(
     calibration = policy.calibration
     model, options = calibration.rows.model, calibration.options
     head_size = model.logit_lens.head.hidden_size
-    candidates: Candidates = "full" if calibration.target.label_ids is None else "shortlist"
     base = None if policy.student is None else policy.student.base
     return ArtifactConfig(
         base_model=name,
@@ -80,23 +87,14 @@ def policy_config(
         shared=calibration.shared,
         pooled_from=calibration.pooled_from if calibration.target.is_pooled else None,
         last_token=None if policy.last_token is None else _last_token(policy.last_token),
-        candidates="labels" if calibration.labels else candidates,
-        labels=calibration.labels,
+        output=output_of(calibration),
         features=calibration.target.promise.feature_names,
         classifier=options.classifier,
         epsilon=options.epsilon,
         delta=options.delta,
-        risk=options.risk,
-        tolerance=options.tolerance,
-        gates=options.gates,
-        top_k=options.top_k,
+        promise=calibration.target.promise,
         label_bounds=options.label_bounds,
         never_early=options.never_early,
-        label_mass=calibration.target.promise.covers_mass,
-        score_head=calibration.score_head,
-        label_pool=calibration.target.subsets is not None,
-        choices=() if calibration.choices is None else calibration.choices.texts,
-        undecided=() if calibration.choices is None else calibration.choices.undecided,
         bound=policy.terms.bound.kind,
         largest_group=calibration.split.most_together(calibration.split.groups),
         max_tokens=options.max_tokens,
@@ -104,6 +102,19 @@ def policy_config(
         by_question=options.by_question,
         levels=_levels(policy),
     )
+
+
+def output_of(calibration: Calibration) -> AnyOutput:
+    """What requests ask for that the policy serves."""
+    labels, choices, answers = calibration.labels, calibration.choices, calibration.target.label_ids
+    if choices is not None:
+        return Choices(choices=choices.texts, undecided=choices.undecided)
+    if calibration.score_head is not None:
+        classes = tuple(label.name for label in labels)
+        return Scores(score_head=calibration.score_head, classes=classes)
+    if not labels:
+        return Tokens(candidates="full" if answers is None else "shortlist")
+    return Labels(labels=labels) if calibration.target.subsets is None else LabelPool(labels=labels)
 
 
 def _last_token(policy: FittedPolicy) -> LastToken:

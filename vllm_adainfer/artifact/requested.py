@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from vllm_adainfer.artifact.config_fields import ConfigFields
-from vllm_adainfer.promise.kinds import promise_of
 
 
 class Form(Enum):
@@ -44,7 +43,7 @@ class Output:
         if config.choices:
             return cls(Form.CHOICE, choices=frozenset(one.text for one in config.choices))
         labels = frozenset(config.label_ids) or None
-        promise = promise_of(config)
+        promise = config.promise
         if not promise.reads_probabilities:
             return cls(Form.TOKEN, labels)
         in_vocabulary = promise.serves_probabilities(in_vocabulary=True)
@@ -61,7 +60,7 @@ class Output:
             return bool(config.choices) and self.has_labels_of(config)
         if not self.has_labels_of(config) and not self._is_in_pool(config):
             return False
-        promise = promise_of(config)
+        promise = config.promise
         if self.form is Form.TOKEN:
             return promise.serves_best
         return promise.serves_probabilities(self.form is Form.IN_VOCABULARY)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.promise.kinds import promise_of
-from vllm_adainfer.promise.scope import about_labels
+from vllm_adainfer.artifact.scope import about_labels
 
 
 def probes_in_words(config: ArtifactConfig) -> str:
@@ -31,13 +30,13 @@ def outputs_in_words(config: ArtifactConfig) -> str:
         return f"the {what} of a prompt among {names}"
     if config.label_pool:
         names = f"two or more of {names}"
-    what = "among" if promise_of(config).serves_best else "that read probabilities among"
+    what = "among" if config.promise.serves_best else "that read probabilities among"
     return f"{tokens} {what} {names}"
 
 
 def at_most(config: ArtifactConfig, epsilon: float | None = None) -> str:
     """The promise with this `epsilon`; None leaves it a name."""
-    promise = promise_of(config)
+    promise = config.promise
     number = "epsilon" if epsilon is None else f"{100 * epsilon:g} {promise.measure}"
     answers = "answers" if config.max_tokens == 1 else "tokens, each after the same text,"
     return f"at most {number} {promise.bounded.format(answers=answers)}"
@@ -45,7 +44,7 @@ def at_most(config: ArtifactConfig, epsilon: float | None = None) -> str:
 
 def promise_in_words(config: ArtifactConfig, epsilon: float) -> str:
     """The whole promise at `epsilon`: with what is wrong, and over which requests it holds."""
-    promise = promise_of(config)
+    promise = config.promise
     wrong = [f"wrong: {promise.words()}"] if promise.reads_probabilities else []
     over = []
     if config.by_question:
@@ -58,9 +57,11 @@ def promise_in_words(config: ArtifactConfig, epsilon: float) -> str:
 
 def probabilities_in_words(config: ArtifactConfig) -> str:
     """Which requests for probabilities may exit, and what is right about them; "" if none may."""
-    promise = promise_of(config)
-    if not promise.reads_probabilities or config.score_head is not None:
+    promise = config.promise
+    if config.score_head is not None:
         return promise.right_about
+    if not promise.reads_probabilities:
+        return ""
     whole = (
         "requests for probabilities in the whole vocabulary (logprob_token_ids = the labels, as "
         "/generative_scoring and /v1/systemone send)"

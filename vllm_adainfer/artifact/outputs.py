@@ -1,0 +1,87 @@
+"""The requests that a policy serves, by what they ask for, as an artifact keeps it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from vllm_adainfer.artifact.fields import (
+    MOST_ANSWERS,
+    MOST_CHOICES,
+    Choice,
+    Label,
+    TokenId,
+)
+from vllm_adainfer.artifact.kinds import ScoreHead
+from vllm_adainfer.promise.label_subsets import MOST_LABELS
+from vllm_adainfer.strict import Strict
+
+UNDECIDED = "undecided"
+
+
+class Tokens(Strict):
+    """Any token."""
+
+    kind: Literal["tokens"] = "tokens"
+    candidates: Literal["shortlist", "full"] = Field(description="The tokens that probes score.")
+
+
+class Labels(Strict):
+    """One of some labels, or their probabilities."""
+
+    kind: Literal["labels"] = "labels"
+    labels: tuple[Label, ...] = Field(min_length=1, max_length=MOST_ANSWERS)
+
+
+class LabelPool(Strict):
+    """The same of two or more of these labels, which each request names."""
+
+    kind: Literal["label-pool"] = "label-pool"
+    labels: tuple[Label, ...] = Field(min_length=1, max_length=MOST_LABELS)
+
+
+class Choices(Strict):
+    """One of some texts, as `structured_outputs.choice` asks for.
+
+    Labels stand for the choices that a first token can decide on, each for the first of its tokens;
+    one more stands for the undecided first tokens, if any.
+    """
+
+    kind: Literal["choices"] = "choices"
+    choices: tuple[Choice, ...] = Field(min_length=1, max_length=MOST_CHOICES)
+    undecided: tuple[TokenId, ...] = Field(
+        default=(), description="First tokens that leave several choices open."
+    )
+
+    @cached_property
+    def labels(self) -> tuple[Label, ...]:
+        """The choices that a first token decides, and the undecided tokens."""
+        found = [
+            Label(name=choice.text, token_id=choice.first_tokens[0])
+            for choice in self.choices
+            if choice.first_tokens
+        ]
+        if self.undecided:
+            found.append(Label(name=UNDECIDED, token_id=self.undecided[0]))
+        return tuple(found)
+
+
+class Scores(Strict):
+    """The probabilities that a classifier, which vLLM runs as a pooling model, gives its classes.
+
+    Labels stand for the columns of its scores, in order: a label's `token_id` is its column.
+    """
+
+    kind: Literal["scores"] = "scores"
+    score_head: ScoreHead = Field(description="What turns the scores into probabilities.")
+    classes: tuple[str, ...] = Field(min_length=1, max_length=MOST_ANSWERS)
+
+    @cached_property
+    def labels(self) -> tuple[Label, ...]:
+        """The classes, numbered by column."""
+        return tuple(Label(name=name, token_id=column) for column, name in enumerate(self.classes))
+
+
+AnyOutput = Annotated[Tokens | Labels | LabelPool | Choices | Scores, Field(discriminator="kind")]
