@@ -76,7 +76,7 @@ def test_a_classifiers_policy_is_for_the_columns_of_its_scores(calibrated, model
     if model.name == "sigmoid":
         right = "scores are right about which documents of a query come first"
         assert "with at most 20 % of the queries wrong" in said
-        assert config.promise == FirstDocuments(k=1, margin=0.05)
+        assert config.promise.model_dump() == FirstDocuments(k=1, margin=0.05).model_dump()
     assert f"{right}, not in value" in said
     assert config.bound == "exact"
 

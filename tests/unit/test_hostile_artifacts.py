@@ -85,6 +85,10 @@ def pickled(directory: Path) -> None:
     (directory / POLICY_FILE).write_bytes(pickle.dumps({"thresholds": [0.0]}))
 
 
+def labels_of(token: int) -> dict[str, Any]:
+    return {"kind": "labels", "labels": [{"name": "a", "token_id": token}] * 2}
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -96,8 +100,8 @@ def pickled(directory: Path) -> None:
         (large_config, "is larger than 64 MiB"),
         (with_config(hidden_size=1 << 40), "must have shape"),
         (with_config(hidden_size=10**400), "must have shape"),
-        (with_config(labels=[{"name": "a", "token_id": 1 << 40}] * 2), "below vocab_size"),
-        (with_config(labels=[{"name": "a", "token_id": 5}] * 2), "token id of its own"),
+        (with_config(output=labels_of(1 << 40)), "below vocab_size"),
+        (with_config(output=labels_of(5)), "token id of its own"),
         (with_config(code="print()"), "not a valid artifact config"),
     ],
 )
