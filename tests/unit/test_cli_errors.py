@@ -225,7 +225,7 @@ def sentence_of(place: Place, command: str) -> str:
         (f"{TOLERANCE} --probe logit-lens", "and --probe logit-lens has none: drop --probe or"),
         (
             f"{TOLERANCE} --risk accuracy",
-            "--tolerance bounds how far probabilities move, --risk accur",
+            "--risk accuracy bounds the accuracy lost, --tolerance bounds how far",
         ),
         (
             f"{TOLERANCE} --epsilon 0.01",
@@ -258,7 +258,10 @@ def sentence_of(place: Place, command: str) -> str:
             f"{LABELS} --top 5:0.1 --risk accuracy",
             "--top bounds how often queries lose a document, ",
         ),
-        (f"{LABELS} --gate good:0.5 --risk accuracy", "are on the wrong side, --risk accuracy the"),
+        (
+            f"{LABELS} --gate good:0.5 --risk accuracy",
+            "are on the wrong side, and a policy has one",
+        ),
         (f"{LABELS} --gate good:0.5 --probe lens", "--gate needs the scores of a label-head, and"),
         (
             "calibrate --choices bad,good --gate good:0.5",

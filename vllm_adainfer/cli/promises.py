@@ -24,7 +24,8 @@ def promise_of(asked: Mapping[str, Any]) -> Promise:
     given = [one for one in PROMISES if asked.get(one.option) is not None]
     if len(given) > 1:
         bounds = ", ".join(f"{one.option} bounds {one.bounds}" for one in given)
-        raise AdaInferError(f"{bounds}, and a policy has one bound: drop all but one of them")
+        options = ", ".join(one.option for one in given)
+        raise AdaInferError(f"{bounds}, and a policy has one bound: drop all but one of {options}")
     [kind] = given or [Changed]
     return kind.asked(asked.get(kind.option))
 
