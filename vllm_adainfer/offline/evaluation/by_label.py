@@ -81,7 +81,7 @@ def _share(name: str, hits: Bools, among: Bools, groups: Ints) -> dict[str, Any]
     """The share of the rows `among` that are hits."""
     if not among.any():
         return {name: None, f"{name}_95": None}
-    share = Share(hits[among].astype(np.float64), np.ones(int(among.sum())), groups[among])
+    share = Share.of(hits[among], groups[among])
     return {name: share.value, f"{name}_95": share.interval}
 
 

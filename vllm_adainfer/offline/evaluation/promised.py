@@ -119,10 +119,7 @@ class _Compared:
     def share(self, name: str, hits: Sequence[Any], groups: Ints | None = None) -> dict[str, Any]:
         """The share of `hits`, [rows] for each round, and its interval."""
         groups = self.groups if groups is None else groups
-        ones = np.ones(len(groups))
-        value, interval = of_rounds(
-            [Share(np.asarray(one).astype(np.float64), ones, groups) for one in hits]
-        )
+        value, interval = of_rounds([Share.of(np.asarray(one), groups) for one in hits])
         return {name: value, f"{name}_95": interval}
 
     def by_gate(self, promise: Gates) -> dict[str, Any]:

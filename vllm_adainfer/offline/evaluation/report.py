@@ -119,7 +119,7 @@ class _Measured:
         """Speed and accuracy of one engine."""
         seconds = statistics.median(run.seconds for run in runs)
         right = self._right(runs[0])
-        accuracy = None if right is None else self._share(right)
+        accuracy = None if right is None else Share.of(right, self.groups)
         return {
             "requests_per_second": len(self.examples) / seconds,
             "tokens_per_second": (self.prompt_tokens + runs[0].tokens) / seconds,
@@ -179,7 +179,7 @@ class _Measured:
         early, full = self._right(run), self._right(self.at(NEVER_EXIT)[0])
         if not self.config.promise.reads_right or early is None or full is None:
             return {}
-        lost = self._share(full - early)
+        lost = Share.of(full - early, self.groups)
         return {"accuracy_lost": lost.value, "accuracy_lost_95": lost.signed_interval}
 
     def _by_label(self, run: Run) -> dict[str, Any]:
@@ -189,9 +189,6 @@ class _Measured:
         full = self.at(NEVER_EXIT)[0]
         rows = label_rows(self.config, self.examples, self.groups, run.texts, full.texts)
         return {"by_label": rows}
-
-    def _share(self, hits: Floats) -> Share:
-        return Share(hits, np.ones(len(hits)), self.groups)
 
     def _right(self, run: Run) -> Floats | None:
         found = self.right_in(run.texts)

@@ -65,7 +65,7 @@ def compare(texts: Sequence[Tokens], full: Sequence[Tokens]) -> dict[str, Any]:
     """
     alone = np.arange(len(texts))
     tokens = differing(texts, full, alone)
-    same = Share(1 - tokens.hits, np.ones(len(texts)), alone)
+    same = Share.of(1 - tokens.hits, alone)
     places = tokens.rows[tokens.hits == 1] - 1
     return {
         "disagreement": tokens.value,

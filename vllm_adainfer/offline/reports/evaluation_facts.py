@@ -22,14 +22,7 @@ SCORES = {
 def evaluation_facts(report: Mapping[str, Any]) -> list[Block]:
     """The measurements of an evaluation."""
     ours, stock = report["adainfer"], report["stock"]
-    engines = (
-        ("stock vLLM", stock, report["layers_total"]),
-        (
-            "vllm-adainfer",
-            ours,
-            ours["layers_run_mean"],
-        ),
-    )
+    layers = report["layers_total"]
     exits = ", ".join(
         f"{layer}: {spelled(share, ours['exit_histogram_95'][layer], 0)}"
         for layer, share in ours["exit_histogram"].items()
@@ -42,19 +35,20 @@ def evaluation_facts(report: Mapping[str, Any]) -> list[Block]:
     }
     return [
         f"{report['n']} prompts of {report['prompt_tokens_mean']:.0f} tokens on average, "
-        f"{report['model']} ({report['layers_total']} layers)",
-        Table([_engine(*engine) for engine in engines], 1),
+        f"{report['model']} ({layers} layers)",
+        Table(
+            [
+                _engine("stock vLLM", stock, layers),
+                _engine("vllm-adainfer", ours, ours["layers_run_mean"]),
+            ],
+            text_columns=1,
+        ),
         Table([*map(level_facts, report["levels"]), _never_exit(report["never_exit"])]),
         "Never exit: the cost of the segments, and how often their rounding changes an answer.",
         f"Requests by layers run: {exits}",
         "In brackets: 95 % intervals, for prompts like these. Measured: the share is within the "
         "bound, compatible with it (the interval includes the bound) or above it.",
-        *(
-            block
-            for name, facts in about.items()
-            if report.get(name)
-            for block in facts(report[name])
-        ),
+        *(one for name, facts in about.items() if report.get(name) for one in facts(report[name])),
     ]
 
 

@@ -25,8 +25,8 @@ class Explanation:
         layers: number of layers of the model.
         epsilon: the bound that the thresholds are for.
         leaves_after: number of layers that the request runs.
-        views: what the policy sees at each exit point, and at full depth.
-        served: the prompts that the policy serves, in words, if this is none of them; else None.
+        views: those at each exit point, and at full depth.
+        served: the prompts that the policy serves, in words, if this is none of them.
 
     """
 

@@ -99,10 +99,9 @@ class Watched:
 
     Attributes:
         model: name of the served model.
-        tokenizer: directory or hub id of its tokenizer.
+        tokenizer: directory or hub id.
         since: when counting began, in seconds since 1970.
-        requests: all requests.
-        tokens: all token rows that ran.
+        requests: all requests, and `tokens` all token rows that ran for them.
         kinds: the kinds that recur, the one with most token rows first.
         pools: pool candidates, see `vllm_adainfer.auto.table.pools`.
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import beta, t
 
-from vllm_adainfer.arrays import Floats, Ints
+from vllm_adainfer.arrays import AnyArray, Floats, Ints
 
 TAIL = 0.025  # beyond each end of an interval
 Interval = tuple[float, float]
@@ -36,6 +36,11 @@ class Share:
     hits: Floats
     rows: Floats
     groups: Ints
+
+    @classmethod
+    def of(cls, hits: AnyArray, groups: Ints) -> Share:
+        """The share of single rows that are hits."""
+        return cls(hits.astype(np.float64), np.ones(len(hits)), groups)
 
     @property
     def value(self) -> float:
