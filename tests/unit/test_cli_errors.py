@@ -178,7 +178,6 @@ def sentence_of(place: Place, command: str) -> str:
         ("calibrate --model nobody/nothing", "neither a model directory nor a hub id"),
         ("calibrate --probe label-head", "--probe label-head needs --labels"),
         ("calibrate --exit-points two", "--exit-points must be auto or layers"),
-        ("calibrate --exit-points 2,", "--exit-points must be auto or layers"),
         ("calibrate --exit-points 3,6", "--exit-points must ascend between 1 and 5"),
         ("calibrate --exit-points 3,2", "--exit-points must ascend between 1 and 5"),
         (
@@ -194,7 +193,6 @@ def sentence_of(place: Place, command: str) -> str:
             "--probe pooled-label-head needs --labels, such as",
         ),
         ("calibrate --probe branch", "--probe branch needs --labels, such as"),
-        ("calibrate --probe branch --max-tokens 4", "--probe branch needs --labels, such as"),
         (
             f"{LABELS} --probe branch --max-tokens 4",
             "--labels are one-token answers: drop --max-tokens or --labels",
@@ -214,10 +212,6 @@ def sentence_of(place: Place, command: str) -> str:
             "--tolerance is for the probabilities of labels: give --labels",
         ),
         (f"{TOLERANCE} --max-tokens 8", "--tolerance is for the probabilities of one token: drop"),
-        (
-            "calibrate --tolerance 0.05 --max-tokens 8",
-            "--tolerance is for the probabilities of one token: drop --max-tokens or --tolerance",
-        ),
         (
             f"{TOLERANCE} --probe lens",
             "needs the scores of a label-head, and --probe lens has none",
@@ -246,14 +240,13 @@ def sentence_of(place: Place, command: str) -> str:
             "--gate 'good' must be a label, or best, and a probability between",
         ),
         ("calibrate --gate good:0.5", "--gate is for the probabilities of labels: give"),
-        ("calibrate --gate good:0.5 --max-tokens 8", "--gate is for the probabilities of"),
         (f"{LABELS} --gate good:0.5 --tolerance 0.1", "drop all but one of --tolerance, --gate"),
         (
             f"{LABELS} --top 5:0.1",
             "--top ranks the documents of a reranker, and this model generates",
         ),
-        (f"{LABELS} --top 5", "--top '5' must be a number of documents and a margin"),
         (f"{LABELS} --top 0:0.1", "--top '0:0.1' must be a number of documents and a margin"),
+        (f"{LABELS} --top 5", "--top '5' must be a number of documents and a margin"),
         (
             f"{LABELS} --top 5:0.1 --risk accuracy",
             "--top bounds how often queries lose a document, ",
@@ -283,14 +276,12 @@ def sentence_of(place: Place, command: str) -> str:
         (f"{LABELS} --student no/such/encoder", "--student no/such/encoder is neither a directory"),
         (f"{LABELS} --student .", "--student . is not an encoder that transformers loads from"),
         ("inspect HERE", "has no config.json"),
-        ("inspect HERE/none", "has no config.json"),
         ("inspect nobody/nothing", "neither a directory nor a hub id"),
         (
             "evaluate --labels bad,Review",
             "--labels bad,Review are not those of the artifact: bad,good",
         ),
         ("calibrate --choices good", "--choices needs at least two different texts"),
-        ("calibrate --choices good,", "--choices needs at least two different texts"),
         ("calibrate --choices 'good, bad'", "--choices 'good, bad': some begin with a blank"),
         ("calibrate --choices good,Review", "line 1: the label 'bad' is not among good, Review"),
         (
@@ -305,10 +296,7 @@ def sentence_of(place: Place, command: str) -> str:
         ("evaluate --report HERE", "choose a file in a directory that is writable"),
         ("evaluate --no-prompts", "--no-prompts is about the page: give --html, too"),
         ("evaluate --html HERE", "choose a file in a directory that is writable"),
-        (
-            "evaluate --html HERE/data.jsonl/page.html",
-            "choose a file in a directory that is writable",
-        ),
+        ("evaluate --html HERE/data.jsonl/page.html", "choose a file in a directory that is"),
     ],
 )
 def test_an_option_that_does_not_fit_is_one_sentence_and_leaves_nothing_behind(
