@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +37,33 @@ from vllm_adainfer.engine.startup.refusals import refuse_unsupported
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Settings
 
-LLAMA = "LlamaForSequenceClassification"
+POLICY, SCRIPT, CAPTURE = (
+    {"artifact": "POLICY"},
+    {"exit_script": [2]},
+    {"capture": {"directory": "HERE"}},
+)
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 1024,
+}
+# Models without weights, which config time does not read: what makes the config, the architecture.
+CHECKPOINTS: dict[str, tuple[Any, str]] = {
+    "qwen3.5": (FAMILIES["qwen3.5"], "Qwen3_5ForCausalLM"),
+    "multimodal": (FAMILIES["gemma4-multimodal"], "Gemma4ForConditionalGeneration"),
+    "classifier": (FAMILIES["llama"], "LlamaForSequenceClassification"),
+    "qwen3 classifier": (FAMILIES["qwen3"], "Qwen3ForSequenceClassification"),
+    "qwen3 embeddings": (FAMILIES["qwen3"], "Qwen3Model"),
+    "qwen3-vl classifier": (FAMILIES["qwen3"], "Qwen3VLForSequenceClassification"),
+    "falcon": (lambda **_: FalconConfig(), "FalconForCausalLM"),
+    "mamba": (lambda **_: MambaConfig(), "MambaForCausalLM"),
+    "jamba": (lambda **_: JambaConfig(**SMALL), "JambaForCausalLM"),
+    "mixtral": (lambda **_: MixtralConfig(**SMALL), "MixtralForCausalLM"),
+    "olmoe": (lambda **_: OlmoeConfig(**SMALL), "OlmoeForCausalLM"),
+}
 
 
 def engine_config(model: Path, adainfer: Any = None, **settings: Any) -> Any:
@@ -43,6 +72,35 @@ def engine_config(model: Path, adainfer: Any = None, **settings: Any) -> Any:
     return EngineArgs(
         model=str(model), additional_config=additional, **settings
     ).create_engine_config()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_model, tmp_path_factory) -> Callable[[str], Path]:
+    """The directory of one of `CHECKPOINTS`, or of a Llama."""
+
+    @cache
+    def directory(name: str) -> Path:
+        if name == "llama":
+            return tiny_model
+        make, architecture = CHECKPOINTS[name]
+        config, found = make(**SHAPE), tmp_path_factory.mktemp("model")
+        config.architectures = [architecture]
+        config.save_pretrained(found)
+        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(found)
+        return found
+
+    return directory
+
+
+@pytest.fixture
+def filled(tiny_policy, tmp_path) -> Callable[[Any], Any]:
+    """A switch with directories in place of their names."""
+
+    def fill(switch: Any) -> Any:
+        text = json.dumps(switch).replace("POLICY", str(tiny_policy))
+        return json.loads(text.replace("HERE", str(tmp_path / "here")))
+
+    return fill
 
 
 def test_vllm_loads_the_plugin_by_its_entry_point():
@@ -57,11 +115,41 @@ def test_registering_again_changes_nothing():
     assert once == model_hooks.MODELS_CONFIG_MAP
 
 
-def test_the_switch_selects_model_worker_and_scheduler(tiny_model, tiny_policy):
-    config = engine_config(tiny_model, {"artifact": str(tiny_policy)})
-    assert config.model_config.hf_config.architectures == ["AdaInferLlamaForCausalLM"]
-    assert config.parallel_config.worker_cls == CPU_WORKER
-    assert config.scheduler_config.scheduler_cls == SCHEDULER
+OURS = "AdaInferLlamaForCausalLM", CPU_WORKER, SCHEDULER
+STOCK = "LlamaForCausalLM", "vllm.v1.worker.cpu_worker.CPUWorker", None
+OBSERVED = *STOCK[:2], SCHEDULER
+OFF = {"VLLM_ADAINFER": "0"}
+
+
+@pytest.mark.parametrize(
+    ("of", "switch", "settings", "variables", "selected"),
+    [
+        ("llama", POLICY, {}, {}, OURS),
+        ("llama", {**POLICY, **CAPTURE}, {}, {}, OURS),
+        ("llama", None, {}, {}, STOCK),
+        ("llama", {**POLICY, "enabled": False}, {}, {}, STOCK),
+        ("llama", POLICY, {}, OFF, STOCK),
+        ("llama", {**CAPTURE, "enabled": False}, {}, {}, STOCK),
+        ("llama", CAPTURE, {}, OFF, STOCK),
+        ("llama", CAPTURE, {}, {}, OBSERVED),
+        ("llama", CAPTURE, {"enable_lora": True}, {}, OBSERVED),
+        ("llama", CAPTURE, {"pipeline_parallel_size": 2}, {}, OBSERVED),
+        ("falcon", CAPTURE, {}, {}, ("FalconForCausalLM", *OBSERVED[1:])),
+    ],
+)
+def test_the_switch_selects_model_worker_and_scheduler(
+    checkpoint, filled, monkeypatch, tmp_path, of, switch, settings, variables, selected
+):
+    """Without it all is vLLM's own; capture alone needs a scheduler, and refuses nothing else."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = engine_config(checkpoint(of), filled(switch), **settings)
+    [architecture] = config.model_config.hf_config.architectures
+    worker, scheduler = config.parallel_config.worker_cls, config.scheduler_config.scheduler_cls
+    assert (architecture, worker, scheduler) == selected
+    assert bool(config.model_config.logits_processors) == (selected == OURS), "checks requests"
+    if selected == STOCK:
+        assert not (tmp_path / "here").exists()
 
 
 @pytest.mark.parametrize(
@@ -87,77 +175,8 @@ def test_on_a_gpu_full_graphs_are_left_to_the_segments(tiny_model, monkeypatch, 
     assert vllm_config.parallel_config.worker_cls == GPU_WORKER
 
 
-@pytest.mark.parametrize("how", ["not configured", "not enabled", "kill switch"])
-def test_without_the_switch_everything_is_vllms_own(tiny_model, tiny_policy, monkeypatch, how):
-    adainfer: dict[str, Any] | None = {"artifact": str(tiny_policy)}
-    if how == "not configured":
-        adainfer = None
-    elif how == "not enabled":
-        adainfer = {"artifact": str(tiny_policy), "enabled": False}
-    else:
-        monkeypatch.setenv("VLLM_ADAINFER", "0")
-    config = engine_config(tiny_model, adainfer)
-    assert config.model_config.hf_config.architectures == ["LlamaForCausalLM"]
-    assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
-    assert config.scheduler_config.scheduler_cls is None
-
-
-@pytest.mark.parametrize("settings", [{}, {"enable_lora": True}, {"pipeline_parallel_size": 2}])
-def test_capture_alone_selects_only_a_scheduler_and_refuses_nothing_else(
-    tiny_model, tmp_path, settings
-):
-    capture = {"directory": str(tmp_path / "requests")}
-    config = engine_config(tiny_model, {"capture": capture}, **settings)
-    assert config.model_config.hf_config.architectures == ["LlamaForCausalLM"]
-    assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
-    assert config.scheduler_config.scheduler_cls == SCHEDULER
-    assert not config.model_config.logits_processors
-
-
-def test_an_architecture_without_exit_points_can_be_captured(tiny_model, tmp_path):
-    FalconConfig(architectures=["FalconForCausalLM"]).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
-    config = engine_config(tmp_path, {"capture": {"directory": str(tmp_path / "requests")}})
-    assert config.model_config.hf_config.architectures == ["FalconForCausalLM"]
-    assert config.scheduler_config.scheduler_cls == SCHEDULER
-
-
-def test_capture_beside_an_artifact_leaves_the_exits_as_they_are(tiny_model, tiny_policy, tmp_path):
-    capture = {"directory": str(tmp_path)}
-    config = engine_config(tiny_model, {"artifact": str(tiny_policy), "capture": capture})
-    assert config.model_config.hf_config.architectures == ["AdaInferLlamaForCausalLM"]
-    assert config.parallel_config.worker_cls == CPU_WORKER
-
-
-@pytest.mark.parametrize("how", ["not enabled", "kill switch"])
-def test_what_turns_the_plugin_off_turns_capture_off(tiny_model, tmp_path, monkeypatch, how):
-    adainfer = {"capture": {"directory": str(tmp_path / "requests")}}
-    if how == "not enabled":
-        adainfer["enabled"] = False
-    else:
-        monkeypatch.setenv("VLLM_ADAINFER", "0")
-    assert engine_config(tiny_model, adainfer).scheduler_config.scheduler_cls is None
-    assert not (tmp_path / "requests").exists()
-
-
 @pytest.mark.parametrize(
-    ("directory", "settings", "sentence"),
-    [
-        ("/proc/requests", {}, "cannot write to /proc/requests .*: name a directory"),
-        ("", {"scheduler_cls": "some.Scheduler"}, "custom --scheduler-cls .*: drop it, or"),
-        ("", {"hf_overrides": {"canvas_length": 8}}, "a diffusion model has a scheduler of its"),
-    ],
-)
-def test_an_engine_that_cannot_capture_does_not_start(
-    tiny_model, tmp_path, directory, settings, sentence
-):
-    capture = {"directory": directory or str(tmp_path)}
-    with pytest.raises(ValueError, match=sentence):
-        engine_config(tiny_model, {"capture": capture}, **settings)
-
-
-@pytest.mark.parametrize(
-    ("adainfer", "sentence"),
+    ("switch", "sentence"),
     [
         ({"artefact": "x"}, "adainfer.artefact is not a known key; known keys: artifact"),
         ({}, 'give "artifact", the directory that .* this model has none'),
@@ -172,67 +191,89 @@ def test_an_engine_that_cannot_capture_does_not_start(
         ({"artifact": "no/such"}, "neither a directory nor a hub id"),
         ({"artifact": "."}, "has no config.json"),
         ({"artifact": "x", "exit_script": [2]}, 'give "artifact"'),
-        ({"exit_script": [2], "epsilon": 0.1}, "go with .artifact., not .exit_script."),
-        ({"exit_script": [2], "shadow_rate": 0.1}, "go with .artifact., not .exit_script."),
+        ({**SCRIPT, "epsilon": 0.1}, "go with .artifact., not .exit_script."),
+        ({**SCRIPT, "shadow_rate": 0.1}, "go with .artifact., not .exit_script."),
         ({"exit_script": []}, "exit_script must ascend between 0 and 5, got \\[\\]"),
         ({"exit_script": [-1, 3]}, "exit_script must ascend between 0 and 5"),
         ({"exit_script": [3, 2]}, "exit_script must ascend between 0 and 5"),
         ({"exit_script": [2, 2]}, "exit_script must ascend between 0 and 5"),
         ({"exit_script": [2, 6]}, "exit_script must ascend between 0 and 5"),
         ({"exit_points": [2]}, "start with --enable-lora"),
+        ({**POLICY, "epsilon": 0.001}, "stricter than the artifact's strictest certified bound"),
+        ({"capture": {"directory": "/proc/requests"}}, "cannot write to /proc/requests .*: name a"),
     ],
 )
-def test_bad_values_of_the_switch_are_named(tiny_model, adainfer, sentence):
+def test_bad_values_of_the_switch_are_named(tiny_model, filled, switch, sentence):
     with pytest.raises(ValueError, match=sentence):
-        engine_config(tiny_model, adainfer)
+        engine_config(tiny_model, filled(switch))
 
 
-def test_an_epsilon_that_was_not_certified_is_refused(tiny_model, tiny_policy):
-    with pytest.raises(ValueError, match="stricter than the artifact's strictest certified bound"):
-        engine_config(tiny_model, {"artifact": str(tiny_policy), "epsilon": 0.001})
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism cannot drop rows"),
-        ({"prefill_context_parallel_size": 2}, "context parallelism splits a request's rows"),
-        ({"enable_batch_sharded_sampling": True}, "batch-sharded sampling bypasses the logits"),
-        ({"runner": "pooling"}, "of the pooling models only classifiers have an answer"),
-        ({"convert": "classify"}, "policy default decides tokens, and this engine answers with"),
-        ({"enable_prompt_embeds": True}, "prompt embeddings enter below"),
-        ({"kv_offloading_size": 1.0}, "a KV connector would send incomplete blocks"),
-        (
-            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-            "a KV connector would send incomplete blocks",
-        ),
-        ({"offload_group_size": 2}, "set --offload-group-size 0"),
-        (
-            {"weight_transfer_config": {"backend": "sparse_nccl"}},
-            "set the backend of --weight-transfer-config to nccl or ipc",
-        ),
-        ({"enable_return_routed_experts": True}, "the experts of rows that have moved"),
-        ({"logits_processors": ["some.module:Class"]}, "custom logits processors"),
-        ({"model_impl": "transformers"}, "--model-impl transformers builds another model class"),
-        (
-            {"hf_overrides": {"dual_chunk_attention_config": {"chunk_size": 64}}},
-            "dual chunk attention is not supported",
-        ),
-        ({"worker_cls": "some.Worker"}, "custom --worker-cls"),
-        ({"scheduler_cls": "some.Scheduler"}, "custom --scheduler-cls"),
-        (
+CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+RECURRENT_END = {"layer_types": [*["full_attention"] * 5, "linear_attention"]}
+UNSUPPORTED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    ("llama", POLICY, {"pipeline_parallel_size": 2}, "pipeline parallelism cannot drop rows"),
+    ("llama", POLICY, {"prefill_context_parallel_size": 2}, "context parallelism splits a request"),
+    ("llama", POLICY, {"enable_batch_sharded_sampling": True}, "batch-sharded sampling bypasses"),
+    ("llama", POLICY, {"runner": "pooling"}, "of the pooling models only classifiers have an"),
+    ("llama", POLICY, {"convert": "classify"}, "policy default decides tokens, and this engine"),
+    ("llama", POLICY, {"enable_prompt_embeds": True}, "prompt embeddings enter below"),
+    ("llama", POLICY, {"kv_offloading_size": 1.0}, "a KV connector would send incomplete blocks"),
+    ("llama", POLICY, {"kv_transfer_config": CONNECTOR}, "a KV connector would send incomplete"),
+    ("llama", POLICY, {"offload_group_size": 2}, "set --offload-group-size 0"),
+    (
+        *("llama", POLICY, {"weight_transfer_config": {"backend": "sparse_nccl"}}),
+        "set the backend of --weight-transfer-config to nccl or ipc",
+    ),
+    ("llama", POLICY, {"enable_return_routed_experts": True}, "the experts of rows that have"),
+    ("llama", POLICY, {"logits_processors": ["some.module:Class"]}, "custom logits processors"),
+    ("llama", POLICY, {"model_impl": "transformers"}, "--model-impl transformers builds another"),
+    (
+        *("llama", POLICY, {"hf_overrides": {"dual_chunk_attention_config": {"chunk_size": 64}}}),
+        "dual chunk attention is not supported",
+    ),
+    ("llama", POLICY, {"worker_cls": "some.Worker"}, "custom --worker-cls"),
+    ("llama", POLICY, {"scheduler_cls": "some.Scheduler"}, "custom --scheduler-cls"),
+    (
+        *(
+            "llama",
+            POLICY,
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "speculative decoding reads the hidden states",
         ),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_unsupported_engine_settings_are_refused_with_what_to_set(
-    tiny_model, tiny_policy, settings, sentence
+        "speculative decoding reads the hidden states",
+    ),
+    ("llama", CAPTURE, {"scheduler_cls": "some.Scheduler"}, "custom --scheduler-cls .*: drop it"),
+    ("llama", CAPTURE, {"hf_overrides": {"canvas_length": 8}}, "a diffusion model has a scheduler"),
+    (
+        "llama",
+        {"record": [2]},
+        {"tensor_parallel_size": 2},
+        "calibrate with --tensor-parallel-size",
+    ),
+    ("qwen3.5", SCRIPT, {"enable_lora": True}, "no adapters for layers with a recurrent state on"),
+    ("qwen3.5", SCRIPT, {"hf_overrides": RECURRENT_END}, "the last layer keeps a recurrent state"),
+    ("falcon", POLICY, {}, "FalconForCausalLM has no exit points yet: serve one of"),
+    ("mamba", POLICY, {}, "MambaForCausalLM keeps a recurrent state"),
+    ("jamba", POLICY, {}, "JambaForCausalLM keeps a recurrent state"),
+    ("qwen3 embeddings", SCRIPT, {}, "of the pooling models only classifiers"),
+    ("qwen3-vl classifier", SCRIPT, {}, "has no exit points yet"),
+    ("classifier", SCRIPT, {"pooler_config": {"task": "token_classify"}}, "reads all tokens: set"),
+    ("classifier", SCRIPT, {"pooler_config": {"seq_pooling_type": "MEAN"}}, "set seq_pooling_type"),
+    ("classifier", SCRIPT, {"pooler_config": {"logit_mean": 0.5}}, "drop logit_mean and logit_sig"),
+    ("classifier", SCRIPT, {"enable_lora": True}, "adapters replace a classifier's head"),
+    ("classifier", SCRIPT, {"hf_overrides": {"is_causal": False}}, "bidirectional attention needs"),
+    ("multimodal", SCRIPT, {}, "serve text alone with --language-model-only"),
+    ("multimodal", SCRIPT, {"limit_mm_per_prompt": {"image": 0}}, "serve text alone with"),
+]
+
+
+@pytest.mark.parametrize(("of", "switch", "settings", "sentence"), UNSUPPORTED)
+def test_what_cannot_be_served_is_refused_with_what_to_set(
+    checkpoint, filled, of, switch, settings, sentence
 ):
     with pytest.raises(ValueError, match=sentence) as refusal:
-        engine_config(tiny_model, {"artifact": str(tiny_policy)}, **settings)
-    assert "additional_config" in str(refusal.value)
+        engine_config(checkpoint(of), filled(switch), **settings)
+    if switch == POLICY and settings:
+        assert "additional_config" in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -276,42 +317,26 @@ def test_a_checkpoint_that_is_quantised_itself_needs_no_option(tiny_model, tmp_p
     assert (options.quantization, options.kv_cache_dtype) == (None, None)
 
 
-def config_alone(family: str, architecture: str, model: Path, directory: Path) -> Path:
-    """Config and tokenizer, without weights, which config time does not read."""
-    config = FAMILIES[family](**SHAPE)
-    config.architectures = [architecture]
-    config.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(model).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def recurrent(tiny_model, tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("model") / "qwen3.5"
-    return config_alone("qwen3.5", "Qwen3_5ForCausalLM", tiny_model, directory)
+NO_MEDIA = {"image": 0, "video": 0, "audio": 0}
 
 
 @pytest.mark.parametrize(
-    ("settings", "sentence"),
+    ("of", "settings", "ours"),
     [
-        ({}, None),
-        ({"enable_lora": True}, "no adapters for layers with a recurrent state on a CPU"),
-        (
-            {"hf_overrides": {"layer_types": [*["full_attention"] * 5, "linear_attention"]}},
-            "the last layer keeps a recurrent state",
-        ),
+        ("qwen3.5", {}, "AdaInferQwen3_5ForCausalLM"),
+        ("multimodal", {"language_model_only": True}, "AdaInferGemma4ForConditionalGeneration"),
+        ("multimodal", {"limit_mm_per_prompt": NO_MEDIA}, "AdaInferGemma4ForConditionalGeneration"),
+        ("classifier", {}, "AdaInferLlamaForCausalLM"),
+        ("qwen3 classifier", {}, "AdaInferQwen3ForCausalLM"),
     ],
 )
-def test_what_recurrent_layers_do_not_allow_is_refused(recurrent, settings, sentence):
-    refused = nullcontext() if sentence is None else pytest.raises(ValueError, match=sentence)
-    with refused:
-        config = engine_config(recurrent, {"exit_script": [2]}, **settings)
-        assert config.model_config.hf_config.architectures == ["AdaInferQwen3_5ForCausalLM"]
-
-
-def test_calibration_needs_the_whole_lm_head_on_one_rank(tiny_model):
-    with pytest.raises(ValueError, match="calibrate with --tensor-parallel-size 1"):
-        engine_config(tiny_model, {"record": [2]}, tensor_parallel_size=2)
+def test_a_model_gets_our_class_of_the_model_that_vllm_makes_it_of(checkpoint, of, settings, ours):
+    """Qwen3's classifier has no entry in vLLM's registry, and a config hook of its own."""
+    config = engine_config(checkpoint(of), SCRIPT, **settings).model_config
+    assert config.hf_config.architectures == [ours]
+    if "classifier" in of:
+        assert not config.logits_processors
+        assert (config.runner_type, config.convert_type) == ("pooling", "classify")
 
 
 @pytest.mark.parametrize(
@@ -330,72 +355,6 @@ def test_other_devices_and_runners_are_refused(
         refuse_unsupported(
             vllm_config, "AdaInferLlamaForCausalLM", Settings(artifact=str(tiny_policy))
         )
-
-
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-    "vocab_size": 1024,
-}
-
-
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (FalconConfig(architectures=["FalconForCausalLM"]), "has no exit points yet: serve one of"),
-        (MambaConfig(architectures=["MambaForCausalLM"]), "keeps a recurrent state"),
-        (JambaConfig(architectures=["JambaForCausalLM"], **SMALL), "keeps a recurrent state"),
-    ],
-    ids=lambda value: getattr(value, "model_type", ""),
-)
-def test_an_architecture_without_exit_points_is_refused_not_ignored(
-    tiny_model, tiny_policy, tmp_path, config, reason
-):
-    config.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
-    [architecture] = config.architectures
-    with pytest.raises(ValueError, match=f"{architecture} {reason}"):
-        engine_config(tmp_path, {"artifact": str(tiny_policy)})
-
-
-@pytest.mark.parametrize(
-    "architecture", ["LlamaForSequenceClassification", "Qwen3ForSequenceClassification"]
-)
-def test_a_classifier_gets_our_class_of_the_model_that_vllm_makes_it_of(
-    tiny_model, tmp_path, architecture
-):
-    """The second has no entry in vLLM's registry, and a config hook of its own."""
-    family = "qwen3" if architecture.startswith("Qwen3") else "llama"
-    directory = config_alone(family, architecture, tiny_model, tmp_path)
-    config = engine_config(directory, {"exit_script": [2]}).model_config
-    causal = architecture.replace("SequenceClassification", "CausalLM")
-    assert config.hf_config.architectures == [f"AdaInfer{causal}"]
-    assert (config.runner_type, config.convert_type) == ("pooling", "classify")
-    assert not config.logits_processors
-
-
-@pytest.mark.parametrize(
-    ("architecture", "settings", "sentence"),
-    [
-        ("Qwen3Model", {}, "of the pooling models only classifiers"),
-        ("Qwen3VLForSequenceClassification", {}, "has no exit points yet"),
-        (LLAMA, {"pooler_config": {"task": "token_classify"}}, "reads all tokens: set task to"),
-        (LLAMA, {"pooler_config": {"seq_pooling_type": "MEAN"}}, "set seq_pooling_type to LAST"),
-        (LLAMA, {"pooler_config": {"logit_mean": 0.5}}, "drop logit_mean and logit_sigma"),
-        (LLAMA, {"enable_lora": True}, "adapters replace a classifier's head"),
-        (LLAMA, {"hf_overrides": {"is_causal": False}}, "bidirectional attention needs every"),
-    ],
-)
-def test_a_pooling_model_that_cannot_exit_is_refused_not_ignored(
-    tiny_model, tmp_path, architecture, settings, sentence
-):
-    family = "qwen3" if architecture.startswith("Qwen3") else "llama"
-    directory = config_alone(family, architecture, tiny_model, tmp_path)
-    with pytest.raises(ValueError, match=sentence):
-        engine_config(directory, {"exit_script": [2]}, **settings)
 
 
 def test_a_kv_connector_that_vllm_sets_after_its_config_hooks_is_refused(tiny_model, tiny_policy):
@@ -463,62 +422,31 @@ def test_an_encoder_decoder_model_is_refused(tiny_model, monkeypatch):
         refuse_unsupported(vllm_config, "", Settings(exit_script=(1,)))
 
 
-@pytest.fixture(scope="module")
-def multimodal(tiny_model, tmp_path_factory) -> Path:
-    name = "gemma4-multimodal"
-    directory = tmp_path_factory.mktemp("model") / name
-    return config_alone(name, "Gemma4ForConditionalGeneration", tiny_model, directory)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"language_model_only": True},
-        {"limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0}},
-    ],
-)
-def test_a_multimodal_model_is_served_with_text_alone(multimodal, settings):
-    config = engine_config(multimodal, {"exit_script": [2]}, **settings)
-    ours = "AdaInferGemma4ForConditionalGeneration"
-    assert config.model_config.hf_config.architectures == [ours]
-
-
-@pytest.mark.parametrize("settings", [{}, {"limit_mm_per_prompt": {"image": 0}}])
-def test_a_multimodal_model_that_takes_images_or_video_is_refused(multimodal, settings):
-    with pytest.raises(ValueError, match="serve text alone with --language-model-only"):
-        engine_config(multimodal, {"exit_script": [2]}, **settings)
-
-
-def test_a_multimodal_model_without_exit_points_is_refused(multimodal):
+def test_a_multimodal_model_without_exit_points_is_refused(checkpoint):
     with pytest.raises(AdaInferError, match="is multimodal and has no exit points yet"):
-        refuse_unsupported(engine_config(multimodal), "", Settings(exit_script=(1,)))
+        refuse_unsupported(engine_config(checkpoint("multimodal")), "", Settings(exit_script=(1,)))
 
 
 @pytest.mark.parametrize(
-    ("mixture", "setting", "value", "sentence"),
+    ("of", "setting", "value", "sentence"),
     [
-        (MixtralConfig, "enable_expert_parallel", True, "drop --enable-expert-parallel"),
-        (MixtralConfig, "data_parallel_size", 2, "start one server for each replica"),
-        (OlmoeConfig, "tensor_parallel_size", 2, "norms the keys of all heads as one"),
+        ("mixtral", "enable_expert_parallel", True, "drop --enable-expert-parallel"),
+        ("mixtral", "data_parallel_size", 2, "start one server for each replica"),
+        ("olmoe", "tensor_parallel_size", 2, "norms the keys of all heads as one"),
     ],
 )
 def test_ranks_of_a_mixture_that_would_wait_for_each_other_are_refused(
-    tiny_model, tmp_path, mixture, setting, value, sentence
+    checkpoint, of, setting, value, sentence
 ):
-    name = mixture.__name__.replace("Config", "ForCausalLM")
-    mixture(architectures=[name], **SMALL).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
-    vllm_config = engine_config(tmp_path)
+    vllm_config = engine_config(checkpoint(of))
     setattr(vllm_config.parallel_config, setting, value)
-    settings = Settings(exit_script=(1,))
+    ours = f"AdaInfer{CHECKPOINTS[of][1]}"
     with pytest.raises(AdaInferError, match=sentence):
-        refuse_unsupported(vllm_config, f"AdaInfer{name}", settings)
+        refuse_unsupported(vllm_config, ours, Settings(exit_script=(1,)))
 
 
-def test_experts_that_vllm_would_find_by_counting_are_refused(tiny_model, tmp_path, monkeypatch):
-    MixtralConfig(architectures=["MixtralForCausalLM"], **SMALL).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
-    vllm_config = engine_config(tmp_path)
+def test_experts_that_vllm_would_find_by_counting_are_refused(checkpoint, monkeypatch):
+    vllm_config = engine_config(checkpoint("mixtral"))
     monkeypatch.setattr("vllm.utils.torch_utils._USE_LAYERNAME", False)
     with pytest.raises(AdaInferError, match="without VLLM_USE_LAYERNAME"):
         refuse_unsupported(vllm_config, "AdaInferMixtralForCausalLM", Settings(exit_script=(1,)))

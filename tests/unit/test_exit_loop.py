@@ -168,30 +168,21 @@ EXITS = [FIRST_EXIT, FULL_DEPTH, SECOND_EXIT, FIRST_EXIT]
 DEPTHS = [2, 6, 4, 2]
 
 
-def test_each_request_runs_the_layers_up_to_the_exit_point_where_it_is_settled():
+def test_each_request_runs_the_layers_up_to_its_exit_point_and_gets_the_answer_from_there():
+    """Work is counted where layers run, for the policy that decides."""
     toy = Toy()
-    toy.step(PROMPTS, EXITS, continues=np.zeros(4, dtype=bool))
+    found, _ = toy.step(PROMPTS, EXITS, continues=np.zeros(4, dtype=bool))
+    assert found == pytest.approx([oracle(p, d)[0] for p, d in zip(PROMPTS, DEPTHS, strict=True)])
     assert toy.executed == {
         (request, position): DEPTHS[request]
         for request, prompt in enumerate(PROMPTS)
         for position in range(len(prompt))
     }
     assert toy.sizes == [10, 6, 2, 2], "the batch shrinks at both exit points"
-
-
-def test_each_answer_is_the_state_at_the_depth_where_the_request_left():
-    found, _ = Toy().step(PROMPTS, EXITS)
-    assert found == pytest.approx([oracle(p, d)[0] for p, d in zip(PROMPTS, DEPTHS, strict=True)])
-
-
-def test_work_is_counted_where_layers_run_and_by_the_policy_that_decides():
-    toy = Toy()
-    toy.step(PROMPTS, EXITS, continues=np.zeros(4, dtype=bool))
     toys, deep = toy.loop.stats.by_policy["toy"], toy.loop.stats.by_policy[NO_POLICY]
     assert (toys.layers_run, toys.layers_skipped) == (3 * 2 + 4 * 4 + 1 * 2, 3 * 4 + 4 * 2 + 1 * 4)
     assert (deep.layers_run, deep.layers_skipped) == (2 * 6, 0)
     assert toys.exit_histogram == {2: 2, 4: 1}
-    assert toys.layers_run + deep.layers_run == sum(toy.executed.values())
 
 
 def test_a_settled_request_stays_where_too_few_rows_would_leave_with_it():

@@ -19,9 +19,6 @@ def policy(exit_points: tuple[int, ...], num_threshold_rows: int) -> Any:
     )
 
 
-A_AND_B = {"a": policy((2, 4), 3), "b": policy((4, 7), 2)}
-
-
 def slow_owners(policies: dict[str, Any]) -> list[tuple[int, int | None]]:
     """Policy and own number of each threshold row, one by one; the last is that of -1."""
     rows: list[tuple[int, int | None]] = []
@@ -56,42 +53,6 @@ def test_threshold_rows_are_numbered_on_from_policy_to_policy(levels, firsts):
     assert first_threshold_rows(iter(levels)) == firsts
 
 
-def test_a_threshold_row_names_the_policy_and_the_row_within_it():
-    policies = PolicySet(A_AND_B)
-    rows = np.array([4, -1, 0, 2, 3, 1])
-    owners = policies.owners(rows)
-    assert owners.tolist() == [1, 2, 0, 0, 1, 0]
-    assert [policies.names[owner] for owner in owners] == ["b", NO_POLICY, "a", "a", "b", "a"]
-    may_exit = rows >= 0
-    assert policies.own_rows(rows[may_exit], owners[may_exit]).tolist() == [1, 0, 2, 0, 1]
-
-
-@pytest.mark.parametrize(
-    ("owners", "expected"),
-    [
-        ([0, 1, 2, 0], {2: [(0, 0, [0, 3])], 4: [(0, 1, [0, 3]), (1, 0, [1])], 7: [(1, 1, [1])]}),
-        ([0, 0], {2: [(0, 0, [0, 1])], 4: [(0, 1, [0, 1])], 7: []}),
-        ([2, 2], {2: [], 4: [], 7: []}),
-        ([], {2: [], 4: [], 7: []}),
-    ],
-    ids=["all", "one policy", "none may exit", "no rows"],
-)  # fmt: skip
-def test_at_the_exit_points_of_them_all_each_is_asked_at_its_own_about_its_own(owners, expected):
-    policies = PolicySet(A_AND_B)
-    assert policies.exit_points == (2, 4, 7)
-    assert {
-        layer: parts_of(policies, index, owners) for index, layer in enumerate(policies.exit_points)
-    } == expected
-
-
-def test_where_the_stack_is_cut_at_more_points_no_one_is_asked_at_those():
-    policies = PolicySet(A_AND_B, (1, 2, 4, 5, 7))
-    assert policies.exit_points == (1, 2, 4, 5, 7)
-    assert [parts_of(policies, index, [0, 1]) for index in range(5)] == [
-        [], [(0, 0, [0])], [(0, 1, [0]), (1, 0, [1])], [], [(1, 1, [1])],
-    ]  # fmt: skip
-
-
 def test_without_policies_every_request_runs_to_full_depth():
     policies = PolicySet({}, (3,))
     assert policies.owners(np.array([-1, -1])).tolist() == [0, 0]
@@ -114,6 +75,7 @@ def test_random_sets_do_what_writing_it_all_down_does(seed, wider):
     policies, slow = PolicySet(some, points), slow_owners(some)
     union = sorted(set().union(*(one.exit_points for one in some.values())))
     assert list(policies.exit_points) == (list(points) if points else union)
+    assert policies.names == (*some, NO_POLICY)
     rows = generator.integers(-1, len(slow) - 1, 40)
     owners = policies.owners(rows)
     assert owners.tolist() == [slow[tag][0] for tag in rows]
@@ -122,9 +84,3 @@ def test_random_sets_do_what_writing_it_all_down_does(seed, wider):
     assert own.tolist() == [slow[tag][1] for tag in rows[may_exit]]
     for index, layer in enumerate(policies.exit_points):
         assert parts_of(policies, index, owners) == slow_parts(some, layer, owners.tolist())
-
-
-def test_a_set_may_be_empty_until_policies_come():
-    empty = PolicySet({}, (2, 4))
-    assert empty.owners(np.array([-1, -1])).tolist() == [0, 0]
-    assert list(empty.rows_by_policy(0, np.array([0, 0]))) == []

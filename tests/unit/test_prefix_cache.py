@@ -142,37 +142,6 @@ def test_blocks_computed_before_the_last_chunk_are_not_remembered():
     assert [setup.remembers(block_hash) for block_hash in "abcd"] == [False, False, True, True]
 
 
-def test_the_second_touch_completes():
-    setup = Setup()
-    first, second, third = FakeRequest("abx"), FakeRequest("aby"), FakeRequest("cz")
-    assert setup.allocate(first)
-    assert not setup.allocate(second)
-    assert setup.allocate(third)
-    assert setup.completed == [second]
-
-
-def test_a_touch_in_the_same_step_completes_the_first_so_that_the_second_hits_it():
-    setup = Setup()
-    first, second, other = FakeRequest("abx"), FakeRequest("aby"), FakeRequest("cz")
-    setup.allocate(first)
-    setup.allocate(other)
-    assert setup.guard.get_computed_blocks(second)[-1] == (("abx", first.num_tokens),)
-    assert setup.completed == [first]
-    assert setup.allocate(second, hit=2 * BLOCK)  # only its own block, which is withheld
-    assert setup.completed == [first]
-    assert not setup.remembers("a")
-
-
-def test_a_touch_in_a_later_step_completes_the_second():
-    setup = Setup()
-    first, second = FakeRequest("abx"), FakeRequest("aby")
-    setup.allocate(first)
-    setup.guard.new_step()
-    assert setup.guard.get_computed_blocks(second)[-1] == ()
-    assert not setup.allocate(second)
-    assert setup.completed == [second]
-
-
 def test_a_first_request_that_the_worker_knew_before_the_step_is_not_completed():
     setup = Setup()
     setup.allocate(FakeRequest("abx", status=RequestStatus.RUNNING))
@@ -259,14 +228,6 @@ def test_everything_else_is_the_managers():
         _ = setup.guard.no_such_thing
 
 
-def test_resetting_the_prefix_cache_forgets_what_was_withheld():
-    setup = Setup()
-    setup.allocate(FakeRequest("ab"))
-    assert setup.guard.reset_prefix_cache() is True
-    assert setup.manager.resets == 1
-    assert not setup.remembers("a")
-
-
 def run(
     setup: Setup, request: FakeRequest, complete: int, then: Any = RequestStatus.RUNNING
 ) -> None:
@@ -275,14 +236,6 @@ def run(
     setup.allocate(request)
     request.status = then
     setup.guard.step_ended({request.request_id: complete})
-
-
-@pytest.mark.parametrize("left", [False, True])
-def test_a_prompt_that_ran_to_full_depth_after_all_is_cached(left):
-    setup, request = Setup(), FakeRequest("ab")
-    run(setup, request, complete=0 if left else request.num_tokens)
-    assert setup.manager.cached == ([] if left else [("ab", request.num_tokens)])
-    assert setup.remembers("a") == setup.remembers("b") == left
 
 
 def test_a_prompt_is_cached_as_far_as_it_is_complete():

@@ -7,7 +7,6 @@ from itertools import count
 
 import pytest
 
-from tests.unit.test_prefix_cache import SAVED, FakeRequest, Setup
 from vllm_adainfer.engine.scheduler.prefix_reuse import HORIZON, PRIOR, PrefixReuse
 
 BLOCKS: Iterator[str] = map(chr, count(1000))
@@ -88,25 +87,3 @@ def test_no_more_blocks_are_remembered_than_there_are():
         asked(reuse, fresh(2))
         asked(reuse, first[:1])
     assert reuse.expected("policy", fresh(2)) == 0
-
-
-def completed(setup: Setup, request: FakeRequest) -> bool:
-    setup.guard.new_step()
-    setup.allocate(request)
-    return request in setup.completed
-
-
-def test_new_states_are_completed_at_once_where_states_are_asked_again():
-    setup = Setup(blocks=1000)
-    first = [completed(setup, FakeRequest("".join(map(next, [BLOCKS] * 3)))) for _ in range(9)]
-    assert not any(first), "nothing has come again"
-    learned = []
-    for _ in range(9):
-        state = "".join(map(next, [BLOCKS] * 6))
-        learned.append(completed(setup, FakeRequest(state + next(BLOCKS))))
-        completed(setup, FakeRequest(state + next(BLOCKS)))
-    share = [6 / 7 * times / (times + PRIOR) for times in range(9)]
-    assert learned == [one > SAVED for one in share]
-    assert learned[-1]
-    texts = [completed(setup, FakeRequest(next(BLOCKS))) for _ in range(9)]
-    assert not any(texts), "other lengths are not affected"

@@ -14,7 +14,6 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.structured_output.utils import choice_as_grammar
 
 from vllm_adainfer.artifact.fields import MOST_CHOICE_CHARACTERS, MOST_CHOICES, Choice
 from vllm_adainfer.engine.compat.scheduler import append_tokens, sampled_tokens
@@ -120,15 +119,6 @@ def test_the_rest_of_the_only_choice_left_is_appended(choices, so_far, sampled, 
     assert after(request_of(choices, so_far), sampled) == wanted
 
 
-def test_a_choice_read_back_from_vllms_grammar_is_the_same():
-    request = request_of(["yes", "no"])
-    grammar = StructuredOutputsParams(grammar=choice_as_grammar(["yes", "no"]))
-    request.sampling_params.structured_outputs = grammar
-    assert after(request, "y") == [*map(ord, "es"), END]
-    request.sampling_params.structured_outputs = StructuredOutputsParams(regex="yes|no")
-    assert after(request, "y") == []
-
-
 @pytest.mark.parametrize(
     ("max_tokens", "max_model_len", "fits"),
     [(4, 1000, True), (3, 1000, False), (20, 104, True), (20, 103, False)],
@@ -136,21 +126,6 @@ def test_a_choice_read_back_from_vllms_grammar_is_the_same():
 def test_a_rest_that_does_not_fit_is_left_to_vllm(max_tokens, max_model_len, fits):
     request = request_of(["yes", "no"], max_tokens=max_tokens)
     assert bool(after(request, "y", max_model_len=max_model_len)) == fits
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"logprobs": 1},
-        {"logprob_token_ids": [1]},
-        {"allowed_token_ids": [1]},
-        {"stop": ["x"]},
-        {"min_tokens": 1},
-        {"logit_bias": {1: 1.0}},
-    ],
-)
-def test_settings_that_ask_for_more_than_the_choice_take_every_step(settings):
-    assert after(request_of(["yes", "no"], **settings), "y") == []
 
 
 def test_a_request_whose_prompt_goes_on_takes_every_step():
