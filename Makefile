@@ -6,8 +6,8 @@ BIN := .venv/bin
 GPU_PYTHON ?= python3
 
 V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,adapters async_scheduling auto classifier equal_to_stock \
-  exit_loop generation label_pool logprobs policies pooled prefix_cache probabilities recording recurrent segment_graphs self_test \
-  shadow tasks tensor_parallel))
+  exit_loop generation label_pool logprobs pooled prefix_cache probabilities recording recurrent segment_graphs self_test \
+  self_test_of_graphs shadow tasks tensor_parallel))
 
 # Two workers, each on a core of its own; a file's tests stay together, as they share engines.
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m '$(CASES)' \

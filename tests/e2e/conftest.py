@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import adainfer_kernels.backend
 import pytest
 
+from tests.e2e.scripted import parts
 from tests.e2e.tasks import saved, three_tasks
+from vllm_adainfer.engine.model.execution import Execution
 
 
 @pytest.fixture(scope="module")
@@ -18,3 +22,15 @@ def tasks(tiny_model, reference) -> Any:
 def sources(tasks, tmp_path_factory) -> dict[str, str]:
     """The value of the switch's ``artifact``; a module's own, which it may overwrite."""
     return saved(tasks, tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture
+def tested(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An engine, by the name of its fixture, which later tests find as it was."""
+    llm = request.getfixturevalue(request.param)
+    model, _, _ = parts(llm)
+    graphs = model.graphs
+    monkeypatch.setattr(adainfer_kernels.backend, "_auto_is_torch", False)
+    yield llm
+    model.graphs, model.exits_off, model.execution = graphs, False, Execution.SEGMENT_GRAPHS
+    model.loop.stats.failed_parts = ()

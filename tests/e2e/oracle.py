@@ -35,6 +35,11 @@ def hidden_states(model: Any, prompt: list[int]) -> list[Tensor]:
     return [state[0] for state in states]
 
 
+def last_states(model: Any, prompts: list[list[int]]) -> list[list[Tensor]]:
+    """Of each prompt, its last row [1, hidden size] after each number of layers."""
+    return [[state[-1:] for state in hidden_states(model, prompt)] for prompt in prompts]
+
+
 def first(output: Any) -> Tensor:
     """Some layers of transformers return a tuple."""
     state: Tensor = output if isinstance(output, Tensor) else output[0]

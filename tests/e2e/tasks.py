@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 
-from tests.e2e.test_policies import artifact_of, expected
+from tests.e2e.policies import artifact_of, expected
 from tests.tiny import EXIT_POINTS
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.fields import Label

@@ -22,7 +22,6 @@ from vllm_adainfer import stats
 from vllm_adainfer.artifact.fields import Choice, Label
 from vllm_adainfer.engine.runner import adapters as adapter_files
 from vllm_adainfer.engine.runner.build_loop import monitors_of, policies_of
-from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.adapter import read_adapter
 from vllm_adainfer.settings.engine import NO_POLICY
 
@@ -149,73 +148,55 @@ def test_a_request_leaves_by_the_policy_of_its_adapter_alone(asked_about_labels,
     assert asked_about_labels([None, *adapters[:2]]) == leaving_alone(3)
 
 
-@pytest.mark.parametrize(
-    ("own", "changes", "name", "sentence"),
-    [
-        (
-            True,
-            {"exit_points": (1,)},
-            "new",
-            r"has exit points \[1\], this engine only \[0, 2, 3, 5\]",
-        ),
-        (True, {"weights_fingerprint": "0"}, "new", "other weights"),
-        (True, WRITTEN_OTHERWISE, "new", "tokenizer writes the choice 'bad' with other tokens"),
-        (True, {}, "base", "base is the name of another one: load the adapter under another name"),
-        (True, {}, "full_depth", "full_depth is the name of another one"),
-        (
-            False,
-            {},
-            "new",
-            r"not calibrated with the adapter that it is bundled with: calibrate with --lora new=",
-        ),
-    ],
-)
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "other cuts": (
+        "new",
+        {"exit_points": (1,)},
+        r"has exit points \[1\], this engine only \[0, 2, ",
+    ),
+    "other weights": ("new", {"weights_fingerprint": "0"}, "other weights"),
+    "other tokens": (
+        "new",
+        WRITTEN_OTHERWISE,
+        "tokenizer writes the choice 'bad' with other tokens",
+    ),
+    "a name in use": (
+        "base",
+        {},
+        "base is the name of another one: load the adapter under another",
+    ),
+    "a reserved name": ("full_depth", {}, "full_depth is the name of another one"),
+    "the base model's": ("new", {"adapter": None}, r"bundled with: calibrate with --lora new="),
+    "no memory": ("new", {}, "out of memory"),
+    "a rank too high": ("new", {}, "rank"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
 def test_a_policy_beside_an_adapter_that_cannot_be_served_is_refused_with_the_adapter(
-    engine, tiny_model, reference, tmp_path, own, changes, name, sentence
+    engine, tiny_model, reference, adapters, tmp_path, asked_about_labels, monkeypatch, why
 ):
-    directory = save_adapter(reference, tmp_path / "saved", seed=9)
-    described = read_adapter(f"any={directory}").described if own else None
-    tiny_artifact(tiny_model, directory / "adainfer", adapter=described, **changes)
-    before = list(parts(engine)[0].artifacts)
-    with pytest.raises(AdaInferError, match=sentence):
-        engine.llm_engine.add_lora(LoRARequest(name, 90, str(directory)))
-    assert list(parts(engine)[0].artifacts) == before
-    assert 90 not in engine.llm_engine.list_loras()
-
-
-def test_a_policy_that_cannot_be_built_leaves_the_others_as_they_were(
-    engine, tiny_model, reference, tmp_path, adapters, asked_about_labels, monkeypatch
-):
-    """The tags of those that come later would be numbered over it."""
+    """And the others stay as they were: tags of those that come later are numbered on."""
+    name, changes, sentence = REFUSED[why]
     directory = save_adapter(reference, tmp_path / "saved", seed=9)
     described = read_adapter(f"any={directory}").described
-    tiny_artifact(tiny_model, directory / "adainfer", adapter=described)
+    tiny_artifact(tiny_model, directory / "adainfer", **{"adapter": described, **changes})
+    model, runner, _ = parts(engine)
+    before = list(model.artifacts)
 
     def out_of_memory(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    before = list(parts(engine)[0].artifacts)
     with monkeypatch.context() as patch:
-        patch.setattr("vllm_adainfer.engine.runner.build_loop.Policy", out_of_memory)
-        with pytest.raises(Exception, match="out of memory"):
-            engine.llm_engine.add_lora(LoRARequest("new", 90, str(directory)))
-    assert list(parts(engine)[0].artifacts) == before
+        if why == "no memory":
+            patch.setattr("vllm_adainfer.engine.runner.build_loop.Policy", out_of_memory)
+        if why == "a rank too high":
+            patch.setattr(runner.lora_manager.lora_config, "max_lora_rank", 1)
+        with pytest.raises(Exception, match=sentence):
+            engine.llm_engine.add_lora(LoRARequest(name, 90, str(directory)))
+    assert list(model.artifacts) == before
     assert 90 not in engine.llm_engine.list_loras()
     assert asked_about_labels([None, *adapters[:2]]) == leaving_alone(3)
-
-
-def test_a_policy_whose_adapter_cannot_be_loaded_does_not_serve(
-    engine, tiny_model, reference, tmp_path, monkeypatch
-):
-    directory = save_adapter(reference, tmp_path / "saved", seed=9)
-    described = read_adapter(f"any={directory}").described
-    tiny_artifact(tiny_model, directory / "adainfer", adapter=described)
-    model, runner, _ = parts(engine)
-    before = list(model.artifacts)
-    monkeypatch.setattr(runner.lora_manager.lora_config, "max_lora_rank", 1)
-    with pytest.raises(Exception, match="rank"):
-        engine.llm_engine.add_lora(LoRARequest("of rank 4", 91, str(directory)))
-    assert list(model.artifacts) == before
 
 
 def test_a_running_engine_reads_no_files_of_adapters_that_are_loaded(engine, adapters, monkeypatch):

@@ -18,7 +18,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from tests.byte_model import byte_tokenizer, save_byte_model
 from tests.conftest import tiny_engine
-from tests.e2e.oracle import hidden_states
+from tests.e2e.oracle import last_states
 from tests.e2e.scripted import parts
 from tests.e2e.test_choices import choosing
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
@@ -90,7 +90,7 @@ def decisions(model) -> dict[str, list[tuple[int, str] | None]]:
     The depth of those that stay is that of the model, and the text then ``""``.
     """
     reference = LlamaForCausalLM.from_pretrained(model)
-    states = [[state[-1:] for state in hidden_states(reference, prompt)] for prompt in PROMPTS]
+    states = last_states(reference, PROMPTS)
     return {name: [decided(model, name, after) for after in states] for name in SETS}
 
 

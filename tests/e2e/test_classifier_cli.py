@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.classifier import COLUMNS, classifier
-from tests.e2e.test_cli import command
+from tests.e2e.commands import command
 from tests.full import needed
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.promise.first_documents import FirstDocuments

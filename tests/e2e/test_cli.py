@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from importlib.resources import files
 from pathlib import Path
@@ -19,48 +16,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.adapters import save_adapter
 from tests.byte_model import save_byte_model
+from tests.e2e.commands import command
 from tests.e2e.oracle import hidden_states
-from tests.every_process.sitecustomize import AS_A_USER
 from tests.full import needed
 from tests.tiny import LAYERS
 
 TEMPLATE = "Review: {text} Sentiment:"
 BFLOAT16 = 0.02  # what the engine's rounding may move a probability by
-TRACED_OR_COMPILED = pytest.mark.parametrize(
-    "compiled", needed(1, of=[False, True]), ids=["traced", "compiled"]
-)
 REPORT_KEYS = {
     "model", "artifact", "n", "epsilon", "delta", "layers_total", "stock", "adainfer", "speedup",
     "layers_saved", "disagreement", "efficiency", "provenance",
 }  # fmt: skip
-
-
-def of_a_user(compiled: bool = False) -> dict[str, str]:
-    """The environment of a command.
-
-    If `compiled`, all is as a user has it: engines have processes of their own. Otherwise engines
-    run in the command's process, and torch traces each model but compiles nothing, as in vLLM's CI.
-    """
-    if not compiled:
-        return {**os.environ, "VLLM_CPU_CI_ENV": "1"}
-    variables = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    return {**variables, AS_A_USER: "1"}
-
-
-def command(
-    *arguments: str, expect: int = 0, compiled: bool = False
-) -> subprocess.CompletedProcess[str]:
-    """Run the CLI, see `of_a_user`."""
-    env = of_a_user(compiled)
-    done = subprocess.run(
-        [sys.executable, "-m", "vllm_adainfer.cli", *arguments],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == expect, done.stderr[-3000:]
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -139,16 +105,14 @@ def test_explain_shows_what_the_probe_sees_after_each_exit_point(calibrated, tin
     assert found["prompt_tokens"] == len(prompt)
 
 
-@TRACED_OR_COMPILED
 def test_evaluate_reports_what_the_contract_names_and_counts_the_work_skipped(
-    calibrated, tiny_model, rows, tmp_path, compiled
+    calibrated, tiny_model, rows, tmp_path
 ):
     output, _ = calibrated
     report_file, html = tmp_path / "report.json", tmp_path / "report.html"
     done = command(
         "evaluate", "--model", str(tiny_model), "--artifact", str(output), "--data", str(rows),
         "--template", TEMPLATE, "--repeat", "1", "--report", str(report_file), "--html", str(html),
-        compiled=compiled,
     )  # fmt: skip
     report = json.loads(report_file.read_text())
     assert changed_by_level(html) == disagreeing_by_level(report)
@@ -160,7 +124,7 @@ def test_evaluate_reports_what_the_contract_names_and_counts_the_work_skipped(
     assert (report["layers_saved"] > 0) == (min(histogram) < LAYERS)
 
 
-@TRACED_OR_COMPILED
+@pytest.mark.parametrize("compiled", needed(1, of=[False, True]), ids=["traced", "compiled"])
 def test_a_policy_for_generated_text_is_calibrated_and_evaluated_per_token(
     tiny_model, rows, tmp_path, compiled
 ):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_cli import TRACED_OR_COMPILED, command
+from tests.e2e.commands import command
 from tests.tiny import served_fingerprint, tiny_config, tiny_tensors
 from vllm_adainfer.artifact.files import save_artifact
 
@@ -30,11 +30,8 @@ def artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return directory
 
 
-@TRACED_OR_COMPILED
-def test_an_engine_of_ours_lets_requests_leave_or_run_to_full_depth(tiny_model, artifact, compiled):
-    done = command(
-        "doctor", "--model", str(tiny_model), "--artifact", str(artifact), compiled=compiled
-    )
+def test_an_engine_of_ours_lets_requests_leave_or_run_to_full_depth(tiny_model, artifact):
+    done = command("doctor", "--model", str(tiny_model), "--artifact", str(artifact))
     lines = done.stdout.splitlines()
     assert {line[:6] for line in lines} == {"ok    "}
     found = "\n".join(lines)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.common.server import Server, serving
-from tests.e2e.oracle import hidden_states
+from tests.e2e.oracle import last_states
 from tests.e2e.test_label_pool import CLOSE, TIE, expected
 from tests.e2e.test_serve import FLAGS, by_policy, environment, post, wait_for_counters
 from tests.families import SHAPE
@@ -85,11 +85,6 @@ def heads(model, promises) -> dict[str, Tensor]:
     return tiny_tensors(tiny_config(model, **promises))
 
 
-def states_of(reference: Any, prompts: list[list[int]]) -> list[list[Tensor]]:
-    """Of each prompt, its last row after each number of layers."""
-    return [[state[-1:] for state in hidden_states(reference, prompt)] for prompt in prompts]
-
-
 def prompts_of(tokenizer: Any, path: str, body: dict[str, Any]) -> list[list[int]]:
     """What `calibrate` makes of a request."""
     row = Row("here", {"url": path, "body": body})
@@ -105,7 +100,7 @@ def threshold(reference, tokenizer, heads) -> float:
         prompt, *_ = prompts_of(
             tokenizer, "/v1/systemone", {"state": state, "questions": QUESTIONS}
         )
-        [after] = states_of(reference, [prompt])
+        [after] = last_states(reference, [prompt])
         scores = after[layer] @ heads[f"exit.{layer}.head_weight"].T
         best = (scores + heads[f"exit.{layer}.head_bias"])[0, :2].softmax(0)
         gaps.append(float((best[0] - best[1]).abs()))
@@ -169,7 +164,7 @@ def test_a_decision_is_read_at_the_exit_among_the_labels_of_its_question(
     for body, answer in zip(bodies, answers, strict=True):
         prompts = prompts_of(tokenizer, "/v1/systemone", body)
         assert answer["usage"]["input_tokens"] == sum(map(len, prompts))
-        for name, after in zip(QUESTIONS, states_of(reference, prompts), strict=True):
+        for name, after in zip(QUESTIONS, last_states(reference, prompts), strict=True):
             own = tokenizer.convert_tokens_to_ids(LABELS[name])
             tensors = None if name == "how" else heads
             found = expected(reference, after, tensors, own, pool, threshold)
@@ -246,7 +241,7 @@ def test_a_score_is_the_probability_of_the_first_label_at_the_exit(
     prompts = prompts_of(tokenizer, "/generative_scoring", body)
     assert answer["usage"]["prompt_tokens"] == sum(map(len, prompts))
     scores = [one["score"] for one in answer["data"]]
-    for after, score in zip(states_of(reference, prompts), scores, strict=True):
+    for after, score in zip(last_states(reference, prompts), scores, strict=True):
         found = expected(reference, after, heads, own, pool, threshold)
         if found is None:
             continue

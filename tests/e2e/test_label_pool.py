@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm import SamplingParams
 
 from tests.conftest import tiny_engine
-from tests.e2e.oracle import hidden_states
+from tests.e2e.oracle import last_states
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer import stats
 from vllm_adainfer.artifact.fields import Label, Question
@@ -73,8 +73,7 @@ def heads(tiny_model) -> dict[str, dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def states(reference) -> list[list[Tensor]]:
-    """Of each prompt, its last row after each number of layers."""
-    return [[state[-1:] for state in hidden_states(reference, prompt)] for prompt in PROMPTS]
+    return last_states(reference, PROMPTS)
 
 
 def random_request(seed: int) -> SamplingParams:
@@ -173,7 +172,7 @@ def test_each_question_is_answered_at_its_own_exit_and_others_at_full_depth(
     left = Counter(stats(engine)["exit_histogram"]) - before
     depths: Counter[int] = Counter()
     for prompt, output, gap in zip(inputs, outputs, wanted, strict=True):
-        after = [state[-1:] for state in hidden_states(reference, prompt["prompt_token_ids"])]
+        [after] = last_states(reference, [prompt["prompt_token_ids"]])
         found = expected(reference, after, heads["questions"], own, own, gap)
         if found is None:
             continue

@@ -14,7 +14,8 @@ from torch import Tensor
 from vllm import SamplingParams
 
 from tests.conftest import tiny_engine
-from tests.e2e.oracle import hidden_states
+from tests.e2e.oracle import last_states
+from tests.e2e.test_label_pool import CLOSE, expected
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer import stats
@@ -23,8 +24,6 @@ from vllm_adainfer.promise.tolerance import Tolerance
 
 PROMISES = {"risk": "probability", "tolerance": 0.05, "label_mass": True}
 GATE = {"risk": "probability", "gates": (Gate(label="bad", probability=0.5),)}
-CLOSE = 2e-4  # fp32 sums in another order, also over the vocabulary
-TIE = 1e-3
 _GENERATOR = np.random.default_rng(0)
 PROMPTS = [_GENERATOR.integers(5, 1000, 1 + 5 * i % 23).tolist() for i in range(16)]
 
@@ -36,32 +35,21 @@ def label_ids(tiny_model) -> list[int]:
 
 @pytest.fixture(scope="module")
 def states(reference) -> list[list[Tensor]]:
-    """Of each prompt, its last row after each number of layers."""
-    return [[state[-1:] for state in hidden_states(reference, prompt)] for prompt in PROMPTS]
+    return last_states(reference, PROMPTS)
 
 
 @pytest.fixture(scope="module")
-def heads(tiny_model) -> dict[int, tuple[Tensor, Tensor]]:
-    tensors = tiny_tensors(tiny_config(tiny_model, **PROMISES))
-    return {
-        layer: (tensors[f"exit.{layer}.head_weight"], tensors[f"exit.{layer}.head_bias"])
-        for layer in EXIT_POINTS
-    }
-
-
-def read(state: Tensor, head: tuple[Tensor, Tensor]) -> tuple[Tensor, float]:
-    """Probabilities [labels] among the labels and the label mass, as a head reads them."""
-    *labels, mass = (state @ head[0].T + head[1])[0]
-    return torch.stack(labels).softmax(0), float(torch.sigmoid(mass))
+def heads(tiny_model) -> dict[str, Tensor]:
+    return tiny_tensors(tiny_config(tiny_model, **PROMISES))
 
 
 @pytest.fixture(scope="module")
 def threshold(states, heads) -> float:
     """On the gap: half of the prompts would leave at the first exit point."""
-    gaps = []
+    first, gaps = EXIT_POINTS[0], []
     for after in states:
-        best = read(after[EXIT_POINTS[0]], heads[EXIT_POINTS[0]])[0].sort().values
-        gaps.append(float(best[-1] - best[-2]))
+        bad, good, _ = (after[first] @ heads[f"exit.{first}.head_weight"].T)[0]
+        gaps.append(float(torch.tanh((bad - good).abs() / 2)))
     return float(np.median(gaps))
 
 
@@ -102,24 +90,6 @@ def run(llm: Any, params: list[SamplingParams]) -> list[Any]:
     return [output.outputs[0] for output in llm.generate(inputs, params, use_tqdm=False)]
 
 
-@torch.inference_mode()
-def expected(
-    reference: Any, after: list[Tensor], heads: Any, threshold: float, label_ids: list[int]
-) -> tuple[int, Tensor, float] | None:
-    """Depth, probabilities among the labels and label mass; None if too close to call."""
-    for layer in EXIT_POINTS:
-        among, mass = read(after[layer], heads[layer])
-        best = among.sort().values
-        lead = float(best[-1] - best[-2]) - threshold
-        if abs(lead) < TIE:
-            return None
-        if lead > 0:
-            return layer, among, mass
-    logits = reference.lm_head(reference.model.norm(after[LAYERS]))[0]
-    whole = logits.softmax(0)[label_ids]
-    return LAYERS, whole / whole.sum(), float(whole.sum())
-
-
 def greedy(**more: Any) -> SamplingParams:
     return SamplingParams(**{"temperature": 0, "max_tokens": 1, **more})
 
@@ -143,7 +113,7 @@ def test_label_reads_get_the_probabilities_of_their_exit_and_others_those_of_ful
     left = Counter(stats(engine)["exit_histogram"]) - before
     wanted: Counter[int] = Counter()
     for after, asked, output in zip(states, params, outputs, strict=True):
-        found = expected(reference, after, heads, threshold, label_ids)
+        found = expected(reference, after, heads, label_ids, label_ids, threshold)
         serves = asked.logprob_token_ids == label_ids or asked.allowed_token_ids == label_ids
         if found is None:
             continue
@@ -181,7 +151,7 @@ def test_the_best_of_allowed_labels_are_probabilities_among_them_if_vllm_returns
         return
     assert left[LAYERS] < len(PROMPTS) - 2
     for after, output in zip(states, outputs, strict=True):
-        found = expected(reference, after, heads, threshold, label_ids)
+        found = expected(reference, after, heads, label_ids, label_ids, threshold)
         if found is None:
             continue
         _, among, _ = found

@@ -140,24 +140,18 @@ def alone(server) -> list[list[float]]:
     return [scores(server, *one) for one in QUERIES]
 
 
-def test_a_query_is_watched_as_a_whole(alone, full_depth):
-    """All its documents have full depth's scores, or none has."""
+@pytest.mark.parametrize("ids", [{}, {"request_id": "mine"}], ids=["of vLLM", "the same for all"])
+def test_a_query_is_watched_as_a_whole_whatever_id_its_client_uses(server, full_depth, ids):
+    """All its documents have full depth's scores, or none has.
+
+    A client learns by the time of one answer nothing about the next.
+    """
     watched = 0
-    for found, full in zip(alone, full_depth, strict=True):
-        moves = np.abs(np.array(found) - full)
+    for one, full in zip(QUERIES, full_depth, strict=True):
+        moves = np.abs(np.array(scores(server, *one, **ids)) - full)
         assert (moves < CLOSE).all() or (moves > 0).all()
         watched += bool((moves < CLOSE).all())
     assert 3 <= watched <= 25  # of 40, at a rate of 0.3
-
-
-def test_a_client_that_uses_one_id_is_watched_as_often_as_others(server, full_depth):
-    """It learns by the time of one answer nothing about the next, and its queries stay whole."""
-    watched = 0
-    for one, full in zip(QUERIES, full_depth, strict=True):
-        moves = np.abs(np.array(scores(server, *one, request_id="mine")) - full)
-        assert (moves < CLOSE).all() or (moves > 0).all()
-        watched += bool((moves < CLOSE).all())
-    assert 3 <= watched <= 25
 
 
 def test_hostile_requests_cost_nobody_an_answer(server, alone, full_depth):

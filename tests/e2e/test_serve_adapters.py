@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import urllib.request
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from benchmarks.common.server import Server, serving
 from tests.adapters import merged, save_adapter
 from tests.e2e.oracle import TIE, head_inputs, hidden_states
-from tests.e2e.test_serve import FLAGS, environment, post, wait_for_counters
+from tests.e2e.test_serve import FLAGS, environment, post
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from tests.waiting import wait_for
 from vllm_adainfer.offline.adapter import read_adapter
@@ -96,22 +95,6 @@ def token_of(found: tuple[int, Any]) -> int:
     return token
 
 
-def test_requests_of_all_adapters_get_their_own_answers_and_are_counted_by_policy(
-    server, tiny_model, right
-):
-    labels = tiny_config(tiny_model).label_ids
-    names = ["model", "mood", "taste"]
-    asked = [(names[i % 3], prompt) for i, prompt in enumerate(PROMPTS)]
-    with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda one: token_of(ask(server, *one, labels)), asked))
-    for (name, prompt), token in zip(asked, found, strict=True):
-        assert right(name, prompt, name == "mood", token), (name, len(prompt))
-    wait_for_counters(server, len(asked))
-    series = server.metrics("adainfer:exit_layer_count{")
-    by_policy = Counter({key.split('policy="')[1].split('"')[0]: v for key, v in series.items()})
-    assert by_policy["mood"] == sum(name == "mood" for name, _ in asked)
-
-
 @pytest.mark.parametrize("asks", [{"prompt_logprobs": 1}, {"echo": True, "logprobs": 1}])
 def test_what_would_end_vllms_engine_with_adapters_is_refused_and_the_server_lives(
     server, tiny_model, asks
@@ -120,18 +103,6 @@ def test_what_would_end_vllms_engine_with_adapters_is_refused_and_the_server_liv
     status, answer = post(server, "/v1/completions", body)
     assert (status, "prompt_logprobs" in str(answer)) == (400, True)
     token_of(ask(server, "mood", PROMPTS[9], tiny_config(tiny_model).label_ids))
-
-
-def test_an_adapter_whose_policy_cannot_be_served_is_not_loaded_and_the_answer_says_why(
-    server, tiny_model, reference, tmp_path
-):
-    directory = save_adapter(reference, tmp_path / "saved", seed=9)
-    tiny_artifact(tiny_model, directory / "adainfer")
-    body = {"lora_name": "odd", "lora_path": str(directory)}
-    status, answer = post(server, "/v1/load_lora_adapter", body)
-    assert status == 500
-    assert "was not calibrated with the adapter that it is bundled with" in str(answer)
-    assert ask(server, "odd", PROMPTS[0], tiny_config(tiny_model).label_ids)[0] == 404
 
 
 def test_adapters_come_and_go_under_traffic_with_the_policies_beside_them(

@@ -1,4 +1,4 @@
-"""Shadow requests: full depth answers them, and what they would have said early is counted."""
+"""Policies decide as the oracle does; full depth answers shadow requests, which are compared."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -15,23 +16,32 @@ import torch
 from vllm import SamplingParams
 
 from tests.e2e.oracle import continuation, same, token_after
+from tests.e2e.policies import artifact_of, expected, policy_of
 from tests.e2e.scripted import EXIT_AT, only, parts, scripted
-from tests.e2e.test_policies import artifact_of, expected, policy_of
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, FROM_ZERO, LAYERS
 from vllm_adainfer import stats as stats_of
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.compat.requests import client_request_id
+from vllm_adainfer.exits.loop.loop import StepOutput
 from vllm_adainfer.settings.engine import DEFAULT_POLICY, Settings
 from vllm_adainfer.watch.units import Grouping
 from vllm_adainfer.watch.watch import Watch
 
-LABELS_AND_OPEN = [
-    pytest.param("label-head", "labels", 0.2, id="label-head"),
-    pytest.param("lens", "labels", 0.6, id="lens, labels"),
-    pytest.param("lens", "full", 0.02, id="lens, open"),
-    pytest.param("logit-lens", "full", 0.02, id="logit-lens, open"),
+# Probe, candidates, threshold and classifier.
+WATCHED = [
+    ("label-head", "labels", 0.2, "threshold"),
+    ("lens", "labels", 0.6, "threshold"),
+    ("lens", "full", 0.02, "threshold"),
+    ("logit-lens", "full", 0.02, "threshold"),
+]
+UNWATCHED = [
+    *WATCHED,
+    ("logit-lens", "labels", 0.6, "threshold"),
+    ("lens", "shortlist", 0.3, "threshold"),
+    ("lens", "labels", 3.0, "crf"),
+    ("lens", "full", -1.4, "crf"),
 ]
 TAG = 0  # the level of the epsilon table that requests here are admitted with
 NEVER = 1e-99  # an alpha at which a few answers tighten nothing
@@ -109,14 +119,18 @@ def oracle_answers(
     return [(prompt, early, full[1]) for prompt, early, full in answers if early and full]
 
 
-@pytest.mark.parametrize("rate", [1, 0.3, 0])
-@pytest.mark.parametrize(("probe", "candidates", "threshold"), LABELS_AND_OPEN)
-def test_full_depth_answers_shadows_and_counts_each_disagreement_and_others_leave_as_ever(
-    engine, tiny_model, reference, probe, candidates, threshold, rate
+@pytest.mark.parametrize(
+    ("rate", "policy"),
+    [*product((1, 0.3), WATCHED), *product((0,), UNWATCHED)],
+    ids=lambda one: "-".join(map(str, one)) if isinstance(one, tuple) else str(one),
+)
+def test_each_leaves_where_the_oracle_does_and_full_depth_answers_shadows_and_counts_them(
+    engine, tiny_model, reference, policy, rate
 ):
-    artifact = artifact_of(tiny_model, reference, probe, candidates, threshold)
+    artifact = artifact_of(tiny_model, reference, *policy)
     cases = oracle_answers(artifact, reference, random_prompts(32, seed=5))
-    assert LAYERS in [early[0] for _, early, _ in cases], "no exit point settles some"
+    assert len(cases) > 16
+    assert len({early[0] for _, early, _ in cases}) > 1, "they leave at different depths"
     is_shadow, checked, disagreed, depths = is_shadow_at(rate), 0, 0, Counter[int]()
     with watched(engine, artifact, rate, alpha=NEVER) as (stats, _):
         found = run(engine, [prompt for prompt, _, _ in cases], admitted(artifact))
@@ -245,3 +259,15 @@ def test_a_policy_that_is_often_wrong_is_stopped_and_the_other_level_is_not(
     assert warning.levelname == "WARNING"
     assert f"epsilon = {strict:g}" in warning.getMessage()
     assert "calibrate again" in warning.getMessage()
+
+
+def test_a_certified_label_wins_also_where_its_lead_is_below_the_rounding_of_the_logits(engine):
+    model, _, _ = parts(engine)
+    [policy] = model.loop.policies.policies
+    label_ids = policy.answer_ids
+    scores = torch.tensor([[100.0, 100.05], [100.05, 100.0]])  # bfloat16 steps by 0.5 there
+    scored = np.array([0, 1]), LabelScores(scores, label_ids)
+    hidden = torch.zeros(2, 64, dtype=torch.bfloat16)
+    model._output = StepOutput(hidden, (scored,))
+    logits = model.compute_logits(hidden)
+    assert logits.argmax(dim=1).tolist() == [int(label_ids[1]), int(label_ids[0])]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests.e2e.test_cli import of_a_user
+from tests.e2e.commands import of_a_user
 from tests.tiny import LAYERS
 
 pytestmark = pytest.mark.full  # a benchmark

@@ -1,4 +1,4 @@
-"""A server that only watches and captures answers as stock vLLM, and tells what came."""
+"""A server that only watches answers as stock vLLM, and tells what came."""
 
 from __future__ import annotations
 
@@ -39,14 +39,6 @@ ASKED: dict[str, tuple[Kind | None, dict[str, Any]]] = {
 }
 if INTERPRETED:
     del ASKED["choice"]
-# What a captured line says, beside the prompt, of one that asks for more than a greedy token.
-CAPTURED: dict[str, dict[str, Any]] = {
-    "label": {"allowed_token_ids": [11, 7]},
-    "probabilities": {"logprob_token_ids": [7, 11], "logprobs": 2},
-    "choice": {"structured_outputs": {"choice": ["yes", "no"]}, "max_tokens": 5},
-    "text": {"max_tokens": 3},
-    "logprobs": {"logprobs": 3},
-}
 ENGINE: dict[str, Any] = {
     "max_model_len": 256,
     "kv_cache_memory_bytes": 64 << 20,
@@ -100,10 +92,7 @@ def directory(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def given(model, directory) -> tuple[Any, dict[str, list[Any]]]:
     """The engine that watches, and its answers to all that is asked."""
-    switch = {
-        "auto": {"directory": str(directory), "watch": True},
-        "capture": {"directory": str(directory.with_name("captured")), "rate": 1},
-    }
+    switch = {"auto": {"directory": str(directory), "watch": True}}
     watching = tiny_engine(model, switch, **ENGINE)
     return watching, {asked: answers(watching, asked) for asked in ASKED}
 
@@ -130,20 +119,6 @@ def test_answers_are_those_of_stock_vllm_bit_for_bit(given, model):
 def test_it_has_no_counters_of_exits(given):
     with pytest.raises(AdaInferError, match="runs without vllm-adainfer"):
         stats(given[0])
-
-
-def test_each_request_is_a_line_that_says_what_the_model_got(written, directory):
-    captured = directory.with_name("captured")
-    text = "".join(path.read_text() for path in sorted(captured.iterdir()))
-    lines = [json.loads(line) for line in text.splitlines()]
-    assert len({line["custom_id"] for line in lines}) == len(ASKED) * len(PROMPTS)
-    assert {(line["method"], line["url"]) for line in lines} == {("POST", "/v1/completions")}
-    bodies = iter(line["body"] for line in lines)
-    for asked in ASKED:
-        for number, prompt in enumerate(PROMPTS):
-            said = CAPTURED.get(asked, {"allowed_token_ids": [20 + 2 * number, 21 + 2 * number]})
-            common = {"model": "name", "prompt": prompt, "max_tokens": 1, "temperature": 0}
-            assert next(bodies) == {**common, **said}
 
 
 def test_each_kind_that_recurs_has_its_requests_and_their_rows(given, written, directory):

@@ -96,21 +96,20 @@ def test_bad_parameters_are_one_clear_sentence(make, words):
     assert_says(error, words)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("bad", "words"), BAD_READOUTS + BAD_PROBES)
-def test_bad_input_is_one_clear_sentence(bad, words, backend):
-    call = {"hidden": floats(ROWS, HIDDEN), "head": Head(floats(VOCAB, HIDDEN))}
-    with pytest.raises(ValueError) as error:  # noqa: PT011  see assert_says
-        adainfer_kernels.probe(**{**call, "backend": backend, **bad})
-    assert_says(error, words)
+CALLS = [
+    *((adainfer_kernels.readout, *one) for one in BAD_READOUTS),
+    *((adainfer_kernels.probe, *one) for one in BAD_READOUTS + BAD_PROBES),
+]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("bad", "words"), BAD_READOUTS)
-def test_a_readout_raises_the_same_errors(bad, words, backend):
-    call = {"hidden": floats(ROWS, HIDDEN), "backend": backend, **bad}
+@pytest.mark.parametrize(("function", "bad", "words"), CALLS)
+def test_bad_input_is_one_clear_sentence(function, bad, words, backend):
+    call = {"hidden": floats(ROWS, HIDDEN), "backend": backend}
+    if function is adainfer_kernels.probe:
+        call["head"] = Head(floats(VOCAB, HIDDEN))
     with pytest.raises(ValueError) as error:  # noqa: PT011  see assert_says
-        adainfer_kernels.readout(**call)
+        function(**{**call, **bad})
     assert_says(error, words)
 
 

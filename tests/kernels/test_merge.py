@@ -18,7 +18,6 @@ from tests.kernels.oracle import (
     assert_accurate,
     normal,
     oracle,
-    same,
     same_dtype,
     states_and_head,
     with_scores,
@@ -75,12 +74,6 @@ def test_what_speaks_of_one_shard_only_is_left_out(count):
     asked = {"classifier": normal(3), "threshold": normal(7), "return_scores": True}
     found = merge(shards_of(hidden, head, count, **asked))
     assert (found.settled, found.scores) == (None, None)
-
-
-def test_one_shard_is_the_whole():
-    hidden, head = states_and_head(7, 50, 16)
-    whole = probe(hidden, head)
-    assert same(merge([whole]), whole)
 
 
 def test_shards_without_any_score_do_not_count():

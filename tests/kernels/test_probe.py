@@ -123,19 +123,6 @@ def test_a_readout_is_lens_then_norm_rounded_once(lens, norm, affine, backend):
     assert readout(hidden.half(), **options, backend=backend).dtype == torch.float16
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("lens", "norm", "affine"),
-    [
-        *((lens, "layer", "weight and bias") for lens in LENSES),
-        *(("lens with bias", *norm) for norm in NORMS if norm != ("layer", "weight and bias")),
-    ],
-)
-def test_a_probe_reads_lens_then_norm_then_head(lens, norm, affine, backend):
-    hidden, head = states_and_head(7, 50, HIDDEN)
-    check_probe(hidden, head, lens_and_norm(lens, norm, affine), backend)
-
-
 AFTER = {
     "nothing": {},
     "bias": {"head_bias": True},

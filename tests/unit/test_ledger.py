@@ -183,13 +183,6 @@ def test_so_large_a_share_of_requests_exits_however_many_come_in_a_step(size, so
     assert stream.exits - before > later * 40_000
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_kind_stays_open_at_half_of_epsilon(seed):
-    ledger = opened(0.01, 40_000, seed).ledger
-    assert not ledger.is_closed
-    assert ledger.decided > 0.9 * 40_000
-
-
 @pytest.mark.parametrize(("share", "spent", "closed"), [(0.04, 5100, 22_000), (0.1, 1270, 5000)])
 def test_a_kind_closes_for_good_when_its_traffic_changes(share, spent, closed):
     """`spent` is when a budget at its most is spent on average, by hand."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -142,23 +141,10 @@ def test_an_adapter_that_has_left_memory_is_fingerprinted_again_when_it_comes_ba
         manager.remove_all_adapters()
     overwrite(saved[0])
     loaded.take_changed()
-    assert loaded.fingerprint_of(first) == adapter_fingerprint(saved[0])
+    if how != "by another":  # a request was told before it is loaded, else it returns
+        assert loaded.fingerprint_of(first) == adapter_fingerprint(saved[0])
     step(manager, first)
-    assert loaded.fingerprint_of(first) == adapter_fingerprint(saved[0])
-    assert not loaded.take_changed()
-
-
-def test_a_request_that_returns_to_an_adapter_loaded_again_is_judged_by_the_new_files(
-    manager, loaded, adapters, saved
-):
-    """It was preempted, and is not admitted anew."""
-    first, *others = adapters
-    step(manager, first)
-    step(manager, *others)
-    loaded.take_changed()
-    overwrite(saved[0])
-    step(manager, first)
-    assert loaded.take_changed()
+    assert loaded.take_changed() == (how == "by another")
     assert loaded.fingerprint_of(first) == adapter_fingerprint(saved[0])
 
 
@@ -235,11 +221,3 @@ def test_an_adapter_to_be_loaded_in_place_is_not_read_again_for_the_segments_of_
         ours_of_step.use((1, 1, 0), (1, 0))
     assert manager.reads == 1
     assert in_place.load_inplace
-
-
-def test_a_copied_adapter_has_the_same_fingerprint(manager, loaded, adapters, saved, tmp_path):
-    elsewhere = shutil.copytree(saved[0], tmp_path / "copy")
-    manager.add_adapter(LoRARequest("copy", 9, str(elsewhere)))
-    manager.add_adapter(adapters[0])
-    both = [loaded.fingerprint_of(LoRARequest("any", number, "any")) for number in (9, 1)]
-    assert both == [adapter_fingerprint(saved[0])] * 2

@@ -126,16 +126,6 @@ def test_a_bound_that_holds_is_found_broken_in_at_most_alpha_of_runs(units):
     assert broken <= runs * ALPHA
 
 
-@pytest.mark.parametrize(
-    ("rate", "answers"), [(0.0, 100_000), (0.01, 20_000)], ids=["never", "within"]
-)
-def test_a_rate_within_epsilon_closes_nothing_for_long(rate, answers):
-    watch = Watch(EPSILONS, 0.01)
-    for wrong in np.split(np.array(outcomes(rate, answers)), 50):
-        assert watch.observe([""] * len(wrong), np.zeros(len(wrong), np.int64), wrong) == []
-    assert watch.as_dict()[0.02]["high"] < 0.02
-
-
 def test_a_level_closes_by_its_latest_answers_and_the_reading_shows_them_and_all():
     """20,000 good ones: what is shown since start is still within epsilon, and true."""
     watch = watching()

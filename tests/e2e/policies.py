@@ -1,24 +1,18 @@
-"""A calibrated policy decides in vLLM as it decides on transformers' hidden states."""
+"""Random policies of each kind, and what they decide on transformers' hidden states."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-from vllm import SamplingParams
 
 from tests.chain import log_odds
 from tests.e2e.oracle import TIE, hidden_states
-from tests.e2e.scripted import only, parts, scripted
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_config, tiny_tensors
 from vllm_adainfer.artifact.artifact import Artifact
-from vllm_adainfer.exits.loop.loop import StepOutput
-from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.policy import Policy
 
-PROMPTS = 24
 SHORTLIST = torch.arange(3, 1000, 7)
 
 
@@ -102,59 +96,3 @@ def expected(
         if lead > 0:
             return layer, token
     raise AssertionError("the last layer always answers")
-
-
-@pytest.mark.parametrize(
-    ("probe", "candidates", "threshold", "classifier"),
-    [
-        ("label-head", "labels", 0.2, "threshold"),
-        ("lens", "labels", 0.6, "threshold"),
-        ("logit-lens", "labels", 0.6, "threshold"),
-        ("lens", "full", 0.1, "threshold"),
-        ("logit-lens", "full", 0.1, "threshold"),
-        ("lens", "shortlist", 0.3, "threshold"),
-        ("lens", "labels", 3.0, "crf"),
-        ("lens", "full", -1.4, "crf"),
-    ],
-)
-def test_depths_and_tokens_are_those_of_the_oracle(
-    engine, tiny_model, reference, probe, candidates, threshold, classifier
-):
-    model, _, _ = parts(engine)
-    artifact = artifact_of(tiny_model, reference, probe, candidates, threshold, classifier)
-    generator = np.random.default_rng(11)
-    prompts = [
-        generator.integers(5, 1000, generator.integers(2, 60)).tolist() for _ in range(PROMPTS)
-    ]
-    params = SamplingParams(
-        temperature=0,
-        max_tokens=1,
-        allowed_token_ids=list(artifact.config.label_ids) or None,
-        extra_args={"exit_at": 0},  # threshold row 0: the first level of the epsilon table
-    )
-    with scripted(engine) as stats:
-        model.loop.policies = only(policy_of(artifact, model))
-        outputs = engine.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
-        )
-    wanted = [expected(artifact, reference, prompt) for prompt in prompts]
-    sure = [(w, out.outputs[0].token_ids[0]) for w, out in zip(wanted, outputs, strict=True) if w]
-    assert len(sure) > PROMPTS / 2
-    assert [token for _, token in sure] == [want[1] for want, _ in sure]
-    depths = [want[0] for want, _ in sure]
-    assert len(set(depths)) > 1, "the case must have rows that leave at different depths"
-    unsure = PROMPTS - len(sure)
-    for depth in (*EXIT_POINTS, LAYERS):
-        assert abs(stats.exit_histogram[depth] - depths.count(depth)) <= unsure
-
-
-def test_a_certified_label_wins_also_where_its_lead_is_below_the_rounding_of_the_logits(engine):
-    model, _, _ = parts(engine)
-    [policy] = model.loop.policies.policies
-    label_ids = policy.answer_ids
-    scores = torch.tensor([[100.0, 100.05], [100.05, 100.0]])  # bfloat16 steps by 0.5 there
-    scored = np.array([0, 1]), Answers(scores, label_ids, of_labels=True)
-    hidden = torch.zeros(2, 64, dtype=torch.bfloat16)
-    model._output = StepOutput(hidden, (scored,))
-    logits = model.compute_logits(hidden)
-    assert logits.argmax(dim=1).tolist() == [int(label_ids[1]), int(label_ids[0])]
