@@ -25,6 +25,7 @@ from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.compat.requests import client_request_id
 from vllm_adainfer.exits.loop.loop import StepOutput
+from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.settings.engine import DEFAULT_POLICY, Settings
 from vllm_adainfer.watch.units import Grouping
 from vllm_adainfer.watch.watch import Watch
@@ -266,7 +267,7 @@ def test_a_certified_label_wins_also_where_its_lead_is_below_the_rounding_of_the
     [policy] = model.loop.policies.policies
     label_ids = policy.answer_ids
     scores = torch.tensor([[100.0, 100.05], [100.05, 100.0]])  # bfloat16 steps by 0.5 there
-    scored = np.array([0, 1]), LabelScores(scores, label_ids)
+    scored = np.array([0, 1]), Answers(scores, label_ids, of_labels=True)
     hidden = torch.zeros(2, 64, dtype=torch.bfloat16)
     model._output = StepOutput(hidden, (scored,))
     logits = model.compute_logits(hidden)
