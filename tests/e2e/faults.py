@@ -14,6 +14,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from tests.e2e.asking import tokens
 from tests.e2e.oracle import continuation, same
 from tests.e2e.scripted import parts
 from tests.tiny import LAYERS
@@ -42,12 +43,11 @@ def answers_are_right(llm: Any, reference: Any) -> bool:
     generator = np.random.default_rng(5)
     prompts = [generator.integers(5, 1000, size).tolist() for size in (4, 9, 2)]
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-    outputs = llm.generate(inputs, params, use_tqdm=False)
+    found = tokens(llm, prompts, params)
     llm.reset_prefix_cache()
     return all(
-        same(list(output.outputs[0].token_ids), continuation(reference, prompt, 3, LAYERS))
-        for prompt, output in zip(prompts, outputs, strict=True)
+        same(answer, continuation(reference, prompt, 3, LAYERS))
+        for prompt, answer in zip(prompts, found, strict=True)
     )
 
 

@@ -7,7 +7,7 @@ one, and the mean of those from position `POOLED_FROM` on.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -170,11 +170,6 @@ def request(kind: str, epsilon: float, artifacts: dict[str, Artifact], **more: A
 
 def random_prompt(generator: np.random.Generator, length: int) -> list[int]:
     return generator.integers(100, 1000, length).tolist()
-
-
-def ask(llm: Any, prompts: Sequence[list[int]], params: Any) -> list[Any]:
-    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-    return llm.generate(inputs, params, use_tqdm=False)
 
 
 def what_is_read(states: Tensor, pooled_from: int | None) -> Tensor:

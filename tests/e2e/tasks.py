@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 
+from tests.e2e.asking import tokens
 from tests.e2e.policies import artifact_of, expected
 from tests.tiny import EXIT_POINTS
 from vllm_adainfer.artifact.artifact import Artifact
@@ -115,9 +116,5 @@ def cases(
 
 def tokens_of(llm: Any, some: list[Case]) -> list[int]:
     """What an engine answers when all come at once."""
-    outputs = llm.generate(
-        [{"prompt_token_ids": case.prompt} for case in some],
-        [case.params for case in some],
-        use_tqdm=False,
-    )
-    return [output.outputs[0].token_ids[0] for output in outputs]
+    found = tokens(llm, [case.prompt for case in some], [case.params for case in some])
+    return [token for [token] in found]

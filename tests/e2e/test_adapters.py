@@ -13,6 +13,7 @@ from vllm.lora.request import LoRARequest
 
 from tests.adapters import PROJECTIONS, merged, save_adapter
 from tests.conftest import tiny_engine
+from tests.e2e.asking import ask, ask_and_count, greedy
 from tests.e2e.oracle import TIE, hidden_states
 from tests.e2e.patterns import drawn_pattern, wrong_of
 from tests.e2e.scripted import parts, running_of
@@ -98,12 +99,11 @@ def test_drawn_exits_of_requests_with_and_without_adapters_reproduce_the_oracle(
 def test_requests_that_never_exit_are_those_of_stock_bit_for_bit(engine, stock, adapters):
     params = SamplingParams(temperature=0, max_tokens=5, logprobs=3)
     asked = [[None, *adapters][i % (1 + len(adapters))] for i in range(len(PROMPTS))]
-    inputs = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
 
     def answers(llm: Any) -> list[Any]:
         llm.reset_prefix_cache()
-        outputs = llm.generate(inputs, params, lora_request=asked, use_tqdm=False)
-        return [(out.outputs[0].token_ids, out.outputs[0].logprobs) for out in outputs]
+        found = ask(llm, PROMPTS, params, lora_request=asked)
+        return [(answer.token_ids, answer.logprobs) for answer in found]
 
     assert answers(engine) == answers(stock)
 
@@ -116,26 +116,23 @@ def asked_about_labels(engine, tiny_model, adapters, references) -> Any:
     """
     config = tiny_config(tiny_model)
     head = tiny_tensors(config)[f"exit.{EXIT_POINTS[0]}.head_weight"]
-    params = SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=list(config.label_ids))
+    params = greedy(allowed_token_ids=list(config.label_ids))
     asked = [[None, *adapters][i % (1 + len(adapters))] for i in range(len(PROMPTS))]
-    inputs = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
 
-    def ask(leaving: list[LoRARequest | None]) -> tuple[Counter[int], list[int]]:
+    def left_and_wrong(leaving: list[LoRARequest | None]) -> tuple[Counter[int], list[int]]:
         engine.reset_prefix_cache()
-        before = Counter(stats(engine)["exit_histogram"])
-        outputs = engine.generate(inputs, params, lora_request=asked, use_tqdm=False)
-        left = Counter(stats(engine)["exit_histogram"]) - before
+        found, left = ask_and_count(engine, PROMPTS, params, lora_request=asked)
         wrong_answers = []
-        for prompt, adapter, output in zip(PROMPTS, asked, outputs, strict=True):
+        for prompt, adapter, answer in zip(PROMPTS, asked, found, strict=True):
             if adapter in leaving:
                 own = references[adapter and adapter.lora_name]
                 scores = (head @ hidden_states(own, prompt)[EXIT_POINTS[0]][-1]).tolist()
                 best = config.label_ids[scores.index(max(scores))]
-                if abs(scores[0] - scores[1]) > TIE and output.outputs[0].token_ids != [best]:
+                if abs(scores[0] - scores[1]) > TIE and answer.token_ids != [best]:
                     wrong_answers.append(len(prompt))
         return left, wrong_answers
 
-    return ask
+    return left_and_wrong
 
 
 def leaving_alone(policies: int) -> tuple[Counter[int], list[int]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from vllm import SamplingParams
 
 from tests.conftest import tiny_engine
+from tests.e2e.asking import greedy, tokens
 from tests.e2e.oracle import hidden_states
 from tests.e2e.scripted import parts, running_of
 from tests.tiny import LAYERS, tiny_artifact, tiny_config
@@ -61,16 +62,8 @@ def auto(tiny_model: Path, directory: AutoDirectory) -> Iterator[Any]:
         )
 
 
-def ask(llm: Any, prompts: list[list[int]], params: Any) -> list[list[int]]:
-    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-    outputs = llm.generate(asked, params, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
-
-
 def label(labels: list[int], **arguments: Any) -> SamplingParams:
-    return SamplingParams(
-        temperature=0, max_tokens=1, allowed_token_ids=labels, extra_args=arguments or None
-    )
+    return greedy(allowed_token_ids=labels, extra_args=arguments or None)
 
 
 def rows_of(directory: AutoDirectory, kind: str) -> dict[str, Tensor]:
@@ -91,9 +84,9 @@ def test_a_kind_that_recurs_is_recorded_and_every_answer_is_that_of_full_depth(
     auto, directory, labels, reference
 ):
     kind = Kind("label", tuple(sorted(labels))).name(directory.salt)
-    texts = ask(auto, PROMPTS[:4], TEXT)
-    answers = ask(auto, PROMPTS, label(labels))
-    assert texts == ask(auto, PROMPTS[:4], TEXT)
+    texts = tokens(auto, PROMPTS[:4], TEXT)
+    answers = tokens(auto, PROMPTS, label(labels))
+    assert texts == tokens(auto, PROMPTS[:4], TEXT)
     for prompt, [token] in zip(PROMPTS, answers, strict=True):
         assert oracle_answer(reference, prompt, labels) in (None, token)
     recorded = wait_for(lambda: rows_of(directory, kind))
@@ -116,7 +109,7 @@ def test_a_kind_that_recurs_is_recorded_and_every_answer_is_that_of_full_depth(
 
 
 def test_only_its_user_can_read_the_directory(auto, directory, labels):
-    ask(auto, PROMPTS, label(labels))
+    tokens(auto, PROMPTS, label(labels))
     wait_for(lambda: [*directory.root.rglob("*.safetensors")])
     for path in [directory.root, *directory.root.rglob("*")]:
         assert path.stat().st_mode & 0o077 == 0, path
@@ -126,10 +119,10 @@ def test_full_depth_by_choice_sampled_and_lone_answers_are_no_kind_and_earn_no_b
     kinds = running_of(parts(auto)[1]).kinds
     before = {name: own.ledger.requests for name, own in kinds.kinds.items()}
     many = PROMPTS[: 2 * RECURS]
-    ask(auto, many, label(labels, adainfer=0))
-    ask(auto, many, label(labels, adainfer_epsilon=0))
-    ask(auto, many, label(labels[:1]))
-    ask(auto, many, SamplingParams(temperature=1, max_tokens=1, allowed_token_ids=labels))
+    tokens(auto, many, label(labels, adainfer=0))
+    tokens(auto, many, label(labels, adainfer_epsilon=0))
+    tokens(auto, many, label(labels[:1]))
+    tokens(auto, many, SamplingParams(temperature=1, max_tokens=1, allowed_token_ids=labels))
     assert {name: own.ledger.requests for name, own in kinds.kinds.items()} == before
 
 
@@ -147,11 +140,11 @@ def served(auto, directory, tiny_model, labels) -> tuple[str, Any]:
     """
     kind = Kind("label", tuple(sorted(labels))).name(directory.salt)
     tiny_artifact(tiny_model, directory.policy(kind, 1), exit_points=CUTS[:2])
-    ask(auto, PROMPTS[: 2 * RECURS], label(labels))
+    tokens(auto, PROMPTS[: 2 * RECURS], label(labels))
     certify(directory, kind, 1)
     own = running_of(parts(auto)[1]).kinds.kinds[kind]
     wait_for(lambda: own.state == "served")
-    ask(auto, PROMPTS[:1], TEXT)  # the step after takes the policy into service
+    tokens(auto, PROMPTS[:1], TEXT)  # the step after takes the policy into service
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledgers, "ERROR_RATE", 1e-300)
         own.ledger = Ledger(0.02, 0.1, 0.25)
@@ -167,12 +160,12 @@ def test_nobody_exits_until_the_budget_allows_for_it_and_no_more_than_it_allows(
     auto, directory, labels, served, reference
 ):
     kind, own = served
-    full = ask(auto, PROMPTS, label(labels))
+    full = tokens(auto, PROMPTS, label(labels))
     assert own.ledger.decided == 0
     assert own.ledger.requests == len(PROMPTS)
     own.ledger.allowed = 60.0
     before = sum(depths(auto, kind).values()) if kind in names(auto) else 0
-    early = ask(auto, PROMPTS * 2, label(labels))
+    early = tokens(auto, PROMPTS * 2, label(labels))
     ledger = own.ledger
     changed = sum(one != two for one, two in zip(early, full * 2, strict=True))
     assert ledger.misses > 0, "a random policy misses"
@@ -183,7 +176,7 @@ def test_nobody_exits_until_the_budget_allows_for_it_and_no_more_than_it_allows(
     written = read_json(directory.ledger(kind))
     assert written["misses"] + written["reserved"] >= ledger.misses, "written ahead"
     # No block that an exit left incomplete is in the prefix cache.
-    assert ask(auto, PROMPTS, label(labels, adainfer=0)) == full
+    assert tokens(auto, PROMPTS, label(labels, adainfer=0)) == full
 
 
 def names(llm: Any) -> list[str]:
@@ -196,11 +189,11 @@ def test_while_the_ledger_cannot_be_written_nobody_exits(auto, labels, served, m
     monkeypatch.setattr(AutoDirectory, "ledger", lambda self, kind: Path("/proc/none/ledger.json"))
     own.note()  # the fixture's new ledger may be on disk already, and is written once
     wait_for(lambda: not own.is_saved)
-    ask(auto, PROMPTS, label(labels))
+    tokens(auto, PROMPTS, label(labels))
     assert own.ledger.decided == 0
     monkeypatch.undo()
     wait_for(lambda: own.is_saved)
-    ask(auto, PROMPTS[:10], label(labels))
+    tokens(auto, PROMPTS[:10], label(labels))
     assert own.ledger.decided == 10
 
 
@@ -223,35 +216,35 @@ def test_a_policy_that_cannot_be_served_is_put_away_and_the_one_before_serves_on
     certify(directory, kind, number)
     wait_for(lambda: read_json(directory.ledger(kind))["quarantined"].get("policy") == number)
     own.ledger.allowed = 1000.0
-    ask(auto, PROMPTS[:10], label(labels))
+    tokens(auto, PROMPTS[:10], label(labels))
     assert own.ledger.decided == 10
 
 
 def test_a_client_cannot_ask_a_server_that_calibrates_itself_for_another_bound(auto, labels):
     with pytest.raises(Exception, match="makes one promise for all: drop adainfer_epsilon"):
-        ask(auto, PROMPTS[:1], label(labels, adainfer_epsilon=0.5))
+        tokens(auto, PROMPTS[:1], label(labels, adainfer_epsilon=0.5))
 
 
 def test_a_kind_that_loses_its_place_leaves_nothing_and_begins_anew(
     auto, directory, labels, served, monkeypatch
 ):
     kind, own = served
-    full = ask(auto, PROMPTS, label(labels, adainfer=0))
+    full = tokens(auto, PROMPTS, label(labels, adainfer=0))
     own.ledger.allowed = 1000.0
     monkeypatch.setattr(admitted_kinds, "MOST_KINDS", 1)
     own.since = 0.0
     own.recent.requests = RECURS / 4
     loop = parts(auto)[0].loop
     assert kind in loop.policies.names
-    ask(auto, PROMPTS[:RECURS], label([*labels, 7]))
+    tokens(auto, PROMPTS[:RECURS], label([*labels, 7]))
     kinds = running_of(parts(auto)[1]).kinds.kinds
     assert kind not in kinds
-    ask(auto, PROMPTS[:1], TEXT)  # the step after takes the policy out of service
+    tokens(auto, PROMPTS[:1], TEXT)  # the step after takes the policy out of service
     assert kind not in loop.policies.names
     wait_for(lambda: not (directory.root / kind).exists())
-    assert ask(auto, PROMPTS, label(labels)) == full
+    assert tokens(auto, PROMPTS, label(labels)) == full
     monkeypatch.setattr(admitted_kinds, "MOST_KINDS", 64)
-    ask(auto, PROMPTS[:RECURS], label(labels))
+    tokens(auto, PROMPTS[:RECURS], label(labels))
     assert kinds[kind].ledger.requests == len(PROMPTS[:RECURS])
     assert kinds[kind].state == "recording"
     assert kind not in loop.policies.names

@@ -18,6 +18,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from tests.byte_model import byte_tokenizer, save_byte_model
 from tests.conftest import tiny_engine
+from tests.e2e.asking import ask, ask_and_count, outputs
 from tests.e2e.oracle import last_states
 from tests.e2e.scripted import parts
 from tests.e2e.test_choices import choosing
@@ -116,11 +117,7 @@ def run(llm: Any, params: list[SamplingParams]) -> tuple[list[Any], Counter[int]
     From an empty prefix cache: prompts that come again would run at full depth to fill it.
     """
     llm.reset_prefix_cache()
-    before = Counter(stats(llm)["exit_histogram"])
-    inputs = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    outputs = [one.outputs[0] for one in llm.generate(inputs, params, use_tqdm=False)]
-    counted = stats(llm)
-    return outputs, Counter(counted["exit_histogram"]) - before, counted
+    return *ask_and_count(llm, PROMPTS, params), stats(llm)
 
 
 def test_settled_requests_get_the_choice_of_their_exit_and_others_that_of_stock(
@@ -128,8 +125,7 @@ def test_settled_requests_get_the_choice_of_their_exit_and_others_that_of_stock(
 ):
     names = [list(SETS)[place % len(SETS)] for place in range(len(PROMPTS))]
     params = [choosing(SETS[name]) for name in names]
-    inputs = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    theirs = [one.outputs[0] for one in stock.generate(inputs, params, use_tqdm=False)]
+    theirs = ask(stock, PROMPTS, params)
     ours, left, counted = run(engine, params)
     wanted: Counter[int] = Counter()
     unsure = 0
@@ -164,8 +160,7 @@ FULL_DEPTH: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", FULL_DEPTH)
 def test_a_request_that_asks_for_more_than_the_choice_runs_all_layers(engine, stock, kind):
     params = [choosing(SETS["mood"], **FULL_DEPTH[kind]) for _ in PROMPTS]
-    inputs = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    theirs = [one.outputs[0].text for one in stock.generate(inputs, params, use_tqdm=False)]
+    theirs = [one.text for one in ask(stock, PROMPTS, params)]
     ours, left, _ = run(engine, params)
     assert [one.text for one in ours] == theirs
     assert set(left) == {LAYERS}
@@ -175,15 +170,14 @@ def test_a_settled_choice_takes_one_step_and_leaves_nothing_behind(engine, decis
     places = [i for i, found in enumerate(decisions["word"]) if found and found[0] < LAYERS]
     engine.reset_prefix_cache()
     before = stats(engine)
-    inputs = [{"prompt_token_ids": PROMPTS[place]} for place in places]
-    outputs = engine.generate(inputs, choosing(SETS["word"]), use_tqdm=False)
+    found = outputs(engine, [PROMPTS[place] for place in places], choosing(SETS["word"]))
     after = stats(engine)
-    assert after["tokens_decided"] - before["tokens_decided"] == len(outputs)
+    assert after["tokens_decided"] - before["tokens_decided"] == len(found)
     rows = sum(len(PROMPTS[place]) for place in places)
     assert after["layers_possible"] - before["layers_possible"] == rows * LAYERS
     loop = parts(engine)[0].loop
     engine.generate("x", SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
-    assert not any(loop.kv.missing(out.request_id, 1 << 20) for out in outputs)
+    assert not any(loop.kv.missing(out.request_id, 1 << 20) for out in found)
 
 
 def test_a_choice_whose_rest_is_not_appended_goes_on_to_the_same_text(
@@ -257,8 +251,7 @@ def test_of_a_request_that_its_first_token_may_end_no_step_is_scheduled_ahead(en
 def test_shadow_requests_are_compared_by_the_choice(model, artifacts, stock, decisions):
     llm = engine_of(model, {"artifact": artifacts["mood"], "min_rows_saved": 1, "shadow_rate": 1})
     params = [choosing(SETS["mood"]) for _ in PROMPTS]
-    inputs = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    theirs = [one.outputs[0].text for one in stock.generate(inputs, params, use_tqdm=False)]
+    theirs = [one.text for one in ask(stock, PROMPTS, params)]
     ours, left, counted = run(llm, params)
     assert [one.text for one in ours] == theirs
     assert set(left) == {LAYERS}

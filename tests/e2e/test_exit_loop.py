@@ -16,6 +16,8 @@ from torch.nn.functional import pad
 from vllm import SamplingParams
 from vllm.v1.worker.gpu_worker import Worker
 
+from tests.e2e.asking import greedy
+from tests.e2e.asking import tokens as tokens_of
 from tests.e2e.oracle import continuation, same, token_after
 from tests.e2e.patterns import Request, drive
 from tests.e2e.scripted import EXIT_AT, FULL, drawn, parts, scripted
@@ -37,14 +39,9 @@ def prompts_of(lengths: list[int], seed: int) -> list[list[int]]:
     return [generator.integers(5, 1000, length).tolist() for length in lengths]
 
 
-def run(llm, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
-
-
 def one_token(exit_at: int) -> SamplingParams:
     extra = {} if exit_at == FULL else {EXIT_AT: exit_at}
-    return SamplingParams(temperature=0, max_tokens=1, extra_args=extra)
+    return greedy(extra_args=extra)
 
 
 @contextmanager
@@ -82,7 +79,7 @@ def test_each_request_gets_the_answer_of_its_depth_and_runs_no_more(
     lengths = [1] if len(exits) == 1 else [7, 1, 23, 12, 40, 3][: len(exits)]
     prompts = prompts_of(lengths, seed=len(exits))
     with scripted(engine) as stats, rows_through_layers(engine) as rows:
-        found = run(engine, prompts, [one_token(e) for e in exits])
+        found = tokens_of(engine, prompts, [one_token(e) for e in exits])
     for prompt, exit_at, tokens in zip(prompts, exits, found, strict=True):
         assert same(tokens, [token_after(reference, prompt, depth_of(exit_at, points))])
     depths = [depth_of(e, points) for e in exits]
@@ -150,7 +147,7 @@ def test_rows_of_padding_change_nothing_and_are_not_counted(engine, reference, t
         for e in exits
     ]
     with scripted(engine) as stats, padded(engine, rows=5):
-        found = run(engine, prompts, params)
+        found = tokens_of(engine, prompts, params)
     for prompt, exit_at, produced in zip(prompts, exits, found, strict=True):
         assert same(produced, continuation(reference, prompt, tokens, depth_of(exit_at)))
     assert stats.layers_possible == (sum(lengths) + 4 * (tokens - 1)) * LAYERS
@@ -173,7 +170,7 @@ ENOUGH = COMPACTION_COST // (LAYERS - EXIT_POINTS[0])
 )
 def test_by_default_requests_leave_where_that_is_faster(engine, lengths, exits, left):
     with scripted(engine, min_rows_saved=None) as stats:
-        run(engine, prompts_of(lengths, seed=5), [one_token(e) for e in exits])
+        tokens_of(engine, prompts_of(lengths, seed=5), [one_token(e) for e in exits])
     assert stats.exit_histogram[EXIT_POINTS[0]] == left
 
 
@@ -181,9 +178,9 @@ def test_a_request_with_a_seed_and_a_prompt_of_several_chunks_draws_what_it_draw
     """On a CPU stock vLLM 0.32 ends at its first chunk: it rewinds generators by their offset."""
     prompt = prompts_of([150], seed=6)[0]  # steps have 128 rows
     drawn = SamplingParams(temperature=1, seed=5, max_tokens=6, ignore_eos=True)
-    [chunked] = run(engine, [prompt], [drawn])
-    [at_once] = run(engine, [prompt], [drawn])  # all but the last block is cached
-    beside = run(engine, [*prompts_of([100, 90], seed=7), prompt[::-1], prompt], [drawn] * 4)
+    [chunked] = tokens_of(engine, [prompt], [drawn])
+    [at_once] = tokens_of(engine, [prompt], [drawn])  # all but the last block is cached
+    beside = tokens_of(engine, [*prompts_of([100, 90], seed=7), prompt[::-1], prompt], [drawn] * 4)
     assert chunked == at_once == beside[-1]
     assert len(set(map(tuple, beside))) == len(beside)
 

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from benchmarks.offline.scripted_requests import scripted_request
 from tests.conftest import tiny_engine
 from tests.delta_net import allow_fp32
+from tests.e2e.asking import ask
 from tests.e2e.oracle import continuation, head_inputs, same
 from tests.e2e.patterns import Request, drawn_pattern, drive, wrong
 from tests.e2e.recorded import taken_from
@@ -101,18 +102,13 @@ def prompts_of(seed: int, count: int = 14) -> list[list[int]]:
     return [generator.integers(5, 1000, length).tolist() for length in lengths]
 
 
-def run(llm: Any, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
-    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-    return [output.outputs[0] for output in llm.generate(inputs, params, use_tqdm=False)]
-
-
 def scores(llm: Any) -> list[list[dict[int, float]]]:
     """Log-probabilities at five tokens of each of some prompts; nobody asks to exit."""
     prompts = prompts_of(seed=0)
     params = SamplingParams(temperature=0, max_tokens=5, logprobs=3, ignore_eos=True)
     return [
         [{token: entry.logprob for token, entry in at.items()} for at in output.logprobs]
-        for output in run(llm, prompts, [params] * len(prompts))
+        for output in ask(llm, prompts, [params] * len(prompts))
     ]
 
 
@@ -163,7 +159,7 @@ def test_requests_leave_where_the_script_says(served, monkeypatch):
     monkeypatch.setattr(parts(served.llm)[0].loop, "_min_rows_saved", 1)
     served.llm.reset_prefix_cache()
     before = stats(served.llm)
-    found = run(served.llm, prompts, params)
+    found = ask(served.llm, prompts, params)
     after, depths = stats(served.llm), [LAYERS if layer is None else layer for layer in exits]
     left = Counter(after["exit_histogram"]) - Counter(before["exit_histogram"])
     assert left == Counter(depths)
@@ -211,7 +207,7 @@ def test_what_calibration_learns_from_reads_as_the_model_does(served, tmp_path):
         SamplingParams(temperature=0, max_tokens=1, extra_args={ROW_ARG: row})
         for row in range(len(prompts))
     ]
-    run(llm, prompts, params)
+    ask(llm, prompts, params)
     rows, lens = taken_from(llm, tmp_path)
     torch.testing.assert_close(lens.head.weight, served.reference.lm_head.weight.data)
     for depth in (0, 3, LAYERS):
@@ -228,7 +224,7 @@ def test_rows_that_decide_nothing_stop_where_layers_share_keys(served, switch):
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     llm = served.llm if switch else tiny_engine(served.directory, switch, **SMALL)
     before = stats(llm)
-    found = run(llm, prompts, [params] * len(prompts))
+    found = ask(llm, prompts, [params] * len(prompts))
     ran, possible = (stats(llm)[key] - before[key] for key in ("layers_run", "layers_possible"))
     for prompt, output in zip(prompts, found, strict=True):
         assert same(list(output.token_ids), continuation(served.reference, prompt, 1, LAYERS))

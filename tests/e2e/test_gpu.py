@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.offline.scripted_requests import scripted_request
 from tests.conftest import small_engine, tiny_engine
+from tests.e2e.asking import tokens
 from tests.e2e.patterns import drawn_pattern, wrong
 from tests.e2e.scripted import parts
 from vllm_adainfer.engine.self_test.self_test import self_test
@@ -66,12 +67,9 @@ def default(tiny_model: Path) -> Any:
 def generated(llm: Any, exits: list[int | None]) -> list[list[int]]:
     """Sixteen tokens after each of some prompts, all of whose tokens exit after the same layer."""
     drawn = np.random.default_rng(1)
-    prompts = [
-        {"prompt_token_ids": drawn.integers(5, 1000, 3 + 11 * place).tolist()}
-        for place in range(len(exits))
-    ]
+    prompts = [drawn.integers(5, 1000, 3 + 11 * place).tolist() for place in range(len(exits))]
     params = [scripted_request(layer, 16) for layer in exits]
-    return [list(one.outputs[0].token_ids) for one in llm.generate(prompts, params, use_tqdm=False)]
+    return tokens(llm, prompts, params)
 
 
 def test_never_exiting_gives_stocks_tokens_on_the_default_backend(tiny_model, default):

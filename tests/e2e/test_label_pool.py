@@ -12,9 +12,9 @@ from torch import Tensor
 from vllm import SamplingParams
 
 from tests.conftest import tiny_engine
+from tests.e2e.asking import ask_and_count, greedy
 from tests.e2e.oracle import last_states
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
-from vllm_adainfer import stats
 from vllm_adainfer.artifact.fields import Label, Question
 
 POOL = tuple(Label(name=f"label {token}", token_id=token) for token in (40, 7, 300, 12, 999, 5))
@@ -87,7 +87,7 @@ def random_request(seed: int) -> SamplingParams:
         {"allowed_token_ids": [*own, 8]},
         {"logprob_token_ids": own[:1]},
     ][generator.integers(5)]
-    return SamplingParams(temperature=0, max_tokens=1, **asked)
+    return greedy(**asked)
 
 
 @torch.inference_mode()
@@ -124,10 +124,7 @@ def test_random_subsets_in_one_step_are_each_answered_among_their_own_labels(
     engine, reference, states, heads, seed
 ):
     asked = [random_request(100 * seed + place) for place in range(len(PROMPTS))]
-    before = Counter(stats(engine)["exit_histogram"])
-    inputs = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    outputs = [out.outputs[0] for out in engine.generate(inputs, asked, use_tqdm=False)]
-    left = Counter(stats(engine)["exit_histogram"]) - before
+    outputs, left = ask_and_count(engine, PROMPTS, asked)
     wanted: Counter[int] = Counter()
     for after, params, output in zip(states, asked, outputs, strict=True):
         own = params.allowed_token_ids or params.logprob_token_ids
@@ -161,18 +158,13 @@ def test_each_question_is_answered_at_its_own_exit_and_others_at_full_depth(
     for place, prompt in enumerate(PROMPTS):
         end = list(ends)[place % len(ends)]
         epsilon = (0.02, 0.05)[place // len(ends) % 2]
-        inputs.append({"prompt_token_ids": [*prompt, *end]})
-        arguments = {"adainfer_epsilon": epsilon}
-        asked.append(
-            SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=own, extra_args=arguments)
-        )
+        inputs.append([*prompt, *end])
+        asked.append(greedy(allowed_token_ids=own, extra_args={"adainfer_epsilon": epsilon}))
         wanted.append(GAPS.get((ends[end], epsilon), np.inf))
-    before = Counter(stats(engine)["exit_histogram"])
-    outputs = [out.outputs[0] for out in engine.generate(inputs, asked, use_tqdm=False)]
-    left = Counter(stats(engine)["exit_histogram"]) - before
+    outputs, left = ask_and_count(engine, inputs, asked)
     depths: Counter[int] = Counter()
     for prompt, output, gap in zip(inputs, outputs, wanted, strict=True):
-        [after] = last_states(reference, [prompt["prompt_token_ids"]])
+        [after] = last_states(reference, [prompt])
         found = expected(reference, after, heads["questions"], own, own, gap)
         if found is None:
             continue

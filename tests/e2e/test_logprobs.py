@@ -10,6 +10,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from tests.e2e.asking import greedy, outputs
 from tests.e2e.oracle import head_inputs
 from tests.e2e.scripted import parts
 from tests.tiny import EXIT_POINTS, LAYERS
@@ -21,10 +22,6 @@ _GENERATOR = np.random.default_rng(0)
 PROMPTS = [_GENERATOR.integers(5, 1000, 1 + 3 * i % 8).tolist() for i in range(16)]
 CLOSE = 1e-4  # fp32 sums in another order
 LEAVES = 4  # how many requests of a step leave early
-
-
-def greedy(**more: Any) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0, "max_tokens": 1, **more})
 
 
 def drawn(seed: int, **more: Any) -> SamplingParams:
@@ -66,10 +63,6 @@ def step(request, tiny_policy) -> list[SamplingParams]:
     return [found[place] for place in np.random.default_rng(1).permutation(len(found))]
 
 
-def run(llm: Any, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
-    return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-
-
 def told(output: Any) -> dict[tuple[str, int, int], Any]:
     """What an output says of log-probabilities, by part, place and token."""
     said = ("answer", output.outputs[0].logprobs), ("prompt", output.prompt_logprobs)
@@ -82,7 +75,7 @@ def told(output: Any) -> dict[tuple[str, int, int], Any]:
 
 
 def test_requests_of_a_mixed_step_are_told_what_each_is_told_alone(engine, step):
-    alone = [run(engine, [p], [asked])[0] for p, asked in zip(PROMPTS, step, strict=True)]
+    alone = [outputs(engine, [p], [asked])[0] for p, asked in zip(PROMPTS, step, strict=True)]
     loop, widths = parts(engine)[0].loop, []
     forward = loop.run
 
@@ -92,7 +85,7 @@ def test_requests_of_a_mixed_step_are_told_what_each_is_told_alone(engine, step)
 
     left = stats(engine)["exit_histogram"].get(EXIT_POINTS[0], 0)
     with mock.patch.object(loop, "run", noting):
-        together = run(engine, PROMPTS, step)
+        together = outputs(engine, PROMPTS, step)
     assert widths[0] == len(PROMPTS), "all share a step"
     assert stats(engine)["exit_histogram"][EXIT_POINTS[0]] == left + LEAVES
     for single, mixed in zip(alone, together, strict=True):
@@ -106,7 +99,7 @@ def test_requests_of_a_mixed_step_are_told_what_each_is_told_alone(engine, step)
 
 @torch.inference_mode()
 def test_log_probabilities_in_a_mixed_step_are_those_of_transformers(engine, reference, step):
-    for prompt, asked, output in zip(PROMPTS, step, run(engine, PROMPTS, step), strict=True):
+    for prompt, asked, output in zip(PROMPTS, step, outputs(engine, PROMPTS, step), strict=True):
         answer = output.outputs[0]
         assert len(answer.logprobs or []) == (
             asked.max_tokens if asked.num_logprobs is not None else 0

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm import SamplingParams
 
+from tests.e2e.asking import ask_and_count, greedy
 from tests.e2e.scripted import parts, running_of
 from tests.tiny import FROM_ZERO, LAYERS
-from vllm_adainfer import stats
 
 PROMPTS = [[7, 8, 9], [10, 11, 12, 13], [14, 15]]
 NAME = "model.layers.4.mlp.down_proj.weight"
@@ -51,17 +50,11 @@ def label_ids(llm: Any) -> list[int]:
 
 def answers(llm: Any) -> tuple[list[list[int]], float, bool]:
     """Label tokens of requests that may exit, their mean depth, and what the engine reports."""
-    params = SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=label_ids(llm))
-    before = stats(llm)
-    found = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], params, use_tqdm=False)
-    after = stats(llm)
-    depths = {int(at): n for at, n in after["exit_histogram"].items()}
-    for at, count in before["exit_histogram"].items():
-        depths[int(at)] -= count
+    found, depths = ask_and_count(llm, PROMPTS, greedy(allowed_token_ids=label_ids(llm)))
     _, runner, _ = parts(llm)
     counted = running_of(runner).idle_note().counted
     mean = sum(at * count for at, count in depths.items()) / len(PROMPTS)
-    return [list(output.outputs[0].token_ids) for output in found], mean, counted["weights_differ"]
+    return [list(answer.token_ids) for answer in found], mean, counted["weights_differ"]
 
 
 @torch.inference_mode()

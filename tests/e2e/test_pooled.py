@@ -11,6 +11,7 @@ from vllm import SamplingParams
 
 from tests import student
 from tests.conftest import small_engine, tiny_engine
+from tests.e2e.asking import outputs as outputs_of
 from tests.e2e.pooled import (
     ALWAYS,
     GAPS,
@@ -19,7 +20,6 @@ from tests.e2e.pooled import (
     POOLED_FROM,
     SOME,
     STEP,
-    ask,
     expected,
     finished,
     mixed_load,
@@ -90,7 +90,7 @@ def test_each_request_is_answered_by_the_part_that_sees_what_is_left_of_it(
     for _ in range(3):
         before, work_before, other_prompts = stats(llm)["policies"], work_of(llm), 0
         with traced(llm) as (ran, _):
-            outputs = ask(llm, prompts, asked)
+            outputs = outputs_of(llm, prompts, asked)
         for output, kind, prompt, params in zip(outputs, kinds, prompts, asked, strict=True):
             own = ran[output.request_id]
             name = part_of(kind, prompt, output.num_cached_tokens, artifacts)
@@ -129,11 +129,11 @@ def test_a_request_that_leaves_before_the_first_layer_runs_none_and_caches_nothi
     before = stats(llm)["layers_run"]
     params = request("whole", ALWAYS, artifacts)
     with traced(llm) as (ran, _):
-        [first] = ask(llm, [prompt], params)
+        [first] = outputs_of(llm, [prompt], params)
         assert stats(llm)["layers_run"] == before
-        [second] = ask(llm, [prompt], params)
+        [second] = outputs_of(llm, [prompt], params)
         assert stats(llm)["layers_run"] == before + 100 * LAYERS
-        [third] = ask(llm, [prompt], params)
+        [third] = outputs_of(llm, [prompt], params)
     depths = [ran[one.request_id].depth for one in (first, second, third)]
     assert depths == [0, LAYERS, 2]  # the second completes the prefix, which the third reads
     assert [one.num_cached_tokens for one in (first, second, third)] == [0, 0, 96]
@@ -215,7 +215,7 @@ def test_shadow_requests_are_watched_by_the_part_that_decides_them(
     monkeypatch.setattr(loop.stats, "shadow", patient)
     wanted: dict[str, list[bool]] = defaultdict(list)
     with traced(llm) as (ran, _):
-        for output, prompt in zip(ask(llm, prompts, params), prompts, strict=True):
+        for output, prompt in zip(outputs_of(llm, prompts, params), prompts, strict=True):
             own = ran[output.request_id]
             assert own.depth == LAYERS
             if own.forced:

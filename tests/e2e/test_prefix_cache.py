@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from vllm import SamplingParams
 
+from tests.e2e.asking import greedy, outputs
 from tests.e2e.oracle import continuation, same, token_after
 from tests.e2e.scripted import EXIT_AT, ScriptedAdmission, scripted
 from tests.tiny import FROM_ZERO, LAYERS
@@ -21,8 +21,7 @@ def prompts_with_shared_prefix(count: int, seed: int, own: int = 7) -> list[list
 
 def ask(llm, prompt, exit_at: int | None, max_tokens: int = 1):
     extra = {} if exit_at is None else {EXIT_AT: exit_at}
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=extra)
-    [output] = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    [output] = outputs(llm, [prompt], greedy(max_tokens=max_tokens, extra_args=extra))
     return list(output.outputs[0].token_ids), output.num_cached_tokens
 
 
@@ -68,14 +67,11 @@ def test_a_prefix_shared_within_a_step_is_completed_by_the_first_and_hit_by_the_
     small, reference
 ):
     prompts = prompts_with_shared_prefix(3, seed=7)
-    params = SamplingParams(temperature=0, max_tokens=1, extra_args={EXIT_AT: 0})
     with scripted(small) as stats:
-        outputs = small.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
-        )
-    assert [output.num_cached_tokens for output in outputs] == [0, PREFIX, PREFIX]
+        found = outputs(small, prompts, greedy(extra_args={EXIT_AT: 0}))
+    assert [output.num_cached_tokens for output in found] == [0, PREFIX, PREFIX]
     depths = [LAYERS, FROM_ZERO[0], FROM_ZERO[0]]
-    for prompt, output, depth in zip(prompts, outputs, depths, strict=True):
+    for prompt, output, depth in zip(prompts, found, depths, strict=True):
         tokens = list(output.outputs[0].token_ids)
         assert same(tokens, [token_after(reference, prompt, depth)])
     whole, own = len(prompts[0]), len(prompts[0]) - PREFIX

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from vllm import SamplingParams
 
 from tests.conftest import tiny_engine
+from tests.e2e.asking import ask_and_count, greedy
 from tests.e2e.oracle import last_states
+from tests.e2e.scripted import parts
 from tests.e2e.test_label_pool import CLOSE, expected
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
-from vllm_adainfer import stats
 from vllm_adainfer.promise.gates import Gate, Gates
 from vllm_adainfer.promise.tolerance import Tolerance
 
@@ -79,19 +79,9 @@ def engine(request, tiny_model, threshold, tmp_path_factory) -> Any:
     switch = {"artifact": artifact(tiny_model, directory, threshold, promises), "min_rows_saved": 1}
     small = {"kv_cache_memory_bytes": 64 << 20, "max_model_len": 512}
     made = tiny_engine(tiny_model, switch, logprobs_mode=mode, **small)
-    runner = made.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    [policy] = runner.model_runner.model.loop.policies.policies
+    [policy] = parts(made)[0].loop.policies.policies
     assert type(policy.promise) is kind
     return made
-
-
-def run(llm: Any, params: list[SamplingParams]) -> list[Any]:
-    inputs = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    return [output.outputs[0] for output in llm.generate(inputs, params, use_tqdm=False)]
-
-
-def greedy(**more: Any) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0, "max_tokens": 1, **more})
 
 
 def test_label_reads_get_the_probabilities_of_their_exit_and_others_those_of_full_depth(
@@ -108,9 +98,7 @@ def test_label_reads_get_the_probabilities_of_their_exit_and_others_those_of_ful
         greedy(logprob_token_ids=label_ids) if place % 2 else others[place // 2 % len(others)]
         for place in range(len(PROMPTS))
     ]
-    before = Counter(stats(engine)["exit_histogram"])
-    outputs = run(engine, params)
-    left = Counter(stats(engine)["exit_histogram"]) - before
+    outputs, left = ask_and_count(engine, PROMPTS, params)
     wanted: Counter[int] = Counter()
     for after, asked, output in zip(states, params, outputs, strict=True):
         found = expected(reference, after, heads, label_ids, label_ids, threshold)
@@ -143,9 +131,8 @@ def test_the_best_of_allowed_labels_are_probabilities_among_them_if_vllm_returns
     engine, reference, states, heads, threshold, label_ids, best
 ):
     processed = engine.llm_engine.model_config.logprobs_mode == "processed_logprobs"
-    before = Counter(stats(engine)["exit_histogram"])
-    outputs = run(engine, [greedy(allowed_token_ids=label_ids, logprobs=best)] * len(PROMPTS))
-    left = Counter(stats(engine)["exit_histogram"]) - before
+    params = greedy(allowed_token_ids=label_ids, logprobs=best)
+    outputs, left = ask_and_count(engine, PROMPTS, params)
     if not processed:
         assert left == {LAYERS: len(PROMPTS)}
         return

@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
 from tests.conftest import tiny_engine
+from tests.e2e.asking import ask
 from tests.e2e.oracle import head_inputs
 from tests.e2e.scripted import EXIT_AT, FULL, drawn, parts
-from tests.e2e.test_families import SMALL, Served, prompts_of, run, scores
+from tests.e2e.test_families import SMALL, Served, prompts_of, scores
 from tests.families import tiny_checkpoint
 from tests.quantised import SCHEMES, quantise
 from tests.tiny import EXIT_POINTS, LAYERS
@@ -46,7 +47,7 @@ def test_requests_leave_with_the_state_of_the_depth_they_leave_at(served):
     params = [SamplingParams(temperature=0, max_tokens=1, extra_args={EXIT_AT: at}) for at in exits]
     depths = [*EXIT_POINTS, LAYERS]
     with drawn(served.llm, draw=lambda at, _position, _points: at) as ran:
-        run(served.llm, prompts, params)
+        ask(served.llm, prompts, params)
     states = [parts[-1].state.float() for _, parts in sorted(ran.items(), key=lambda i: int(i[0]))]
     assert len(states) == len(prompts)
     for prompt, at, state in zip(prompts, exits, states, strict=True):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from vllm import SamplingParams
 
 from tests.conftest import tiny_engine
+from tests.e2e.asking import ask, greedy
 from tests.e2e.oracle import hidden_states
 from tests.tiny import LAYERS
 from vllm_adainfer import stats
@@ -44,11 +44,8 @@ def recorded(
     lens = {"folds": FOLDS, "prompts": FITTED}
     switch = {"record": [*RECORDED, LAYERS], "record_lens": lens}
     engine = tiny_engine(tiny_model, switch, max_model_len=256, kv_cache_memory_bytes=64 << 20)
-    params = [
-        SamplingParams(temperature=0, max_tokens=1, extra_args={ROW_ARG: row})
-        for row in range(len(prompts))
-    ]
-    engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    params = [greedy(extra_args={ROW_ARG: row}) for row in range(len(prompts))]
+    ask(engine, prompts, params)
     engine.collective_rpc("adainfer_take_record", args=(str(path),))
     taken = load_file(path / "000001.safetensors") | load_file(path / "sums.safetensors")
     return taken, stats(engine)

@@ -13,10 +13,11 @@ from vllm import SamplingParams
 
 from tests.conftest import tiny_engine
 from tests.delta_net import allow_fp32
+from tests.e2e.asking import ask
 from tests.e2e.oracle import continuation, same, token_after
 from tests.e2e.patterns import Request, drive, wrong
 from tests.e2e.scripted import EXIT_AT, FULL, drawn, parts, scripted
-from tests.e2e.test_families import SMALL, SWITCH, run, transformers_model
+from tests.e2e.test_families import SMALL, SWITCH, transformers_model
 from tests.families import tiny_checkpoint
 from tests.full import needed
 from tests.tiny import FROM_ZERO, LAYERS
@@ -95,7 +96,7 @@ def test_slots_reused_many_times_leave_no_trace(served):
     ]
     with scripted(served.llm) as stats:
         spoil_states(served.llm)
-        found = run(served.llm, [prompts[number] for number, _ in drawn_cases], params)
+        found = ask(served.llm, [prompts[number] for number, _ in drawn_cases], params)
     for (number, at), output in zip(drawn_cases, found, strict=True):
         assert same(list(output.token_ids)[:1], [expected[number, at]])
     assert stats.layers_run < 0.8 * stats.layers_possible
@@ -116,7 +117,7 @@ def test_a_shared_prefix_is_hit_and_only_the_rest_leaves_early(served):
             expected = token_after(served.reference, [*prefix, *rest], FROM_ZERO[0])
             assert same(list(output.outputs[0].token_ids), [expected])
         whole = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-        [output] = run(served.llm, [[*prefix, *own[0]]], [whole])
+        [output] = ask(served.llm, [[*prefix, *own[0]]], [whole])
     assert cached == [0] + [size] * 5
     assert stats.layers_run == size * LAYERS + 6 * 30 * FROM_ZERO[0] + (30 + 3) * LAYERS
     expected = continuation(served.reference, [*prefix, *own[0]], 4, LAYERS)
@@ -205,7 +206,7 @@ def test_vllms_kernels_in_bfloat16_give_nothing_that_nobody_wrote(served):
     ]
     with scripted(llm):
         spoil_states(llm)
-        found = run(llm, prompts, params)
+        found = ask(llm, prompts, params)
     right = [
         output.token_ids[0]
         == token_after(served.reference, prompt, LAYERS if at == FULL else FROM_ZERO[at])

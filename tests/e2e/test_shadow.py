@@ -15,6 +15,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from tests.e2e.asking import greedy, outputs
 from tests.e2e.oracle import continuation, same, token_after
 from tests.e2e.policies import artifact_of, expected, policy_of
 from tests.e2e.scripted import EXIT_AT, only, parts, scripted
@@ -91,17 +92,13 @@ def random_prompts(count: int, seed: int) -> list[list[int]]:
 def run(llm: Any, prompts: list[list[int]], params: Any) -> list[tuple[str, list[int]]]:
     """Request id and tokens of each prompt."""
     llm.reset_prefix_cache()
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    return [(output.request_id, list(output.outputs[0].token_ids)) for output in outputs]
+    found = outputs(llm, prompts, params)
+    return [(output.request_id, list(output.outputs[0].token_ids)) for output in found]
 
 
 def admitted(artifact: Artifact, tag: int = TAG) -> SamplingParams:
-    return SamplingParams(
-        temperature=0,
-        max_tokens=1,
-        allowed_token_ids=list(artifact.config.label_ids) or None,
-        extra_args={EXIT_AT: tag},
-    )
+    labels = list(artifact.config.label_ids) or None
+    return greedy(allowed_token_ids=labels, extra_args={EXIT_AT: tag})
 
 
 def with_threshold(artifact: Artifact, threshold: float) -> Artifact:
@@ -213,7 +210,7 @@ def test_rows_of_shadows_do_not_count_as_ready_to_leave(engine):
         model.loop._min_rows_saved = 2 * len(prompt)
         turns = iter([True, False])
         scheduler.admission.arrival.is_shadow = cache(lambda request_id: next(turns))
-        exit_at_once = SamplingParams(temperature=0, max_tokens=1, extra_args={EXIT_AT: 0})
+        exit_at_once = greedy(extra_args={EXIT_AT: 0})
         run(engine, [prompt, prompt[::-1]], exit_at_once)
     assert +stats.exit_histogram == {LAYERS: 2}
 

@@ -19,6 +19,7 @@ from tests import student
 from tests.adapters import save_adapter
 from tests.admitted import draw_by_the_clients_ids
 from tests.conftest import tiny_engine
+from tests.e2e.asking import tokens
 from tests.tiny import EXIT_POINTS, FROM_ZERO, tiny_artifact, tiny_config, tiny_tensors
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer.artifact.fields import LastToken, SharedTokens
@@ -63,13 +64,6 @@ def ranks_on_cores(all_cores: list[int], monkeypatch: pytest.MonkeyPatch) -> Ite
     yield
     monkeypatch.undo()
     envs.disable_envs_cache()
-
-
-def answers_of(engine: Any, prompts: list[list[int]], *asked: Any, **more: Any) -> list[list[int]]:
-    """The tokens of each."""
-    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-    outputs = engine.generate(inputs, *asked, use_tqdm=False, **more)
-    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def perturb_second_rank(worker: Any) -> None:
@@ -137,7 +131,7 @@ def test_two_ranks_decide_watch_and_answer_as_one(
             tensor_parallel_size=ranks,
         )
         engine.collective_rpc(perturb_second_rank)
-        answers = answers_of(engine, prompts, params)
+        answers = tokens(engine, prompts, params)
         counted = engine.collective_rpc("adainfer_stats")
         assert len(engine.collective_rpc("adainfer_reload")) == ranks
         if IS_V2:
@@ -187,7 +181,7 @@ def test_two_ranks_serve_adapters_and_the_policy_beside_one_of_them_as_one_does(
         )
         engine.llm_engine.add_lora(adapters[0])
         asked = [[None, *adapters][i % 3] for i in range(len(prompts))]
-        answers = answers_of(engine, prompts, params, lora_request=asked)
+        answers = tokens(engine, prompts, params, lora_request=asked)
         return answers, engine.collective_rpc("adainfer_stats")
 
     (answers, [stats]), (answers_of_two, both) = run(1), run(2)

@@ -17,6 +17,7 @@ from vllm.v1.request import Request
 
 from tests.byte_model import save_byte_model
 from tests.conftest import tiny_engine
+from tests.e2e.asking import ask
 from tests.plugin.test_config_time import engine_config
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer import stats
@@ -59,22 +60,21 @@ def params_of(asked: str, number: int) -> SamplingParams:
 
 def answers(llm: Any, asked: str) -> list[Any]:
     """Tokens and log-probabilities, to the last bit; of the first requests, then of the others."""
-    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     params = [params_of(asked, number) for number in range(len(PROMPTS))]
-    outputs = [
-        output
+    found = [
+        answer
         for part in (slice(RECURS), slice(RECURS, None))
-        for output in llm.generate(prompts[part], params[part], use_tqdm=False)
+        for answer in ask(llm, PROMPTS[part], params[part])
     ]
     return [
         (
-            list(one.outputs[0].token_ids),
+            list(one.token_ids),
             [
                 {token: entry.logprob for token, entry in place.items()}
-                for place in one.outputs[0].logprobs or ()
+                for place in one.logprobs or ()
             ],
         )
-        for one in outputs
+        for one in found
     ]
 
 
