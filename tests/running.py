@@ -1,4 +1,4 @@
-"""Requests that a worker runs, without an engine."""
+"""Requests that a worker runs or a scheduler has, without an engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from vllm import PoolingParams
+from vllm import PoolingParams, SamplingParams
+from vllm.v1.request import Request
 
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.exits.kv.policies import ExactKV
@@ -44,3 +45,17 @@ def new_request(params: Any, prompt: list[int], name: str = "a") -> Any:
 def step_of_one(running: RunningRequests, computed: int, rows: int, ends: bool) -> StepContext:
     """The request `a` runs `rows` after those that are `computed`; `ends`: it yields a token."""
     return running.describe(["a"], np.array([rows]), np.array([computed]), np.array([ends]), CPU)
+
+
+def vllm_request(name: str = "id", params: Any = None, **changes: Any) -> Request:
+    """A request as vLLM's scheduler has it, by default for one greedy token."""
+    pools = isinstance(params, PoolingParams)
+    greedy = params or SamplingParams(temperature=0, max_tokens=1)
+    given = {
+        "request_id": name,
+        "prompt_token_ids": [3, 1, 4],
+        "sampling_params": None if pools else greedy,
+        "pooling_params": params if pools else None,
+        **changes,
+    }
+    return Request(**given)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from vllm import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
+from tests.running import vllm_request
 from vllm_adainfer.cli import app
 from vllm_adainfer.engine.scheduler.audit import LONGEST_ANSWER, Trail, line_of
 from vllm_adainfer.exits.accounting.report import Outcome, Provenance
@@ -27,14 +28,8 @@ def token(policy: str, layers: int, outcome: Outcome) -> Provenance:
 
 
 def ended(tokens: int, status: RequestStatus, **changes: Any) -> Request:
-    given = {
-        "request_id": "cmpl-7-0-0123abcd",
-        "prompt_token_ids": [3, 1, 4],
-        "sampling_params": SamplingParams(temperature=0, max_tokens=100),
-        "pooling_params": None,
-        **changes,
-    }
-    request = Request(**given)
+    params = SamplingParams(temperature=0, max_tokens=100)
+    request = vllm_request(**{"name": "cmpl-7-0-0123abcd", "params": params, **changes})
     request.append_output_token_ids(list(range(tokens)))
     request.status = status
     return request
@@ -82,7 +77,7 @@ def test_a_request_whose_client_hung_up_has_no_answer():
 def test_what_a_client_sends_or_a_model_writes_is_quoted_up_to_a_limit():
     found = line(
         *[token(NO_POLICY, 30, "full_depth")] * 100,
-        request_id="x" * 5000,
+        name="x" * 5000,
         trace_headers={"traceparent": "00-" + "f" * 5000, "other": "y"},
     )
     assert found["answer"] == list(range(LONGEST_ANSWER))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from vllm import PoolingParams, SamplingParams
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.pooling.classify.protocol import ClassificationCompletionRequest
 from vllm.sampling_params import StructuredOutputsParams
-from vllm.v1.request import Request
 from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
+from tests.running import vllm_request
 from vllm_adainfer.engine.admission import traffic_sample as sample
 from vllm_adainfer.engine.admission.traffic_sample import in_traffic_sample
 from vllm_adainfer.engine.compat.requests import request_group
@@ -20,18 +18,7 @@ from vllm_adainfer.engine.startup.banner import capture_notice
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Capture, Settings, read_settings
 
-PROMPT = [3, 1, 4, 1, 5]
-
-
-def request(params: SamplingParams | None = None, **changes: Any) -> Request:
-    given = {
-        "request_id": "id",
-        "prompt_token_ids": list(PROMPT),
-        "sampling_params": params or SamplingParams(temperature=0, max_tokens=1),
-        "pooling_params": None,
-        **changes,
-    }
-    return Request(**given)
+PROMPT = [3, 1, 4]
 
 
 def test_a_line_is_one_of_vllms_batch_files_and_keeps_what_came_together():
@@ -59,7 +46,9 @@ def test_a_line_is_one_of_vllms_batch_files_and_keeps_what_came_together():
     ids=lambda value: "-".join(value) or "plain",
 )
 def test_a_line_says_all_that_decides_an_answer(params, said):
-    body = body_of(request(SamplingParams(**{"temperature": 0, "max_tokens": 1, **params})), "m")
+    body = body_of(
+        vllm_request("id", SamplingParams(**{"temperature": 0, "max_tokens": 1, **params})), "m"
+    )
     assert body == {"model": "m", "prompt": PROMPT, "max_tokens": 1, "temperature": 0, **said}
 
 
@@ -74,7 +63,7 @@ def test_a_line_says_all_that_decides_an_answer(params, said):
 )
 def test_vllm_reads_a_body_as_the_request_that_was_sent(params):
     sent = SamplingParams(temperature=0, max_tokens=1, **params)
-    body = CompletionRequest.model_validate(body_of(request(sent), "m"))
+    body = CompletionRequest.model_validate(body_of(vllm_request("id", sent), "m"))
     assert body.prompt == PROMPT
     read = body.to_sampling_params(1, {})
     for field in "temperature", "max_tokens", "allowed_token_ids", "logprob_token_ids":
@@ -100,14 +89,14 @@ def test_vllm_reads_a_body_as_the_request_that_was_sent(params):
     ids=lambda params: next(iter(params)),
 )
 def test_a_request_that_a_line_would_tell_wrongly_is_left_out(params):
-    assert body_of(request(SamplingParams(**{"max_tokens": 1, **params})), "m") is None
+    assert body_of(vllm_request("id", SamplingParams(**{"max_tokens": 1, **params})), "m") is None
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"prompt_embeds": [[0.0]] * 5},
-        {"prompt_token_ids": None, "prompt_embeds": [[0.0]] * 5},
+        {"prompt_embeds": [[0.0]] * 3},
+        {"prompt_token_ids": None, "prompt_embeds": [[0.0]] * 3},
         {"mm_features": [object()]},
         {"lora_request": object()},
         {"resumable": True},
@@ -115,17 +104,11 @@ def test_a_request_that_a_line_would_tell_wrongly_is_left_out(params):
     ids=lambda changes: next(iter(changes)),
 )
 def test_a_prompt_that_is_not_its_token_ids_alone_is_left_out(changes):
-    assert line_of(request(**changes), "m") is None
-
-
-def for_pooling(**params):
-    pooling = request(pooling_params=PoolingParams(**params))
-    pooling.sampling_params = None
-    return pooling
+    assert line_of(vllm_request(**changes), "m") is None
 
 
 def test_a_request_to_a_classifier_is_the_same_request_of_classify():
-    url, body = line_of(for_pooling(task="classify"), "m")
+    url, body = line_of(vllm_request(params=PoolingParams(task="classify")), "m")
     sent = ClassificationCompletionRequest.model_validate(body)
     assert (url, sent.input) == ("/classify", PROMPT)
     assert sent.to_pooling_params() == PoolingParams(task="classify")
@@ -135,7 +118,7 @@ def test_a_request_to_a_classifier_is_the_same_request_of_classify():
     "params", [{"task": "embed"}, {"task": "classify", "use_activation": False}]
 )
 def test_embeddings_and_raw_scores_are_left_out(params):
-    assert line_of(for_pooling(**params), "m") is None
+    assert line_of(vllm_request(params=PoolingParams(**params)), "m") is None
 
 
 def test_choices_are_read_back_from_the_grammar_that_vllm_puts_in_their_place():
@@ -143,7 +126,7 @@ def test_choices_are_read_back_from_the_grammar_that_vllm_puts_in_their_place():
     validate_xgrammar_grammar(params)
     assert params.structured_outputs is not None
     assert params.structured_outputs.choice is None
-    body = body_of(request(params), "m")
+    body = body_of(vllm_request("id", params), "m")
     assert body is not None
     assert body["structured_outputs"] == {"choice": ["a | b", 'say "x"']}
 

@@ -8,6 +8,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
+from tests.running import vllm_request
 from tests.waiting import wait_for
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
 from vllm_adainfer.auto.kinds import Kind
@@ -29,12 +30,7 @@ def step(**rows: int) -> Step:
 
 
 def request(name: str, **params: Any) -> Request:
-    return Request(
-        request_id=name,
-        prompt_token_ids=[3, 1, 4],
-        sampling_params=SamplingParams(temperature=0, **{"max_tokens": 1, **params}),
-        pooling_params=None,
-    )
+    return vllm_request(name, SamplingParams(temperature=0, **{"max_tokens": 1, **params}))
 
 
 @pytest.fixture

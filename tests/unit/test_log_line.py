@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import LAYERS
+from tests.unit.reported import reading, report
 from vllm_adainfer.frontend.log_line import LogLines
 
 WORK = [
@@ -22,35 +23,19 @@ def line() -> LogLines:
     return LogLines(LAYERS)
 
 
-def report(
-    added: list[Any],
-    weights_differ: bool = False,
-    failed_parts: Sequence[str] = (),
-    **shadow: list[Any],
-) -> dict[str, Any]:
-    state = {"weights_differ": weights_differ, "failed_parts": failed_parts}
-    return {"added": added, "shadow": shadow, **state}
-
-
-def reading(epsilon: float, checked: int, disagreed: int, **more: Any) -> dict[str, Any]:
-    rate = disagreed / max(checked, 1)
-    rest = {"rate": rate, "low": 0.0, "high": 1.0, "tightened": False, **more}
-    return {"epsilon": epsilon, "checked": checked, "disagreed": disagreed, **rest}
-
-
 @pytest.mark.parametrize(
     ("reports", "text"),
     [
-        ([report(WORK)], "mean exit layer 3.0/6, layers saved 25%"),
+        ([report(*WORK)], "mean exit layer 3.0/6, layers saved 25%"),
         (
-            [report(WORK + TIME)],
+            [report(*WORK, *TIME)],
             "mean exit layer 3.0/6, layers saved 25%, probes 2.5% of the time",
         ),
         (
-            [report(WORK), report([("tokens", "b", "6", 4), ("layers_run", "b", 400)])],
+            [report(*WORK), report(("tokens", "b", "6", 4), ("layers_run", "b", 400))],
             "mean exit layer 4.5/6, layers saved 12%",
         ),
-        ([report([("tokens", "full_depth", "6", 1)])], "mean exit layer 6.0/6, layers saved 0%"),
+        ([report(("tokens", "full_depth", "6", 1))], "mean exit layer 6.0/6, layers saved 0%"),
     ],
     ids=["one policy", "with times", "policies together", "no work counted yet"],
 )
@@ -60,31 +45,30 @@ def test_the_line_sums_up_what_was_reported(line, reports, text):
     assert line.take() == [text]
 
 
-def test_the_line_says_so_while_the_weights_are_others_than_the_policies_are_for(line):
-    because = ", no exits, because the policies are not for these weights"
-    for differ in (True, False):
-        line.add(report(WORK, weights_differ=differ))
-        saved = "mean exit layer 3.0/6, layers saved 25%"
-        assert line.take() == [saved + because * differ]
-
-
-def test_the_line_says_what_the_self_test_has_switched_off(line):
-    line.add(report(WORK, failed_parts=["kernels", "exits"]))
-    [text] = line.take()
-    assert text.endswith(", switched off by the self-test: kernels, exits")
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"weights_differ": True}, ", no exits, because the policies are not for these weights"),
+        ({"failed_parts": ("kernels", "exits")}, ", switched off by the self-test: kernels, exits"),
+    ],
+)
+def test_the_line_says_why_there_are_no_exits_while_there_are_none(line, state, said):
+    for why in (state, {}):
+        line.add(report(*WORK, **why))
+        assert line.take() == ["mean exit layer 3.0/6, layers saved 25%" + said * bool(why)]
 
 
 @pytest.mark.parametrize("added", [[], TIME, WORK[:2]], ids=["nothing", "time", "prompts only"])
 def test_there_is_no_line_where_nothing_was_decided(line, added):
-    line.add(report(added))
+    line.add(report(*added))
     assert line.take() == []
 
 
 def test_each_line_starts_from_nothing(line):
-    line.add(report(WORK + TIME))
+    line.add(report(*WORK, *TIME))
     line.take()
     assert line.take() == []
-    line.add(report([("tokens", "a", "4", 1), ("layers_run", "a", 4)]))
+    line.add(report(("tokens", "a", "4", 1), ("layers_run", "a", 4)))
     assert line.take() == ["mean exit layer 4.0/6, layers saved 0%"]
 
 
@@ -92,7 +76,7 @@ def test_shadow_answers_are_logged_with_their_interval_for_each_bound_that_has_s
     a = [reading(0.02, 40, 1, low=0.001, high=0.123), reading(0.05, 0, 0)]
     b = [reading(0.05, 160, 53, low=0.21, high=0.47, tightened=True)]
     b[0] |= {"latest_checked": 100, "latest_disagreed": 40}
-    line.add(report(WORK, a=a, b=b))
+    line.add(report(*WORK, a=a, b=b))
     [text] = line.take()
     assert text == (
         "mean exit layer 3.0/6, layers saved 25%, "
@@ -103,13 +87,13 @@ def test_shadow_answers_are_logged_with_their_interval_for_each_bound_that_has_s
 
 
 def test_the_latest_counts_of_shadow_answers_are_logged_because_they_are_totals(line):
-    line.add(report(WORK, a=[reading(0.02, 40, 1)]))
-    line.add(report(WORK, a=[reading(0.02, 50, 1, high=0.2)]))
+    line.add(report(*WORK, a=[reading(0.02, 40, 1)]))
+    line.add(report(*WORK, a=[reading(0.02, 50, 1, high=0.2)]))
     assert "at 0.02 2.0% [0.0, 20.0]" in str(line.take())
 
 
 def test_deferred_work_is_neither_run_nor_saved(line):
-    line.add(report([*WORK, ("layers_deferred", "a", 5000)]))
+    line.add(report(*WORK, ("layers_deferred", "a", 5000)))
     assert line.take() == ["mean exit layer 3.0/6, layers saved 25%"]
 
 
@@ -151,7 +135,7 @@ def test_there_is_no_line_about_kinds_where_none_came(line):
 
 
 def test_kinds_and_exits_have_a_line_each_and_their_reports_come_in_any_steps(line):
-    for one in report(WORK), of_kinds(KINDS):
+    for one in report(*WORK), of_kinds(KINDS):
         line.add(one)
     exits, kinds = line.take()
     assert exits == "mean exit layer 3.0/6, layers saved 25%"

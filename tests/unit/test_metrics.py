@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,8 @@ from prometheus_client import REGISTRY
 from prometheus_client.values import MutexValue
 
 from tests.tiny import tiny_config
+from tests.unit import reported
+from tests.unit.reported import reading
 from vllm_adainfer.artifact.fields import Adapter
 from vllm_adainfer.engine.self_test.parts import PARTS
 from vllm_adainfer.frontend.metrics import EngineMetrics
@@ -28,10 +29,25 @@ TIME = {
     "seconds": "adainfer:forward_seconds_total",
     "probe_seconds": "adainfer:probe_seconds_total",
 }
-SHADOW = {
-    "shadow_checked": "adainfer:shadow_checked_total",
-    "shadow_disagreed": "adainfer:shadow_disagreed_total",
-}
+BOUND = {"policy": "a", "epsilon": "0.02"}
+LABEL = {**BOUND, "promise": "recall", "label": "bad"}
+# What is reported, beside its count, and the series of it.
+COUNTED: list[tuple[tuple[str, ...], str, dict[str, str]]] = [
+    *(((kind, "a"), name, {"policy": "a"}) for kind, name in WORK.items()),
+    *(((kind,), name, {}) for kind, name in TIME.items()),
+    (("shadow_checked", "a", "0.02"), "adainfer:shadow_checked_total", BOUND),
+    (("shadow_disagreed", "a", "0.02"), "adainfer:shadow_disagreed_total", BOUND),
+    (
+        ("labels_checked", "a", "0.02", "recall", "bad"),
+        "adainfer:shadow_label_checked_total",
+        LABEL,
+    ),
+    (
+        ("labels_changed", "a", "0.02", "recall", "bad"),
+        "adainfer:shadow_label_changed_total",
+        LABEL,
+    ),
+]
 
 
 @pytest.fixture
@@ -43,20 +59,15 @@ def value(name: str, engine: int, **labels: str) -> float | None:
     return REGISTRY.get_sample_value(name, {"model_name": "tiny", "engine": str(engine), **labels})
 
 
-def report(
-    *added: Any,
-    serving: Any = (*POLICIES, "later"),
-    weights_differ: bool = False,
-    failed_parts: Any = (),
-    **shadow: Any,
-) -> dict[str, Any]:
-    return {
-        "added": list(added),
-        "serving": [*serving, NO_POLICY],
-        "shadow": shadow,
-        "weights_differ": weights_differ,
-        "failed_parts": failed_parts,
-    }
+@pytest.fixture
+def engines(configs) -> list[EngineMetrics]:
+    """Two engines of a server."""
+    series = register_series(BUCKETS)
+    return [EngineMetrics(series, "tiny", number, configs) for number in range(2)]
+
+
+def report(*added: Any, serving: Any = (*POLICIES, "later"), **state: Any) -> dict[str, Any]:
+    return reported.report(*added, serving=(*serving, NO_POLICY), **state)
 
 
 def series_of(policy: str) -> set[tuple[str, str]]:
@@ -67,44 +78,18 @@ def series_of(policy: str) -> set[tuple[str, str]]:
     }
 
 
-def reading(epsilon: float, checked: int, disagreed: int, **more: Any) -> dict[str, Any]:
-    rate = disagreed / max(checked, 1)
-    rest = {"rate": rate, "low": 0.0, "high": 1.0, "tightened": False, **more}
-    return {"epsilon": epsilon, "checked": checked, "disagreed": disagreed, **rest}
+@pytest.mark.parametrize(("kind", "name", "labels"), COUNTED)
+def test_what_an_engine_reports_is_added_to_its_own_series(engines, kind, name, labels):
+    for engine, counts in ((0, (3, 4)), (1, (5, 2.5))):
+        for count in counts:
+            engines[engine].add(report((*kind, count)))
+    engines[0].add(report(*((*kind[:1], "b", *kind[2:], 100) for _ in kind[1:2])))
+    assert [value(name, engine, **labels) for engine in range(2)] == [7, 7.5]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_reports_of_two_engines_add_up_by_engine_and_policy(configs, seed):
-    series = register_series(BUCKETS)
-    engines = [EngineMetrics(series, "tiny", number, configs) for number in range(2)]
-    generator = np.random.default_rng(seed)
-    totals: Counter[Any] = Counter()
-    for _ in range(100):
-        engine, amount = int(generator.integers(2)), int(generator.integers(1, 9))
-        policy = str(generator.choice(["a", "b", NO_POLICY]))
-        kind = str(generator.choice([*WORK, *TIME]))
-        if kind in TIME:
-            policy = ""
-        engines[engine].add(report((kind, *filter(None, [policy]), amount)))
-        totals[kind, engine, policy] += amount
-    for (kind, engine, policy), total in totals.items():
-        labels = {"policy": policy} if policy else {}
-        assert value({**WORK, **TIME}[kind], engine, **labels) == total
-
-
-def test_promises_about_labels_have_series_of_their_own(configs):
-    engine = EngineMetrics(register_series(BUCKETS), "tiny", 0, configs)
-    for count in (3, 4):
-        engine.add(report(("labels_checked", "a", "0.02", "recall", "bad", count)))
-    engine.add(report(("labels_changed", "a", "0.02", "recall", "bad", 2)))
-    labels = {"policy": "a", "epsilon": "0.02", "promise": "recall", "label": "bad"}
-    assert value("adainfer:shadow_label_checked_total", 0, **labels) == 7
-    assert value("adainfer:shadow_label_changed_total", 0, **labels) == 2
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_tokens_are_in_the_bucket_of_the_layers_they_ran(configs, seed):
-    engine = EngineMetrics(register_series(BUCKETS), "tiny", 0, configs)
+def test_tokens_are_in_the_bucket_of_the_layers_they_ran(engines, seed):
+    engine = engines[0]
     generator = np.random.default_rng(seed)
     tokens = {layer: int(generator.integers(1, 20)) for layer in BUCKETS}
     engine.add(report(*(("tokens", "a", str(layer), count) for layer, count in tokens.items())))
@@ -117,9 +102,9 @@ def test_tokens_are_in_the_bucket_of_the_layers_they_ran(configs, seed):
 
 
 @pytest.mark.parametrize(("kind", "detail"), [("tokens", "3"), ("shadow_moves", "0.01")])
-def test_a_report_costs_as_many_updates_however_much_it_counts(configs, monkeypatch, kind, detail):
+def test_a_report_costs_as_many_updates_however_much_it_counts(engines, monkeypatch, kind, detail):
     """The API server's event loop waits for them."""
-    engine = EngineMetrics(register_series(BUCKETS), "tiny", 0, configs)
+    engine = engines[0]
     updates, inc = [], MutexValue.inc
     monkeypatch.setattr(MutexValue, "inc", lambda *args: (updates.append(args), inc(*args)))
     engine.add(report((kind, "a", detail, 1)))
@@ -141,8 +126,8 @@ def test_moves_of_probabilities_are_a_histogram_of_the_policies_that_promise_the
     assert value(f"{name}_count", 0, policy="a") == 4
 
 
-def test_before_the_first_request_rates_begin_at_0_and_all_may_exit(configs):
-    EngineMetrics(register_series(BUCKETS), "tiny", 0, configs)
+@pytest.mark.usefixtures("engines")
+def test_before_the_first_request_rates_begin_at_0_and_all_may_exit():
     for name in WORK.values():
         assert [value(name, 0, policy=policy) for policy in ("a", "b", NO_POLICY)] == [0, 0, 0]
     assert [value(name, 0) for name in TIME.values()] == [0, 0]
@@ -153,52 +138,29 @@ def test_before_the_first_request_rates_begin_at_0_and_all_may_exit(configs):
 
 
 @pytest.mark.parametrize("tightened", [False, True])
-@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
     ("checked", "disagreed", "low", "high"), [(1, 0, 0, 0.9), (40, 1, 0.001, 0.1)]
 )
-def test_gauges_show_what_shadow_requests_show(
-    configs, policy, checked, disagreed, low, high, tightened
-):
-    engine = EngineMetrics(register_series(BUCKETS), "tiny", 0, configs)
+def test_gauges_show_what_shadow_requests_show(engines, checked, disagreed, low, high, tightened):
     seen = reading(0.02, checked, disagreed, low=low, high=high, tightened=tightened)
-    engine.add(report(**{policy: [seen, reading(0.05, 0, 0)]}))
+    engines[0].add(report(a=[seen, reading(0.05, 0, 0)]))
     shown = {"": disagreed / checked, "_low": low, "_high": high}
-    labels = {"policy": policy, "epsilon": "0.02"}
     for suffix, expected in shown.items():
-        assert value(f"adainfer:shadow_disagreement{suffix}", 0, **labels) == expected
-    assert value("adainfer:policy_exits_allowed", 0, **labels) == (not tightened)
-    unchecked = {"policy": policy, "epsilon": "0.05"}
+        assert value(f"adainfer:shadow_disagreement{suffix}", 0, **BOUND) == expected
+    assert value("adainfer:policy_exits_allowed", 0, **BOUND) == (not tightened)
+    unchecked = {"policy": "a", "epsilon": "0.05"}
     assert value("adainfer:shadow_disagreement", 0, **unchecked) is None
     assert value("adainfer:policy_exits_allowed", 0, **unchecked) == 1
 
 
-def test_weights_that_policies_are_not_for_show_in_their_own_gauge_of_each_engine(configs):
-    series = register_series(BUCKETS)
-    engines = [EngineMetrics(series, "tiny", number, configs) for number in range(2)]
-    name = "adainfer:weights_differ"
-    assert [value(name, number) for number in range(2)] == [0, 0]
-    for differ in (True, False):
-        engines[1].add(report(weights_differ=differ))
-        assert [value(name, number) for number in range(2)] == [0, differ]
-
-
-def test_parts_that_the_self_test_has_switched_off_show_in_a_gauge_of_each_engine(configs):
-    series = register_series(BUCKETS)
-    engines = [EngineMetrics(series, "tiny", number, configs) for number in range(2)]
-    engines[1].add(report(failed_parts=["segment_graphs"]))
-    for part in PARTS:
-        found = [value("adainfer:self_test_failed", number, part=part) for number in range(2)]
-        assert found == [0, part == "segment_graphs"]
-
-
-@pytest.mark.parametrize(("kind", "name"), SHADOW.items())
-def test_shadow_answers_are_counted_for_each_bound(configs, kind, name):
-    engine = EngineMetrics(register_series(BUCKETS), "tiny", 0, configs)
-    for epsilon, added in ("0.02", 3), ("0.05", 1), ("0.02", 2):
-        engine.add(report((kind, "a", epsilon, added)))
-    assert value(name, 0, policy="a", epsilon="0.02") == 5
-    assert value(name, 0, policy="a", epsilon="0.05") == 1
+def test_what_has_stopped_exits_shows_in_gauges_of_each_engine(engines):
+    """Weights that policies are not for, and parts that the self-test has switched off."""
+    for differ, failed in ((False, None), (True, "segment_graphs"), (False, "segment_graphs")):
+        engines[1].add(report(weights_differ=differ, failed_parts=(failed,) if failed else ()))
+        assert [value("adainfer:weights_differ", number) for number in range(2)] == [0, differ]
+        for part in PARTS:
+            found = [value("adainfer:self_test_failed", number, part=part) for number in range(2)]
+            assert found == [0, part == failed]
 
 
 def test_the_series_of_a_second_server_in_the_process_replace_those_of_the_first(configs):
@@ -232,17 +194,15 @@ def test_each_policy_is_described_by_its_adapter_also_one_that_came_with_it(tiny
     assert value("adainfer:policy_info", 0, policy=NO_POLICY, adapter=NO_POLICY) is None
 
 
-def test_the_series_of_a_policy_that_has_gone_with_its_adapter_go_and_all_others_stay(configs):
+def test_the_series_of_a_policy_that_has_gone_with_its_adapter_go_and_all_others_stay(engines):
     """Rows of its requests that had waited are still counted by the worker."""
-    series = register_series(BUCKETS)
-    engines = [EngineMetrics(series, "tiny", number, configs) for number in range(2)]
     work = [(kind, "later", 5) for kind in WORK]
     seen = {"later": [reading(0.02, 4, 1)]}
     shown = [("tokens", "later", "3", 2), ("shadow_checked", "later", "0.02", 4)]
     for engine in engines:
         engine.add(report(*work, *shown, ("layers_run", "a", 3), **seen))
     before = {policy: series_of(policy) for policy in (*POLICIES, "later", NO_POLICY)}
-    assert len({name for name, _ in before["later"]}) > len(WORK) + len(SHADOW)
+    assert len({name for name, _ in before["later"]}) > len(WORK) + 2
     engines[0].add(report(("layers_skipped", "later", 5), serving=POLICIES))
     assert series_of("later") == {key for key in before.pop("later") if key[1] == "1"}
     assert {policy: series_of(policy) for policy in before} == before

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request, RequestStatus
 
+from tests.running import vllm_request
 from vllm_adainfer.engine.compat.runner import attach_note
 from vllm_adainfer.engine.compat.scheduler import wait_for_token
 from vllm_adainfer.engine.compat.stats import take_report
@@ -104,19 +104,6 @@ def scheduler(config, observers, monkeypatch) -> Any:
     return Observed(config)
 
 
-def request(name: str, **changes: Any) -> Request:
-    params = SamplingParams(temperature=0, max_tokens=9)
-    return Request(
-        **{
-            "request_id": name,
-            "prompt_token_ids": [3, 1, 4],
-            "sampling_params": params,
-            "pooling_params": None,
-            **changes,
-        }
-    )
-
-
 def output(*ends: str, decided: tuple[Provenance, ...] = ()) -> Any:
     """What a step gave; the requests that it ends, and where tokens came from."""
     found = SimpleNamespace(ends=ends, pooler_output=None)
@@ -125,9 +112,9 @@ def output(*ends: str, decided: tuple[Provenance, ...] = ()) -> Any:
 
 
 def test_a_request_arrives_is_stepped_with_each_step_and_ends(scheduler, observers):
-    scheduler.add_request(request("a"))
+    scheduler.add_request(vllm_request("a"))
     scheduler.update_from_output(scheduler.schedule(), output())
-    scheduler.add_request(request("b"))
+    scheduler.add_request(vllm_request("b"))
     scheduler.update_from_output(scheduler.schedule(), output("a"))
     scheduler.finish_requests(["b"], RequestStatus.FINISHED_ABORTED)
     scheduler.shutdown()
@@ -147,7 +134,7 @@ def test_a_request_that_is_ended_while_its_steps_run_ends_after_the_last_of_them
     scheduler, observers
 ):
     for name in "ab":
-        scheduler.add_request(request(name))
+        scheduler.add_request(vllm_request(name))
     first, second = scheduler.schedule(), scheduler.schedule()
     scheduler.finish_requests(["a"], RequestStatus.FINISHED_ABORTED)
     third = scheduler.schedule()
@@ -162,7 +149,7 @@ def test_a_request_that_is_ended_while_its_steps_run_ends_after_the_last_of_them
 
 
 def test_a_request_that_its_token_ends_is_in_no_later_step_that_runs_already(scheduler, observers):
-    scheduler.add_request(request("a"))
+    scheduler.add_request(vllm_request("a"))
     first, second = scheduler.schedule(), scheduler.schedule()
     scheduler.update_from_output(first, output("a"))
     scheduler.update_from_output(second, output())
@@ -174,7 +161,7 @@ def test_a_request_that_its_token_ends_is_in_no_later_step_that_runs_already(sch
 
 
 def test_a_request_whose_step_never_comes_back_ends_when_the_engine_stops(scheduler, observers):
-    scheduler.add_request(request("a"))
+    scheduler.add_request(vllm_request("a"))
     scheduler.schedule()
     scheduler.finish_requests(["a"], RequestStatus.FINISHED_ABORTED)
     assert observers[0].told == ["a arrived"]
@@ -184,14 +171,14 @@ def test_a_request_whose_step_never_comes_back_ends_when_the_engine_stops(schedu
 
 def test_a_prompt_that_is_sent_in_parts_arrives_once(scheduler, observers):
     for _ in range(3):
-        scheduler.add_request(request("a", resumable=True))
+        scheduler.add_request(vllm_request("a", resumable=True))
     assert observers[0].told == ["a arrived"]
 
 
 @pytest.mark.parametrize("drop", [False, True])
 def test_a_token_counts_unless_vllm_drops_it_after_a_preemption(scheduler, observers, drop):
     """It delivers what was in flight when memory ran out; a reset of the cache drops it."""
-    preempted = request("a")
+    preempted = vllm_request("a")
     scheduler.add_request(preempted)
     step = scheduler.schedule()
     preempted.status = RequestStatus.PREEMPTED
@@ -207,7 +194,7 @@ def test_frontends_are_told_all_reports_unless_a_connector_uses_their_channel(
 ):
     config.kv_transfer_config = connector
     assert take_report(scheduler.make_stats()) is None, "nothing has come"
-    scheduler.add_request(request("a"))
+    scheduler.add_request(vllm_request("a"))
     told = {"added": [("first", 1), ("second", 1)], "first": 1, "second": 1}
     assert take_report(scheduler.make_stats()) == (None if connector else told)
 
@@ -219,7 +206,7 @@ def provenance(name: str) -> Provenance:
 def test_the_audit_has_a_line_of_each_request_once_it_has_ended(scheduler, observers, tmp_path):
     observers[:] = [Audit(AuditSettings(directory=str(tmp_path)), 0, 30)]
     for name in "abc":
-        scheduler.add_request(request(name))
+        scheduler.add_request(vllm_request(name))
     first, second = scheduler.schedule(), scheduler.schedule()
     scheduler.finish_requests(["b"], RequestStatus.FINISHED_ABORTED)
     decided = tuple(map(provenance, "abc"))
@@ -290,7 +277,7 @@ def test_the_scheduler_is_over_the_one_that_vllm_would_take(monkeypatch, is_asyn
 
 
 def test_a_request_waits_one_step_for_its_token():
-    waiting: Any = request("a")
+    waiting: Any = vllm_request("a")
     scheduler: Any = SimpleNamespace(current_step=7)
     wait_for_token(scheduler, waiting)
     assert waiting.next_decode_eligible_step == 9  # steps count up first: 8 is without it
