@@ -1,4 +1,4 @@
-"""Installed but idle, and configured but never exiting, are stock vLLM; each in a fresh process."""
+"""Installed but idle, and configured but never exiting, are stock vLLM; in fresh processes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 from tests.full import FULL_ON_V2
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_config
+from tests.triton_on_cpu import IS_V2
 
 ROOT = Path(__file__).parents[2]
 LENGTHS = [3, 40, 170, 1, 90]
@@ -96,12 +97,6 @@ def stock(tiny_model: Path) -> Any:
     return answer_each(tiny_model, batches, {"VLLM_PLUGINS": ""}, enforce_eager=True)["answers"]
 
 
-def test_installed_but_not_configured_is_stock_bit_for_bit(tiny_model, stock):
-    idle = answer(tiny_model, deep(), {}, enforce_eager=True)
-    assert idle["answers"] == stock[0]
-    assert "runs without vllm-adainfer" in idle["stats"]["error"]
-
-
 def test_killed_by_the_environment_is_stock_bit_for_bit(tiny_model, tiny_policy, stock):
     killed = answer(
         tiny_model,
@@ -128,15 +123,24 @@ def bf16_policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def never_exiting(tiny_model: Path, bf16_policy: Path) -> Any:
-    """Two engines with a policy: every request of the first opts out; the second's epsilon is 0."""
-    opt_out = {"extra_args": {"adainfer": 0}}
-    batches = [deep(**opt_out), deep_with_prompts(**opt_out)], [deep()]
-    switches = {"artifact": str(bf16_policy)}, {"artifact": str(bf16_policy), "epsilon": 0}
+    """Three engines of a process, none of whose requests exits.
+
+    All of the first opt out, the epsilon of the second is 0, and the third is not configured.
+    """
+    opt_out, policy = {"extra_args": {"adainfer": 0}}, {"artifact": str(bf16_policy)}
+    batches = [deep(**opt_out), deep_with_prompts(**opt_out)], [deep()], [deep()]
+    configs = {"adainfer": policy}, {"adainfer": {**policy, "epsilon": 0}}, {}
     jobs = [
-        job(tiny_model, asked, enforce_eager=True, additional_config={"adainfer": switch})
-        for asked, switch in zip(batches, switches, strict=True)
+        job(tiny_model, asked, enforce_eager=True, additional_config=config)
+        for asked, config in zip(batches, configs, strict=True)
     ]
     return answers_of_engines(jobs, {})
+
+
+def test_installed_but_not_configured_is_stock_bit_for_bit(stock, never_exiting):
+    _, _, idle = never_exiting
+    assert idle["answers"][0] == stock[0]
+    assert "runs without vllm-adainfer" in idle["stats"]["error"]
 
 
 @pytest.mark.parametrize("engine", [0, 1], ids=["adainfer 0 on the request", "epsilon 0"])
@@ -153,13 +157,11 @@ def test_log_probabilities_of_prompts_are_those_of_stock_bit_for_bit(stock, neve
     assert len(found[4]["prompt_logprobs"]) == LENGTHS[4]
 
 
-@pytest.mark.parametrize(
-    "env",
-    [
-        pytest.param({}, marks=FULL_ON_V2, id="compiled"),
-        pytest.param({"VLLM_CPU_CI_ENV": "1"}, id="traced"),
-    ],
-)
+TRACED = pytest.param({"VLLM_CPU_CI_ENV": "1"}, id="traced")
+COMPILED = pytest.param({}, marks=FULL_ON_V2, id="compiled")
+
+
+@pytest.mark.parametrize("env", [COMPILED, TRACED] if IS_V2 else [COMPILED])
 def test_compiled_segments_give_stock_tokens_and_exits_count_what_ran(
     env, tiny_model, tiny_policy, reference
 ):

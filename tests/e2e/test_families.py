@@ -144,9 +144,8 @@ def test_never_exiting_is_stock_bit_for_bit(served, monkeypatch):
     assert found == expected
 
 
-@pytest.mark.parametrize("seed", needed(1, of=range(2)))
-def test_drawn_exits_at_every_token_reproduce_the_oracle(served, seed):
-    pattern, ran = drawn_pattern(served.llm, seed)
+def test_drawn_exits_at_every_token_reproduce_the_oracle(served):
+    pattern, ran = drawn_pattern(served.llm, seed=0)
     assert wrong(served.reference, pattern, ran) == []
 
 

@@ -27,7 +27,7 @@ from tests.kernels.oracle import (
 )
 
 ROWS = [1, 7, 83, 257]
-VOCABULARIES = [2, 1000, 32000, 50272, 128256, 151936]
+VOCABULARIES = [2, 1000, 32000, 151936]
 HIDDEN = 100
 
 

@@ -128,21 +128,14 @@ def test_a_rest_that_does_not_fit_is_left_to_vllm(max_tokens, max_model_len, fit
     assert bool(after(request, "y", max_model_len=max_model_len)) == fits
 
 
-def test_a_request_whose_prompt_goes_on_takes_every_step():
-    request = request_of(["yes", "no"])
-    request.resumable = True
+@pytest.mark.parametrize("why", ["the prompt goes on", "no end token", "not in the grammar"])
+def test_what_has_to_take_every_step_does(why):
+    """A grammar may not accept the rest of a tokenizer that puts a blank before each text."""
+    request = request_of(["yes", "no"], accepts=why != "not in the grammar")
+    request.resumable = why == "the prompt goes on"
+    if why == "no end token":
+        request.sampling_params._eos_token_id = None
     assert after(request, "y") == []
-
-
-def test_without_an_end_token_nothing_is_appended():
-    request = request_of(["yes", "no"])
-    request.sampling_params._eos_token_id = None
-    assert after(request, "y") == []
-
-
-def test_what_the_grammar_does_not_accept_is_left_to_vllm():
-    """A tokenizer that puts a blank before each text, say."""
-    assert after(request_of(["yes", "no"], accepts=False), "y") == []
 
 
 def test_thoughts_before_a_choice_are_not_taken_for_it():
