@@ -5,7 +5,7 @@ BIN := .venv/bin
 # docs/gpu.md.
 GPU_PYTHON ?= python3
 
-V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,adapters async_scheduling auto classifier equal_to_stock \
+V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,adapters async_scheduling audit auto classifier counters equal_to_stock \
   exit_loop generation label_pool logprobs pooled prefix_cache probabilities recording recurrent segment_graphs self_test \
   self_test_of_graphs shadow tasks tensor_parallel))
 

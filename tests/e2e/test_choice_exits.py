@@ -261,3 +261,13 @@ def test_shadow_requests_are_compared_by_the_choice(model, artifacts, stock, dec
     assert reading["checked"] == len(PROMPTS)
     assert 0 <= reading["disagreed"] - differ <= len(PROMPTS) - len(sure)
     assert differ > 0
+
+
+def test_free_texts_and_choices_of_one_step_are_each_what_they_are_alone(engine):
+    free = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    params = [free if place % 2 else choosing(SETS["answer"]) for place in range(len(PROMPTS))]
+    together, _, _ = run(engine, params)
+    for prompt, asked, answer in zip(PROMPTS, params, together, strict=True):
+        engine.reset_prefix_cache()
+        [alone] = ask(engine, [prompt], asked)
+        assert alone.text == answer.text

@@ -230,6 +230,15 @@ def test_raw_scores_are_those_of_full_depth(served, stock):
         torch.testing.assert_close(probabilities(scores), answer, atol=CLOSE, rtol=0)
 
 
+def test_a_prompt_that_left_spoils_no_later_one(served, stock):
+    """The prefix cache holds no block that lacks layers."""
+    llm, _, _ = served
+    llm.reset_prefix_cache()
+    answers(llm)
+    for answer, deep in zip(answers(llm, extra_kwargs={"adainfer": 0}), stock, strict=True):
+        torch.testing.assert_close(answer, deep, atol=CLOSE, rtol=0)
+
+
 def test_shadow_queries_compare_the_scores_of_all_their_documents(
     tiny_model, tmp_path, states, monkeypatch
 ):

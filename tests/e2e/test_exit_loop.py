@@ -14,17 +14,15 @@ import pytest
 import torch
 from torch.nn.functional import pad
 from vllm import SamplingParams
-from vllm.v1.worker.gpu_worker import Worker
 
 from tests.e2e.asking import greedy
 from tests.e2e.asking import tokens as tokens_of
 from tests.e2e.oracle import continuation, same, token_after
 from tests.e2e.patterns import Request, drive
 from tests.e2e.scripted import EXIT_AT, FULL, drawn, parts, scripted
+from tests.full import needed
 from tests.tiny import EXIT_POINTS, FROM_ZERO, LAYERS
-from vllm_adainfer import stats as stats_of
 from vllm_adainfer.engine.compat.attention import NO_SLOT
-from vllm_adainfer.engine.worker.gpu_worker import AdaInferGPUWorker
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
 
 POINTS = {"engine": EXIT_POINTS, "small": FROM_ZERO}  # of the shared engines
@@ -154,6 +152,53 @@ def test_rows_of_padding_change_nothing_and_are_not_counted(engine, reference, t
     assert stats.layers_run < stats.layers_possible
 
 
+@pytest.mark.parametrize("seed", needed(2, of=range(8)))
+def test_random_decisions_in_mixed_batches_match_the_oracle(request, reference, seed):
+    """One-token and generating requests, prompts longer than a step, several steps in flight.
+
+    One engine's requests leave after some layers, the other's also before the first.
+    """
+    name = ["engine", "small"][seed % 2]
+    engine, points = request.getfixturevalue(name), POINTS[name]
+    generator = np.random.default_rng(seed)
+    lengths = [int(n) for n in generator.choice([1, 2, 9, 31, 33, 64, 100, 170, 300], 14)]
+    prompts = prompts_of(lengths, seed)
+    exits = [int(e) for e in generator.integers(FULL, len(EXIT_POINTS), len(prompts))]
+    tokens = [1 if e != FULL else int(generator.integers(1, 6)) for e in exits]
+    params = [
+        SamplingParams(temperature=0, max_tokens=n, extra_args={} if e == FULL else {EXIT_AT: e})
+        for e, n in zip(exits, tokens, strict=True)
+    ]
+    with scripted(engine) as stats:
+        found = tokens_of(engine, prompts, params)
+    for prompt, exit_at, n, produced in zip(prompts, exits, tokens, found, strict=True):
+        assert same(produced, continuation(reference, prompt, n, depth_of(exit_at, points)))
+    assert stats.layers_run < stats.layers_possible
+    assert stats.tokens_decided == sum(tokens)
+
+
+def test_too_few_rows_to_leave_stay_in_and_get_the_answer_of_full_depth(engine, reference):
+    prompts = prompts_of([8, 9, 10], seed=3)
+    with scripted(engine, min_rows_saved=1000) as stats:
+        found = tokens_of(engine, prompts, [one_token(0)] * 3)
+    for prompt, tokens in zip(prompts, found, strict=True):
+        assert same(tokens, [token_after(reference, prompt, LAYERS)])
+    assert stats.layers_run == stats.layers_possible
+    assert +stats.exit_histogram == {LAYERS: 3}
+
+
+def test_a_settled_request_that_waits_for_company_leaves_with_the_answer_it_settled_on(
+    engine, reference
+):
+    prompts = prompts_of([10, 10], seed=4)
+    with scripted(engine, min_rows_saved=20) as stats:
+        found = tokens_of(engine, prompts, [one_token(0), one_token(2)])
+    assert same(found[0], [token_after(reference, prompts[0], EXIT_POINTS[0])])
+    assert same(found[1], [token_after(reference, prompts[1], EXIT_POINTS[2])])
+    assert +stats.exit_histogram == {EXIT_POINTS[2]: 2}
+    assert stats.layers_run == 20 * EXIT_POINTS[2]
+
+
 # Rows that gain at the first point what a cut takes.
 ENOUGH = COMPACTION_COST // (LAYERS - EXIT_POINTS[0])
 
@@ -192,18 +237,3 @@ def test_the_worker_on_a_cpu_keeps_the_memory_that_it_has_freed(engine):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.zeros(1 << 24)  # 64 MiB
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100
-
-
-def test_requests_that_warm_up_a_gpu_are_not_counted(engine, monkeypatch):
-    _, runner, _ = parts(engine)
-    prompt, params = {"prompt_token_ids": [5, 6, 7]}, SamplingParams(temperature=0, max_tokens=4)
-
-    watched = []
-    monkeypatch.setattr(Worker, "_maybe_activate_jit_monitor", lambda self: watched.append(self))
-    worker = object.__new__(AdaInferGPUWorker)
-    worker.model_runner = runner
-    engine.generate([prompt] * 3, params, use_tqdm=False)
-    worker._maybe_activate_jit_monitor()
-    assert watched == [worker]
-    engine.generate([prompt], params, use_tqdm=False)
-    assert (stats_of(engine)["tokens_decided"], stats_of(engine)["layers_run"]) == (4, 6 * LAYERS)

@@ -27,7 +27,7 @@ from tests.e2e.scripted import FULL, drawn, parts
 from tests.e2e.test_equal_to_stock import PROMPTS, answer
 from tests.families import FAMILIES, tiny_checkpoint, transformers_class
 from tests.full import needed
-from tests.tiny import FROM_ZERO, LAYERS
+from tests.tiny import FROM_ZERO, LAYERS, served_fingerprint
 from vllm_adainfer import stats
 from vllm_adainfer.policy.script import SCRIPT_LABELS
 from vllm_adainfer.settings.instruments import ROW_ARG
@@ -144,14 +144,16 @@ def test_never_exiting_is_stock_bit_for_bit(served, monkeypatch):
     assert found == expected
 
 
-def test_drawn_exits_at_every_token_reproduce_the_oracle(served):
-    pattern, ran = drawn_pattern(served.llm, seed=0)
+@pytest.mark.parametrize("seed", needed(1, of=range(2)))
+def test_drawn_exits_at_every_token_reproduce_the_oracle(served, seed):
+    pattern, ran = drawn_pattern(served.llm, seed)
     assert wrong(served.reference, pattern, ran) == []
 
 
-@pytest.mark.parametrize("served", ["llama"], indirect=True)
+@pytest.mark.parametrize("served", needed(RUN_OTHERWISE, of=FAMILIES), indirect=True)
 def test_requests_leave_where_the_script_says(served, monkeypatch):
-    """Benchmarks rely on it."""
+    """Benchmarks rely on it. The weights that an engine has loaded are those of the checkpoint."""
+    assert parts(served.llm)[0].fingerprint == served_fingerprint(served.directory)
     prompts = [prompt[:20] for prompt in PROMPTS]  # of one step
     exits = [FROM_ZERO[0], None, FROM_ZERO[1], FROM_ZERO[0], FROM_ZERO[1]]
     params = [scripted_request(layer, 1) for layer in exits]

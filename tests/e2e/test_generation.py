@@ -17,7 +17,7 @@ from tests.triton_on_cpu import IS_V2
 SLOW = "Triton's interpreter takes 20 times as long: what V1 shows is enough"
 
 
-@pytest.mark.parametrize("seed", needed(2, of=range(8)) if IS_V2 else needed(10, of=range(30)))
+@pytest.mark.parametrize("seed", needed(2, of=range(8)) if IS_V2 else needed(10, of=range(60)))
 def test_drawn_exits_at_every_token_reproduce_the_oracle(small, reference, seed):
     pattern, ran = drawn_pattern(small, seed)
     assert wrong(reference, pattern, ran) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -272,3 +273,44 @@ def test_calibration_reads_the_tokens_that_the_server_reads(server, tokenizer, p
     [answer] = post_all(server, path, [{**asked, "return_token_ids": True}])
     found = answer.get("prompt_token_ids") or answer["choices"][0]["prompt_token_ids"]
     assert prompts_of(tokenizer, path, asked) == [found]
+
+
+BAD = {
+    "/v1/systemone": [
+        {"state": "film"},
+        {"state": "film", "questions": {}},
+        {"state": "film", "questions": {"q": {"type": "riddle"}}},
+        {"state": "film", "questions": {"q": {"type": "choice", "criteria": {}}}},
+        {"state": "film", "questions": {"q": {"type": "noul", "vllm_xargs": {"adainfer": 0}}}},
+    ],
+    "/generative_scoring": [
+        {"query": "film", "items": [], "label_token_ids": [1, 2]},
+        {"query": "film", "items": [""], "label_token_ids": []},
+        {"query": "film", "items": [""], "label_token_ids": [1, 1 << 40]},
+        {"query": "film", "items": [""], "label_token_ids": [-1]},
+        {"query": "film", "items": [[1], "mixed"], "label_token_ids": [1, 2]},
+    ],
+}
+
+
+@pytest.mark.parametrize("path", BAD)
+def test_a_request_that_vllm_refuses_is_refused_and_others_are_answered(server, path):
+    for body in BAD[path]:
+        status, answer = post(server, path, body)
+        assert status in (400, 422), answer
+    fine = {"state": "film", "questions": QUESTIONS}
+    [answer] = post_all(server, "/v1/systemone", [fine])
+    assert set(answer["answers"]) == set(QUESTIONS)
+
+
+def test_labels_that_come_twice_or_among_others_get_probabilities_of_full_depth(server, promises):
+    ids = [label.token_id for label in promises["labels"]]
+    decided = counted_at_rest(server)
+    before = by_policy(server, "layer_rows_skipped_total")
+    lists = [ids[0], ids[0]], [*ids[:2], 3], ids[:1]
+    for asked in lists:
+        body = {"query": f"the film {json.dumps(asked)} {END}", "items": [""]}
+        [answer] = post_all(server, "/generative_scoring", [{**body, "label_token_ids": asked}])
+        assert 0 <= answer["data"][0]["score"] <= 1
+    wait_for_counters(server, decided + len(lists))
+    assert by_policy(server, "layer_rows_skipped_total") == before

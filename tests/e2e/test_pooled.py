@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from vllm import SamplingParams
 
 from tests import student
@@ -17,6 +18,7 @@ from tests.e2e.pooled import (
     GAPS,
     KINDS,
     LEVELS,
+    NEVER,
     POOLED_FROM,
     SOME,
     STEP,
@@ -137,6 +139,20 @@ def test_a_request_that_leaves_before_the_first_layer_runs_none_and_caches_nothi
     depths = [ran[one.request_id].depth for one in (first, second, third)]
     assert depths == [0, LAYERS, 2]  # the second completes the prefix, which the third reads
     assert [one.num_cached_tokens for one in (first, second, third)] == [0, 0, 96]
+
+
+def test_what_never_leaves_has_the_states_of_what_may_not(llm, artifacts):
+    prompts = mixed_load(4)
+    states = []
+    for opted_in in 1, 0:
+        llm.reset_prefix_cache()
+        with traced(llm) as (ran, _):
+            outputs = outputs_of(
+                llm, prompts, request("whole", NEVER, artifacts, adainfer=opted_in)
+            )
+        assert {one.depth for one in ran.values()} == {LAYERS}
+        states.append([ran[one.request_id].state for one in outputs])
+    assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
 
 
 def test_a_prompt_that_a_reload_interrupts_is_read_by_its_last_token(llm, reference, artifacts):

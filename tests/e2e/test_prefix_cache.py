@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.e2e.asking import greedy, outputs
+from tests.e2e.asking import tokens as tokens_of
 from tests.e2e.oracle import continuation, same, token_after
 from tests.e2e.scripted import EXIT_AT, ScriptedAdmission, scripted
 from tests.tiny import FROM_ZERO, LAYERS
@@ -76,6 +77,18 @@ def test_a_prefix_shared_within_a_step_is_completed_by_the_first_and_hit_by_the_
         assert same(tokens, [token_after(reference, prompt, depth)])
     whole, own = len(prompts[0]), len(prompts[0]) - PREFIX
     assert stats.layers_run == whole * LAYERS + 2 * own * FROM_ZERO[0]
+
+
+def test_one_batch_with_a_shared_prefix_is_exact(small, reference):
+    prompts = prompts_with_shared_prefix(12, seed=2)
+    exits = [i % (len(FROM_ZERO) + 1) - 1 for i in range(len(prompts))]
+    params = [greedy(extra_args={} if e < 0 else {EXIT_AT: e}) for e in exits]
+    with scripted(small):
+        for _ in range(2):  # the second pass finds complete blocks only
+            found = tokens_of(small, prompts, params)
+            for prompt, exit_at, tokens in zip(prompts, exits, found, strict=True):
+                depths = {LAYERS, LAYERS if exit_at < 0 else FROM_ZERO[exit_at]}
+                assert any(same(tokens, [token_after(reference, prompt, d)]) for d in depths)
 
 
 @pytest.mark.parametrize("length", [150, 300])

@@ -60,6 +60,13 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
+def captured(tmp_path_factory) -> Path:
+    """Where the server keeps all requests."""
+    directory: Path = tmp_path_factory.mktemp("captured")
+    return directory
+
+
+@pytest.fixture(scope="module")
 def audited(tmp_path_factory) -> Path:
     """Where the server says where each answer came from."""
     directory: Path = tmp_path_factory.mktemp("audited")
@@ -78,14 +85,17 @@ def with_student(tiny_model) -> Artifact:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model, sources, with_student, audited, tmp_path_factory) -> Iterator[Server]:
+def server(
+    tiny_model, sources, with_student, captured, audited, tmp_path_factory
+) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("log") / "server.log"
     asked = tmp_path_factory.mktemp("student") / "asked"
     encoder, tokenizer = student.encoder(), student.tokenizer()
     save_artifact(asked, with_student.config, with_student.tensors, {}, "", encoder, tokenizer)
     artifacts = {**sources, "asked": str(asked)}
     audit = {"directory": str(audited)}
-    switch = {"artifact": artifacts, "min_rows_saved": 1, "audit": audit}
+    capture = {"directory": str(captured), "rate": 1, "limit": 20_000}
+    switch = {"artifact": artifacts, "min_rows_saved": 1, "capture": capture, "audit": audit}
     with serving(str(tiny_model), switch, log, FLAGS, environment()) as running:
         yield running
 
@@ -321,6 +331,47 @@ def test_texts_leave_early_and_no_counter_of_the_server_ever_falls(server, clien
     rows = sum(map(len, prompts)) + len(prompts) * (tokens - 1)
     assert executed + skipped == rows * LAYERS
     assert deferred > 0, "some rows have to wait"
+
+
+def captured_bodies(directory: Path, prompt: list[int]) -> list[dict[str, Any]]:
+    """The bodies of captured requests with a prompt, once there is one."""
+
+    def found() -> list[dict[str, Any]]:
+        lines = [line for path in directory.iterdir() for line in path.read_text().splitlines()]
+        bodies = [json.loads(line)["body"] for line in lines]
+        return [body for body in bodies if body["prompt"] == prompt]
+
+    return wait_for(found)
+
+
+def test_requests_are_captured_token_for_token_by_whatever_endpoint_they_come(
+    server, captured, tiny_model, tasks
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    labels = list(tasks["mood"].config.label_ids)
+    texts = ["a clever film but never a dull plot", "the plot is a slow film", "never a warm film"]
+    prompts = [tokenizer.encode(text) for text in texts]
+    common = {"model": "model", "max_tokens": 1, "temperature": 0}
+    choice = {"structured_outputs": {"choice": list(LABELS)}}
+    message = {"role": "user", "content": texts[1]}
+    requests = [
+        ("/v1/completions", {**common, "prompt": texts[0], "allowed_token_ids": labels}),
+        ("/v1/chat/completions", {**common, "messages": [message], **choice}),
+        ("/generative_scoring", {"query": texts[2], "items": [" slow"], "label_token_ids": labels}),
+    ]
+    for path, body in requests:
+        status, answer = post(server, path, body)
+        assert status == 200, answer
+    prompts[2] = [*prompts[2], *tokenizer.encode(" slow")]
+    said = [
+        {**common, "allowed_token_ids": labels},
+        {**common, **choice},
+        {**common, "temperature": 1, "logprob_token_ids": labels, "logprobs": len(labels)},
+    ]
+    for prompt, body in zip(prompts, said, strict=True):
+        assert captured_bodies(captured, prompt) == [{**body, "prompt": prompt}]
+    assert {path.stat().st_mode & 0o777 for path in captured.iterdir()} == {0o600}
+    assert "users' data on disk" in server.log.read_text()
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

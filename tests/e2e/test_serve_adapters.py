@@ -105,6 +105,18 @@ def test_what_would_end_vllms_engine_with_adapters_is_refused_and_the_server_liv
     token_of(ask(server, "mood", PROMPTS[9], tiny_config(tiny_model).label_ids))
 
 
+def test_an_adapter_whose_policy_cannot_be_served_is_not_loaded_and_the_answer_says_why(
+    server, tiny_model, reference, tmp_path
+):
+    directory = save_adapter(reference, tmp_path / "saved", seed=9)
+    tiny_artifact(tiny_model, directory / "adainfer")
+    body = {"lora_name": "odd", "lora_path": str(directory)}
+    status, answer = post(server, "/v1/load_lora_adapter", body)
+    assert status == 500
+    assert "was not calibrated with the adapter that it is bundled with" in str(answer)
+    assert ask(server, "odd", PROMPTS[0], tiny_config(tiny_model).label_ids)[0] == 404
+
+
 def test_adapters_come_and_go_under_traffic_with_the_policies_beside_them(
     server, tiny_model, saved, right
 ):

@@ -123,6 +123,53 @@ def with_thresholds(artifact: Artifact, thresholds: Tensor) -> Artifact:
     return replace(artifact, tensors={**artifact.tensors, "thresholds": thresholds})
 
 
+def test_artifacts_that_were_calibrated_again_serve_without_a_restart(
+    llm, tasks, sources, reference
+):
+    prompts, mood = prompts_of(20, 40), tasks["mood"]
+    looser = with_thresholds(mood, mood.tensors["thresholds"] - 1)
+    with replaced(llm, tasks, sources, looser):
+        lines, *_ = llm.collective_rpc("adainfer_reload")
+        assert [line.split()[1] for line in lines] == ["mood", "topic", "next"]
+        looser_cases = cases({**tasks, "mood": looser}, reference, prompts, 20)
+        assert tokens_of(llm, looser_cases) == [case.token for case in looser_cases]
+    before = cases(tasks, reference, prompts, 20)
+    assert tokens_of(llm, before) == [case.token for case in before]
+    assert [case.depth for case in before] != [case.depth for case in looser_cases]
+
+
+def test_an_artifact_that_cannot_be_served_is_refused_and_the_one_before_stays(
+    llm, tasks, sources, reference
+):
+    mood = tasks["mood"]
+    moved = Artifact(
+        mood.config.model_copy(update={"exit_points": (2, 4)}),
+        {name.replace(".3.", ".4."): tensor for name, tensor in mood.tensors.items()},
+    )
+    with replaced(llm, tasks, sources, moved):
+        with pytest.raises(Exception, match=r"exit points \[2, 4\], this engine only \[2, 3, 5\]"):
+            llm.collective_rpc("adainfer_reload")
+        wanted = cases(tasks, reference, prompts_of(30, 40), 30)
+        assert tokens_of(llm, wanted) == [case.token for case in wanted]
+
+
+def test_nothing_is_replaced_where_another_rank_has_read_other_artifacts(
+    llm, tasks, sources, reference, monkeypatch
+):
+    looser = with_thresholds(tasks["mood"], tasks["mood"].tensors["thresholds"] - 1)
+
+    def gather(numbers: list[int], own: int, group: Any) -> None:
+        numbers[:] = [own, own + 1]
+
+    with replaced(llm, tasks, sources, looser):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.distributed, "all_gather_object", gather)
+            with pytest.raises(Exception, match="ranks read different artifacts"):
+                llm.collective_rpc("adainfer_reload")
+        wanted = cases(tasks, reference, prompts_of(31, 40), 31)
+        assert tokens_of(llm, wanted) == [case.token for case in wanted]
+
+
 @pytest.mark.parametrize("end", ["all have read it", "another could not", "other files"])
 def test_of_several_engines_none_switches_before_all_have_read_the_same(
     llm, tasks, sources, reference, end

@@ -65,6 +65,14 @@ def test_a_tie_goes_to_the_lowest_id_and_leaves_no_gap(tied, backend):
     assert (found.gap == 0).all()
 
 
+@pytest.mark.parametrize("at", [0, 1, 15, 16, 63, 64, 1023, 1024, 1263, 1264, 4096, 4998, 4999])
+def test_the_best_is_found_everywhere_with_its_runner_up_elsewhere(at, backend):
+    scores = normal(VOCAB)
+    scores[at], scores[(at + 2500) % VOCAB] = 9.0, 8.5
+    found = check_probe(*with_scores(scores), {"norm": None}, backend)
+    assert (found.top1_id.item(), found.top1.item(), found.top2.item()) == (at, 9.0, 8.5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [2, 16, 17, 64, 65, 129, 1024, 1025, 4097, VOCAB])
 def test_equal_scores_share_the_probability_and_the_first_wins(vocab, dtype, backend):

@@ -128,6 +128,21 @@ def test_a_rest_that_does_not_fit_is_left_to_vllm(max_tokens, max_model_len, fit
     assert bool(after(request, "y", max_model_len=max_model_len)) == fits
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"logprobs": 1},
+        {"logprob_token_ids": [1]},
+        {"allowed_token_ids": [1]},
+        {"stop": ["x"]},
+        {"min_tokens": 1},
+        {"logit_bias": {1: 1.0}},
+    ],
+)
+def test_settings_that_ask_for_more_than_the_choice_take_every_step(settings):
+    assert after(request_of(["yes", "no"], **settings), "y") == []
+
+
 @pytest.mark.parametrize("why", ["the prompt goes on", "no end token", "not in the grammar"])
 def test_what_has_to_take_every_step_does(why):
     """A grammar may not accept the rest of a tokenizer that puts a blank before each text."""
