@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.scripted import parts
 from tests.e2e.tasks import saved, three_tasks
-from vllm_adainfer.engine.model.execution import Execution
+from vllm_adainfer.engine.model.batch import Execution
 
 
 @pytest.fixture(scope="module")
