@@ -14,7 +14,7 @@ from vllm_adainfer.artifact.fields import Adapter
 from vllm_adainfer.engine.self_test.parts import PARTS
 from vllm_adainfer.frontend.metrics import EngineMetrics
 from vllm_adainfer.frontend.series import register_series
-from vllm_adainfer.promise.probabilities import MOVES, PROBABILITY_FEATURES
+from vllm_adainfer.promise.probabilities import MOVES
 from vllm_adainfer.settings.engine import NO_POLICY
 
 BUCKETS = (0, 3, 5, 6)
@@ -113,9 +113,10 @@ def test_a_report_costs_as_many_updates_however_much_it_counts(engines, monkeypa
     assert len(updates) == 2 * for_one
 
 
-def test_moves_of_probabilities_are_a_histogram_of_the_policies_that_promise_them(configs):
-    promises = {"risk": "probability", "tolerance": 0.05, "features": PROBABILITY_FEATURES}
-    configs["a"] = configs["a"].model_copy(update=promises)
+def test_moves_of_probabilities_are_a_histogram_of_the_policies_that_promise_them(
+    configs, tiny_model
+):
+    configs["a"] = tiny_config(tiny_model, risk="probability", tolerance=0.05)
     engine = EngineMetrics(register_series(BUCKETS), "tiny", 0, configs)
     name = "adainfer:shadow_largest_move"
     assert value(f"{name}_count", 0, policy="a") == 0
