@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 from tests.tiny import word_tokenizer
 from vllm_adainfer.artifact.artifact import Encoder
 from vllm_adainfer.artifact.fields import SharedTokens, Student
-from vllm_adainfer.policy.own_text import OwnText
+from vllm_adainfer.policy.own_text import TextReader, text_reader
 
 WIDTH = 16
 LONGEST = 24  # tokens that it reads
@@ -66,9 +66,9 @@ def asked_with(shared: SharedTokens = SHARED, most_tokens: int = LONGEST) -> dic
     return {"student": described(shared, most_tokens), "shared": shared}
 
 
-def reader(student: Student, shared: SharedTokens = SHARED) -> OwnText:
+def reader(student: Student, shared: SharedTokens = SHARED) -> TextReader:
     """Reads prompts of the tiny model for it."""
-    return OwnText(word_tokenizer().decode, student, shared, tokenizer())
+    return text_reader(word_tokenizer().decode, student, shared, tokenizer())
 
 
 def save_bert(directory: Path, **settings: Any) -> Path:

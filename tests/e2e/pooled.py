@@ -196,7 +196,7 @@ def expected(
         gap = GAPS[part.config.is_pooled][params.extra_args["adainfer_epsilon"]]
         head = f"exit.{layer}.head"
         if what is ProbeInput.TEXT:
-            text = student.reader(part.config.student, part.config.shared).tokens_of(prompt)
+            text = student.reader(part.config.student, part.config.shared)(prompt)
             if not text:
                 continue
             read = student.bert()(torch.tensor([text])).last_hidden_state[0].mean(0)

@@ -39,7 +39,7 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import (
 )
 from vllm_adainfer.offline.facts.artifact import artifact_facts
 from vllm_adainfer.offline.facts.document import as_text
-from vllm_adainfer.policy.questions import KnownQuestions
+from vllm_adainfer.policy.questions import asked_among
 from vllm_adainfer.settings.engine import Settings
 from vllm_adainfer.watch.watch import Watch
 
@@ -126,9 +126,9 @@ def test_prompts_that_end_alike_in_nothing_ask_no_question():
 
 
 def test_a_prompt_asks_the_question_with_the_longest_end():
-    known = KnownQuestions([[(3,), (1, 2)], [(9, 3)]])
+    known = asked_among([[(3,), (1, 2)], [(9, 3)]])
     prompts = [4, 3], [1, 2], [9, 3], [2], [3, 4], []
-    assert [known.asked_by(prompt) for prompt in prompts] == [0, 0, 1, None, None, None]
+    assert [known(prompt) for prompt in prompts] == [0, 0, 1, None, None, None]
 
 
 ENDS = {f"question {place}": ((place,),) for place in range(2)}  # the third cannot be recognised

@@ -28,13 +28,14 @@ from vllm_adainfer.engine.scheduler.prompt_texts import PromptTexts
 from vllm_adainfer.engine.worker.gpu_worker import warm_up
 from vllm_adainfer.engine.worker.served_policies import check_replaces
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy import own_text
 from vllm_adainfer.policy.encoders import BATCH, TextEncoder
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.own_text import (
     MOST_CHARACTERS,
     MOST_PROMPT_TOKENS,
-    OwnText,
     decoding_digest,
+    text_reader,
 )
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
@@ -62,7 +63,7 @@ def words(count: int, seed: int = 0) -> list[int]:
 
 def test_it_reads_the_own_part_of_a_prompt_up_to_its_limit():
     own = words(10)
-    read = student.reader(student.described(AROUND), AROUND).tokens_of
+    read = student.reader(student.described(AROUND), AROUND)
     assert read([1, 2, 3, *own, 4, 5]) == tuple(own)
     longer = words(200, seed=1)
     assert read([1, 2, 3, *longer, 4, 5]) == tuple(longer[: student.LONGEST])
@@ -84,7 +85,7 @@ def test_it_reads_the_own_part_of_a_prompt_up_to_its_limit():
 )
 def test_it_is_not_asked_what_it_cannot_see_is_another_question_or_nothing(prompt):
     """It reads neither template nor question, so these must be those that it was taught."""
-    assert student.reader(student.described(AROUND), AROUND).tokens_of(prompt) == ()
+    assert student.reader(student.described(AROUND), AROUND)(prompt) == ()
 
 
 @pytest.mark.parametrize(
@@ -92,11 +93,13 @@ def test_it_is_not_asked_what_it_cannot_see_is_another_question_or_nothing(promp
     [("good food", True), ("good \N{REPLACEMENT CHARACTER} food", False), (" \n", False)],
 )
 def test_it_is_not_asked_about_bytes_that_are_no_text_or_about_blanks(text, asked):
-    reader = OwnText(lambda tokens: text, student.described(), SharedTokens(), student.tokenizer())
-    assert bool(reader.tokens_of([1] * 9)) == asked
+    read = text_reader(
+        lambda tokens: text, student.described(), SharedTokens(), student.tokenizer()
+    )
+    assert bool(read([1] * 9)) == asked
 
 
-def test_what_a_prompt_costs_on_arrival_has_a_cap():
+def test_what_a_prompt_costs_on_arrival_has_a_cap(monkeypatch):
     """So many of its tokens are decoded, and so many characters read; half a character is cut."""
     seen: list[int] = []
 
@@ -105,11 +108,14 @@ def test_what_a_prompt_costs_on_arrival_has_a_cap():
         return f"{'good ' * 100_000}\N{REPLACEMENT CHARACTER}"
 
     described = student.described()
-    reader = OwnText(decode, described, SharedTokens(), student.tokenizer())
-    reader._tokenizer = SimpleNamespace(
-        encode=lambda text: seen.append(len(text)) or SimpleNamespace(ids=[1])
+    tokenizer = SimpleNamespace(
+        no_padding=lambda: None,
+        enable_truncation=lambda _: None,
+        encode=lambda text: seen.append(len(text)) or SimpleNamespace(ids=[1]),
     )
-    assert reader.tokens_of([1] * 1_000_000) == (1,)
+    monkeypatch.setattr(own_text, "Tokenizer", SimpleNamespace(from_str=lambda _: tokenizer))
+    reader = text_reader(decode, described, SharedTokens(), student.tokenizer())
+    assert reader([1] * 1_000_000) == (1,)
     most = described.most_tokens
     assert seen == [MOST_PROMPT_TOKENS * most, MOST_CHARACTERS * most]
 

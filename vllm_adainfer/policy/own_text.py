@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from tokenizers import Tokenizer
 
@@ -13,6 +13,7 @@ from vllm_adainfer.artifact.fields import SharedTokens, Student
 # Caps on what a client's prompt costs on arrival, as multiples of the tokens that a student reads.
 MOST_PROMPT_TOKENS = 4  # tokens to decode
 MOST_CHARACTERS = 16  # characters to tokenise
+TextReader: TypeAlias = Callable[[Sequence[int]], tuple[int, ...]]
 NOT_TEXT = "\N{REPLACEMENT CHARACTER}"  # stands in decoded text for bytes that are no UTF-8
 
 
@@ -24,43 +25,33 @@ def decoding_digest(tokenizer: Any) -> str:
     return hashlib.sha256("\0".join(map(str, texts)).encode()).hexdigest()
 
 
-class OwnText:
-    """Reads prompts as one student does; calibration and serving both use it."""
+def text_reader(
+    decode: Callable[[Sequence[int]], str], student: Student, shared: SharedTokens, tokenizer: str
+) -> TextReader:
+    """A function that reads a prompt as one student does; calibration and serving both use it.
 
-    def __init__(
-        self,
-        decode: Callable[[Sequence[int]], str],
-        student: Student,
-        shared: SharedTokens,
-        tokenizer: str,
-    ) -> None:
-        """Read what lies between the `shared` tokens that all prompts begin and end with.
+    It gives the student's tokens, none for a prompt that skips the student. Prompts without the
+    `shared` tokens, which all begin and end with, skip it, because they may ask another question,
+    which the student does not read. So do prompts with no text of their own between them, or with
+    invalid UTF-8. Long texts are cut, in the same way in calibration and in serving.
 
-        `decode` is the served model's tokenizer, from token ids to text without special tokens;
-        `tokenizer` is the student's, the JSON of a ``tokenizer.json``.
-        """
-        self._decode = decode
-        self._tokenizer = Tokenizer.from_str(tokenizer)
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(student.most_tokens)
-        self._shared = shared
-        self._most_prompt_tokens = MOST_PROMPT_TOKENS * student.most_tokens
-        self._most_characters = MOST_CHARACTERS * student.most_tokens
+    `decode` is the served model's tokenizer, from token ids to text without special tokens;
+    `tokenizer` is the student's, the JSON of a ``tokenizer.json``.
+    """
+    own_tokenizer = Tokenizer.from_str(tokenizer)
+    own_tokenizer.no_padding()
+    own_tokenizer.enable_truncation(student.most_tokens)
 
-    def tokens_of(self, prompt: Sequence[int]) -> tuple[int, ...]:
-        """The student's tokens for a prompt; empty for one that skips the student.
-
-        Prompts without the shared tokens skip it, because they may ask another question, which the
-        student does not read. So do prompts with no text of their own, or with invalid UTF-8. Long
-        texts are cut, in the same way in calibration and in serving.
-        """
-        if not self._shared.are_in(prompt):
+    def read(prompt: Sequence[int]) -> tuple[int, ...]:
+        if not shared.are_in(prompt):
             return ()
-        first, end = len(self._shared.start), len(prompt) - len(self._shared.end)
-        cut = first + self._most_prompt_tokens
-        text = self._decode(prompt[first : min(end, cut)]) if first < end else ""
+        first, end = len(shared.start), len(prompt) - len(shared.end)
+        cut = first + MOST_PROMPT_TOKENS * student.most_tokens
+        text = decode(prompt[first : min(end, cut)]) if first < end else ""
         if cut < end:
             text = text.rstrip(NOT_TEXT)  # the first bytes of a character
         if NOT_TEXT in text or not text.strip():
             return ()
-        return tuple(self._tokenizer.encode(text[: self._most_characters]).ids)
+        return tuple(own_tokenizer.encode(text[: MOST_CHARACTERS * student.most_tokens]).ids)
+
+    return read

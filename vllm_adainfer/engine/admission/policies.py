@@ -16,7 +16,7 @@ from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.policy.policy_set import first_threshold_rows
-from vllm_adainfer.policy.questions import KnownQuestions
+from vllm_adainfer.policy.questions import asked_among
 from vllm_adainfer.settings.engine import Settings
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class ThresholdRows:
             for level in part.levels
         ]
         self._known = {
-            name: KnownQuestions(question.ends for question in part.questions)
+            name: asked_among(question.ends for question in part.questions)
             for name, part in self._parts.items()
             if part.by_question or only_known
         }
@@ -193,7 +193,7 @@ class ThresholdRows:
         """Those of a request for a policy, by its bound and its prompt."""
         if policy in self._shared and not self._shared[policy].are_in(prompt):
             return FULL_DEPTH, FULL_DEPTH, "other_prompt"
-        if policy in self._known and self._known[policy].asked_by(prompt) is None:
+        if policy in self._known and self._known[policy](prompt) is None:
             return FULL_DEPTH, FULL_DEPTH, "unknown_question"
         whole, *last_token = self._names[policy]
         row = last_token_row = FULL_DEPTH
@@ -223,7 +223,7 @@ class ThresholdRows:
             return FULL_DEPTH
         question = None
         if name in self._known:
-            question = self._known[name].asked_by(prompt)
+            question = self._known[name](prompt)
             if question is None:
                 return FULL_DEPTH
         row = part.threshold_row(level, question)

@@ -13,7 +13,7 @@ from vllm_adainfer.artifact.files import load_student_tokenizer
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.running import Running
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.own_text import OwnText, decoding_digest
+from vllm_adainfer.policy.own_text import decoding_digest, text_reader
 from vllm_adainfer.settings.engine import Settings
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class PromptTexts:
                 )
             decode = partial(tokenizer.decode, skip_special_tokens=True)
             own = load_student_tokenizer(settings.artifacts[name])
-            self._readers[name] = OwnText(decode, config.student, config.shared, own)
+            self._readers[name] = text_reader(decode, config.student, config.shared, own)
 
     def of(self, request: Request, resolved: Running) -> Mapping[str, tuple[int, ...]]:
         """`Running.texts` of a request; images and embeddings are no text."""
@@ -54,4 +54,4 @@ class PromptTexts:
         if not is_text or not resolved.may_exit:
             return {}
         names = self._admission.policies.with_student(resolved, request.lora_request)
-        return {name: self._readers[name].tokens_of(prompt) for name in names}
+        return {name: self._readers[name](prompt) for name in names}

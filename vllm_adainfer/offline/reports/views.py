@@ -23,10 +23,10 @@ from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.facts.document import Facts
 from vllm_adainfer.offline.pretrained import Model
 from vllm_adainfer.policy.exit_policy import UndecidedRows
-from vllm_adainfer.policy.own_text import OwnText
+from vllm_adainfer.policy.own_text import text_reader
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.probe import Probe
-from vllm_adainfer.policy.questions import KnownQuestions
+from vllm_adainfer.policy.questions import asked_among
 from vllm_adainfer.promise.label_subsets import ALL, bits_of
 from vllm_adainfer.promise.probabilities import features_among
 
@@ -117,7 +117,7 @@ def decided_by(
     level = config.level_of(epsilon)
     if level < 0:
         raise AdaInferError("nothing exits at epsilon 0: give a bound of the artifact's table")
-    question = KnownQuestions(one.ends for one in config.questions).asked_by(prompt)
+    question = asked_among(one.ends for one in config.questions)(prompt)
     row = config.threshold_row(level, question)
     if row is None:
         raise AdaInferError(
@@ -144,13 +144,13 @@ def views_of_prompts(
     if config.student is not None:
         decode = partial(model.tokenizer.decode, skip_special_tokens=True)
         tokenizer = load_student_tokenizer(source)
-        own_text = OwnText(decode, config.student, config.shared, tokenizer)
+        own_text = text_reader(decode, config.student, config.shared, tokenizer)
     found = []
     for example, part, row in asked:
         subset = ALL
         if config.label_pool and example.labels is not None:
             subset = bits_of(example.labels, config.label_ids)
-        text = () if own_text is None else own_text.tokens_of(example.token_ids)
+        text = () if own_text is None else own_text(example.token_ids)
         place = places[id(example)]
         found.append(views_of(part, recording, place, row, name, subset, text))
     return found

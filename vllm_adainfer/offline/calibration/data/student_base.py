@@ -12,7 +12,7 @@ from typing import Any
 from vllm_adainfer.artifact.fields import MOST_STUDENT_TOKENS, SharedTokens, Student
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.policy.own_text import OwnText, decoding_digest
+from vllm_adainfer.policy.own_text import decoding_digest, text_reader
 
 TOKENIZER = "tokenizer.json"
 FILES = ("config.json", TOKENIZER, "tokenizer_config.json", "*.safetensors*", "README.md")
@@ -81,8 +81,8 @@ def load_student_base(
         decoding=decoding_digest(model_tokenizer),
     )
     decode = partial(model_tokenizer.decode, skip_special_tokens=True)
-    own = OwnText(decode, described, shared, tokenizer)
-    texts = [own.tokens_of(example.token_ids) for example in examples]
+    read = text_reader(decode, described, shared, tokenizer)
+    texts = [read(example.token_ids) for example in examples]
     if not any(texts):
         raise AdaInferError(
             f"--student {source} has nothing to read: the prompts have no text of their own "

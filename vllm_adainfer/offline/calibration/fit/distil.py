@@ -9,7 +9,7 @@ saved 4 to 8 points less.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -88,12 +88,12 @@ def distil(taught: Taught, folds: Ints, penalties: Sequence[float]) -> CrossVali
     """
     places = [torch.from_numpy(folds == fold) for fold in range(FOLDS)]
     held_out = [taught.of_rows(here) for here in places]
-    others = [Standardised.of(taught.of_rows(~here)) for here in places]
+    solvers = [solver(taught.of_rows(~here)) for here in places]
     without: list[Linear | None] = [None] * FOLDS
     best, least = penalties[0], np.inf
     chosen: list[Linear] = []
     for penalty in penalties:
-        fits = [part.solve(penalty, near) for part, near in zip(others, without, strict=True)]
+        fits = [best_of(penalty, near) for best_of, near in zip(solvers, without, strict=True)]
         error = sum(rows.loss(fit)[0] for rows, fit in zip(held_out, fits, strict=True))
         if chosen and error >= least:  # a smaller penalty only fits the same rows more closely
             break
@@ -107,51 +107,31 @@ def solve(taught: Taught, penalty: float) -> Linear:
     The coefficients are those of features divided by their standard deviation; a constant feature
     gets 0. The bias is not penalised.
     """
-    return Standardised.of(taught).solve(penalty)
+    return solver(taught)(penalty, None)
 
 
-@dataclass(frozen=True)
-class Standardised:
-    """Rows to fit on with several penalties, their features standardised.
+def solver(taught: Taught) -> Callable[[float, Linear | None], Linear]:
+    """`solve` for several penalties on the same rows, beginning at a map of raw features.
 
     Where rows are fewer than features, coefficients are sought among the combinations of rows
     alone, because any other part of them would change no score and only add to the penalty. In an
     orthonormal basis of these that is the same problem with as many features as rows.
-
-    Attributes:
-        rows: the rows, read in standardised features or in the basis.
-        mean: [width], the mean of each feature.
-        scale: [width], one over its standard deviation; 0 for a constant feature.
-        basis: [width, rows], what `rows` are read in; None for the features themselves.
-
     """
+    mean, deviation = taught.read.mean(0), taught.read.std(0, correction=0)
+    scale = torch.where(deviation > 1e-9 * mean.abs(), 1 / deviation, 0)
+    read, basis = (taught.read - mean) * scale, None
+    if len(read) < read.shape[1]:
+        basis, triangle = torch.linalg.qr(read.T)
+        read = triangle.T.contiguous()
+    rows = replace(taught, read=read)
+    shape = rows.labels.shape[1] + (rows.mass is not None), read.shape[1] + 1
 
-    rows: Taught
-    mean: Tensor
-    scale: Tensor
-    basis: Tensor | None
-
-    @classmethod
-    def of(cls, taught: Taught) -> Standardised:
-        """The rows that `taught` has raw."""
-        mean, deviation = taught.read.mean(0), taught.read.std(0, correction=0)
-        scale = torch.where(deviation > 1e-9 * mean.abs(), 1 / deviation, 0)
-        read, basis = (taught.read - mean) * scale, None
-        if len(read) < read.shape[1]:
-            basis, triangle = torch.linalg.qr(read.T)
-            read = triangle.T.contiguous()
-        return cls(replace(taught, read=read), mean, scale, basis)
-
-    def solve(self, penalty: float, start: Linear | None = None) -> Linear:
-        """Minimise as the function `solve` does, beginning at `start`, a map of raw features."""
-        rows = self.rows
-        shape = rows.labels.shape[1] + (rows.mass is not None), rows.read.shape[1] + 1
-
+    def best(penalty: float, start: Linear | None) -> Linear:
         def objective(flat: Floats) -> tuple[float, Floats]:
-            both = torch.from_numpy(flat).view(shape).to(rows.read)
+            both = torch.from_numpy(flat).view(shape).to(read)
             matrix, bias = both[:, :-1], both[:, -1]
             loss, wrong = rows.loss(Linear(matrix, bias))
-            by_matrix = wrong.T @ rows.read + penalty * matrix
+            by_matrix = wrong.T @ read + penalty * matrix
             gradient = torch.cat([by_matrix, wrong.sum(0).unsqueeze(1)], dim=1)
             return loss + penalty / 2 * float(
                 matrix.square().sum()
@@ -159,10 +139,10 @@ class Standardised:
 
         first = torch.zeros(shape, dtype=torch.float64)
         if start is not None:
-            matrix = start.matrix / torch.where(self.scale > 0, self.scale, 1)
-            if self.basis is not None:
-                matrix = matrix @ self.basis
-            bias = start.bias + start.matrix @ self.mean
+            matrix = start.matrix / torch.where(scale > 0, scale, 1)
+            if basis is not None:
+                matrix = matrix @ basis
+            bias = start.bias + start.matrix @ mean
             first = torch.cat([matrix, bias.unsqueeze(1)], dim=1).double()
         found = minimize(
             objective,
@@ -171,9 +151,11 @@ class Standardised:
             method="L-BFGS-B",
             options={"maxiter": ITERATIONS, "ftol": PRECISION},
         )
-        both = torch.from_numpy(found.x).view(shape).to(rows.read)
+        both = torch.from_numpy(found.x).view(shape).to(read)
         matrix = both[:, :-1]
-        if self.basis is not None:
-            matrix = matrix @ self.basis.T
-        matrix = matrix * self.scale
-        return Linear(matrix, both[:, -1] - matrix @ self.mean)
+        if basis is not None:
+            matrix = matrix @ basis.T
+        matrix = matrix * scale
+        return Linear(matrix, both[:, -1] - matrix @ mean)
+
+    return best
