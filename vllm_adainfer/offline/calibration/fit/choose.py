@@ -11,7 +11,7 @@ from itertools import combinations
 
 import numpy as np
 
-from vllm_adainfer.arrays import Bools, Floats, Ints
+from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.config_rules import are_exit_points
 from vllm_adainfer.artifact.kinds import ProbeKind
 from vllm_adainfer.errors import AdaInferError
@@ -159,8 +159,11 @@ def exits_taken(exits: Sequence[FittedExit], rows: int, allowed: float) -> Ints:
     losses = np.vstack([*(exit.fitted.loss[:rows] for exit in exits), np.zeros(rows)])
 
     record = np.vstack([scores[:1] > -np.inf, scores[1:] > np.maximum.accumulate(scores)[:-1]])
+    following = np.full(record.shape, len(record))  # the next exit point that is one
+    for index in range(len(record) - 2, -1, -1):
+        following[index] = np.where(record[index + 1], index + 1, following[index + 1])
     to, row = np.nonzero(record)
-    start = _next_record(record)[to, row]  # where the row is until it moves
+    start = following[to, row]  # where the row is until it moves
     score = scores[to, row]
     order = np.argsort(-score, kind="stable")
     to, row, start, score = to[order], row[order], start[order], score[order]
@@ -181,14 +184,6 @@ def layers_saved(exits: Sequence[FittedExit], depth: int, allowed: float) -> flo
         return 0.0
     where = exits_taken(exits, len(exits[0].fitted.loss), allowed)
     return 1 - float(np.array([*(exit.layer for exit in exits), depth])[where].mean()) / depth
-
-
-def _next_record(record: Bools) -> Ints:
-    """[exit points, rows], the next exit point whose score exceeds all of the row before it."""
-    following = np.full(record.shape, len(record))
-    for index in range(len(record) - 2, -1, -1):
-        following[index] = np.where(record[index + 1], index + 1, following[index + 1])
-    return following
 
 
 def evenly_spread(candidates: Sequence[FittedExit], count: int) -> list[FittedExit]:
