@@ -38,7 +38,6 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.calibrate import calibration_of, record_prompts
 from vllm_adainfer.offline.calibration.certify.certify import Terms
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.enough_rows import check_label_rows
 from vllm_adainfer.offline.calibration.fit import exits
 from vllm_adainfer.offline.calibration.fit.probes import Target, fit_probes
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, best_heads
@@ -158,7 +157,8 @@ def made_policies(
         own = replace(prompts, split=split)
         calibration = calibration_of(replace(request, options=options), own, recording)
         try:
-            check_label_rows(Terms(calibration).tests, recording.tokens[calibration.held_out])
+            for test in Terms(calibration).tests:
+                test.check(recording.tokens[calibration.held_out])
         except AdaInferError as error:
             say(f"{promise}: {error}")
             continue

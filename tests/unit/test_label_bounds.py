@@ -27,7 +27,7 @@ from vllm_adainfer.exits.loop.loop import Loop
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import LabelTest, certify
 from vllm_adainfer.offline.calibration.certify.path import PathPoint, threshold_path
-from vllm_adainfer.offline.calibration.enough_rows import check_label_rows, check_labels
+from vllm_adainfer.offline.calibration.enough_rows import check_labels
 from vllm_adainfer.offline.calibration.fit.exits import Scored
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import split_of
@@ -146,13 +146,13 @@ def test_what_the_rows_say_of_a_promise_counts_the_rows_that_it_is_about(kind):
 def test_too_few_rows_are_refused_with_the_number_that_would_do(kind, epsilon, needed):
     test = label_check(promised(kind, epsilon=epsilon))
     enough = np.array([SAFE] * 500 + [UNSAFE] * needed)
-    check_label_rows([test], enough)
+    test.check(enough)
     sentence = f"--{kind} unsafe:{epsilon:g} needs {needed} held-out prompts that full depth answe"
     with pytest.raises(AdaInferError, match=sentence) as error:
-        check_label_rows([test], enough[:-1])
+        test.check(enough[:-1])
     assert f"there are {needed - 1}: give about 2 times as many" in str(error.value)
     with pytest.raises(AdaInferError, match="there are 0: give prompts that it does"):
-        check_label_rows([test], enough[:500])
+        test.check(enough[:500])
 
 
 def test_half_of_the_prompts_certify_where_only_some_of_them_count():

@@ -99,7 +99,7 @@ CALIBRATION = {
     "certify": {"fit", "data", "options"},
     "enough_rows": {"certify", "data", "options"},
     "prompts": {"enough_rows", "certify", "data", "options"},
-    "fit_policy": {"enough_rows", "certify", "fit", "record", "data"},
+    "fit_policy": {"certify", "fit", "record", "data"},
     "write": {"fit_policy", "certify", "fit"},
     "calibrate": {"fit_policy", "write", "prompts", "fit", "record", "data", "options"},
 }

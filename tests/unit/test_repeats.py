@@ -14,7 +14,7 @@ from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import LabelTest
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.split import Split, alike_of, groups_of
-from vllm_adainfer.offline.calibration.enough_rows import check_label_rows, check_rows
+from vllm_adainfer.offline.calibration.enough_rows import check_rows
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import load_prompts, split_of
 from vllm_adainfer.promise.first_documents import FirstDocuments
@@ -125,7 +125,7 @@ def test_too_few_different_prompts_are_refused_however_often_each_comes():
     promise = LabelBound(kind="recall", label="bad", epsilon=EPSILON)
     bound = Bound("exact", DELTA, 0.0, np.arange(400), repeats=split.repeats[split.certify])
     with pytest.raises(AdaInferError, match=r"needs 45 held-out prompts .*, and there are 40"):
-        check_label_rows([LabelTest(promise, 7, bound)], np.full(400, 7))
+        LabelTest(promise, 7, bound).check(np.full(400, 7))
 
 
 def test_calibrate_says_how_many_prompts_repeat_another(tiny_model, tmp_path: Path, capsys):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.certify.bound import Bound
-from vllm_adainfer.offline.calibration.certify.certify import LabelTest
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.questions import SEEN, ends_of
 from vllm_adainfer.offline.calibration.data.split import Split, groups_of
@@ -99,32 +96,4 @@ def check_labels(options: PolicyOptions, labels: Sequence[Label]) -> None:
     if names and not set(names).difference(options.never_early):
         raise AdaInferError(
             "--never-early names every label, so that no request could leave early: drop one"
-        )
-
-
-def check_label_rows(tests: Sequence[LabelTest], full: Ints) -> None:
-    """Check that the held-out rows could certify each promise if not one answer changed.
-
-    Args:
-        tests: the promises.
-        full: int64 [held-out rows], the full model's answers.
-
-    Raises:
-        AdaInferError: they are too few for one; the message says how many it needs.
-
-    """
-    for test in tests:
-        if test.holds(full, full):
-            continue
-        promise, needed = test.promise, test.rows_needed(full)
-        rows = test.rows_held(full)
-        wanted = (
-            f"about {math.ceil(needed / rows):d} times as many prompts"
-            if rows
-            else "prompts that it does"
-        )
-        raise AdaInferError(
-            f"--{promise.kind} {promise.label}:{promise.epsilon:g} needs {needed} held-out prompts "
-            f"that full depth answers with {promise.label}, and there are {rows}: give {wanted}, "
-            "or promise less"
         )

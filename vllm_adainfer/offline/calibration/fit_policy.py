@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from vllm_adainfer.artifact.kinds import LABEL_HEADS, ProbeChoice
-from vllm_adainfer.offline.calibration.certify.certify import Points, Terms, certified
+from vllm_adainfer.offline.calibration.certify.certify import Terms, certified
+from vllm_adainfer.offline.calibration.certify.path import Points
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
-from vllm_adainfer.offline.calibration.enough_rows import check_label_rows
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
 from vllm_adainfer.offline.calibration.fit.choose import chosen, layers_saved
 from vllm_adainfer.offline.calibration.fit.cost import (
@@ -116,7 +116,8 @@ def fit_policy(
         AdaInferError: the held-out rows are too few for a promise about a label.
 
     """
-    check_label_rows(Terms(calibration).tests, calibration.rows.tokens[calibration.held_out])
+    for test in Terms(calibration).tests:
+        test.check(calibration.rows.tokens[calibration.held_out])
     policy = best_heads(calibration, probe)
     if base is not None:
         student = train_student(base, Lesson.of(policy.calibration))

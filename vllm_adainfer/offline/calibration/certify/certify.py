@@ -6,7 +6,8 @@ point whose score passes), not for each exit point alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
@@ -15,11 +16,14 @@ import numpy as np
 
 from vllm_adainfer.arrays import Bools, Floats, Ints
 from vllm_adainfer.artifact.fields import LabelBound, LabelRisk
+from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.path import (
     Pair,
     PathPoint,
+    Points,
     Queries,
+    combine_questions,
     fitted_path,
     held_out_path,
     pair_path,
@@ -33,7 +37,6 @@ from vllm_adainfer.promise.first_documents import FirstDocuments, relevance
 
 EPSILONS = (0.005, 0.01, 0.02, 0.05, 0.1)
 
-Points = dict[float, PathPoint]  # by epsilon
 AnyPoint = TypeVar("AnyPoint", PathPoint, Pair)
 
 
@@ -70,18 +73,29 @@ class LabelTest:
             bound=bound.within(self.promise.epsilon, losses),
         )
 
-    def rows_held(self, full: Ints) -> int:
-        """The rows that full depth answers with the label; those that repeat another do not count.
+    def check(self, full: Ints) -> None:
+        """Check that the held-out rows could certify the promise if not one answer changed.
 
-        `full` is int64 [held-out rows], its answers.
+        `full` is int64 [held-out rows], the full model's answers.
+
+        Raises:
+            AdaInferError: they are too few; the message says how many it needs.
+
         """
-        about, repeats = full == self.token, self.bound.repeats
-        return int(np.count_nonzero(about if repeats is None else about & ~repeats))
-
-    def rows_needed(self, full: Ints) -> int:
-        """The fewest rows that certify the promise if no answer changes."""
-        rows = int(np.count_nonzero(full == self.token))
-        return self.bound.of_rows(full == self.token).groups_needed(rows, self.promise.epsilon)
+        if self.holds(full, full):
+            return
+        promise, about, repeats = self.promise, full == self.token, self.bound.repeats
+        rows = int(np.count_nonzero(about if repeats is None else about & ~repeats))
+        alone = self.bound.of_rows(about)
+        needed = alone.groups_needed(int(np.count_nonzero(about)), promise.epsilon)
+        wanted = "prompts that it does"
+        if rows:
+            wanted = f"about {math.ceil(needed / rows):d} times as many prompts"
+        raise AdaInferError(
+            f"--{promise.kind} {promise.label}:{promise.epsilon:g} needs {needed} held-out prompts "
+            f"that full depth answers with {promise.label}, and there are {rows}: give {wanted}, "
+            "or promise less"
+        )
 
     def _on(self, answers: Ints, full: Ints) -> tuple[Bound, Floats]:
         rows = self.promise.chosen_by(answers, full) == self.token
@@ -268,25 +282,3 @@ def certified(
         (combine_questions(by_question, own, exits, depth), own)
         for exits, own in zip(parts, questions, strict=True)
     ]
-
-
-def combine_questions(
-    rows: Mapping[str, Bools],
-    questions: Mapping[str, Points],
-    exits: Sequence[FittedExit],
-    depth: int,
-) -> Points:
-    """The points of all held-out rows: questions within their own bounds, others at full depth."""
-    points: Points = {}
-    for epsilon in sorted({epsilon for own in questions.values() for epsilon in own}):
-        [full_depth] = held_out_path(exits, depth, [np.inf])
-        leaving, losses, answers = full_depth.exits, full_depth.losses, full_depth.answers
-        saved = 0.0
-        for name, own in questions.items():
-            if epsilon in own:
-                point, share = own[epsilon], float(rows[name].mean())
-                leaving[rows[name]], losses[rows[name]] = point.exits, point.losses
-                answers[rows[name]] = point.answers
-                saved += share * point.layers_saved
-        points[epsilon] = replace(full_depth, threshold=np.nan, layers_saved=saved)
-    return points

@@ -23,7 +23,7 @@ seen, and the proof of `certify` holds for it as it does for one threshold.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -77,6 +77,9 @@ class PathPoint:
     def answers_about(self, token: int) -> Ints:
         """The answers that a promise about `token` is about."""
         return self.answers
+
+
+Points = dict[float, PathPoint]  # by epsilon
 
 
 @dataclass(frozen=True)
@@ -250,3 +253,25 @@ def pairs_of_thresholds(
             place += 1
         pairs.append((point.threshold, looser[place].threshold))
     return pairs
+
+
+def combine_questions(
+    rows: Mapping[str, Bools],
+    questions: Mapping[str, Points],
+    exits: Sequence[FittedExit],
+    depth: int,
+) -> Points:
+    """The points of all held-out rows: questions within their own bounds, others at full depth."""
+    points: Points = {}
+    for epsilon in sorted({epsilon for own in questions.values() for epsilon in own}):
+        [full_depth] = held_out_path(exits, depth, [np.inf])
+        leaving, losses, answers = full_depth.exits, full_depth.losses, full_depth.answers
+        saved = 0.0
+        for name, own in questions.items():
+            if epsilon in own:
+                point, share = own[epsilon], float(rows[name].mean())
+                leaving[rows[name]], losses[rows[name]] = point.exits, point.losses
+                answers[rows[name]] = point.answers
+                saved += share * point.layers_saved
+        points[epsilon] = replace(full_depth, threshold=np.nan, layers_saved=saved)
+    return points
