@@ -77,43 +77,31 @@ def check_classifier(request: CalibrationRequest, columns: int, several_hold: bo
     }
     options, promise = request.options, request.options.promise
     about_best = options.label_bounds or options.never_early or not promise.about_each
-    refusals = [
-        (
-            several_hold and bool(about_best),
-            "any number of this classifier's labels may hold at once, so none of them is the "
-            "answer: promise their probabilities, with --tolerance or --gate LABEL:P, and drop "
-            "other promises",
+    refusals = {
+        "any number of this classifier's labels may hold at once, so none of them is the "
+        "answer: promise their probabilities, with --tolerance or --gate LABEL:P, and drop "
+        "other promises": (several_hold and bool(about_best)),
+        "students and branches learn which label holds, and any number of this classifier's "
+        "may: drop --student and --probe branch": (
+            several_hold and (request.student is not None or request.probe == "branch")
         ),
-        (
-            several_hold and (request.student is not None or request.probe == "branch"),
-            "students and branches learn which label holds, and any number of this classifier's "
-            "may: drop --student and --probe branch",
-        ),
-        *(
-            (bool(given), f"a classifier brings its labels, the columns of its scores: drop {name}")
+        **{
+            f"a classifier brings its labels, the columns of its scores: drop {name}": bool(given)
             for name, given in answers.items()
+        },
+        "an adapter replaces a classifier's head: drop --lora, and give merged weights": (
+            request.adapter is not None
         ),
-        (
-            request.adapter is not None,
-            "an adapter replaces a classifier's head: drop --lora, and give merged weights",
+        "a classifier answers with scores, not with tokens: drop --max-tokens": (
+            request.options.max_tokens > 1
         ),
-        (
-            request.options.max_tokens > 1,
-            "a classifier answers with scores, not with tokens: drop --max-tokens",
+        f"{promise.option} ranks documents by the one score of a reranker, and this classifier "
+        f"gives {columns}: drop it": (promise.unit is Unit.QUERY and columns != 1),
+        f"exit points of a classifier have label-heads: drop --probe {request.probe}": (
+            request.probe not in ("auto", "branch", *LABEL_HEADS)
         ),
-        (
-            promise.unit is Unit.QUERY and columns != 1,
-            f"{promise.option} ranks documents by the one score of a reranker, and this classifier "
-            f"gives {columns}: drop it",
-        ),
-        (
-            request.probe not in ("auto", "branch", *LABEL_HEADS),
-            f"exit points of a classifier have label-heads: drop --probe {request.probe}",
-        ),
-    ]
-    for refused, sentence in refusals:
-        if refused:
-            raise AdaInferError(sentence)
+    }
+    _refuse(refusals)
 
 
 def check_options(
@@ -133,118 +121,78 @@ def check_options(
     about_labels = bounds or bool(options.never_early)
     named = {(one.kind, one.label) for one in options.label_bounds}
     another_probe = request.probe not in ("auto", "branch", *LABEL_HEADS)
-    refusals = [
-        (
-            request.chat_template is not None and not is_classifier,
-            "--chat-template joins the queries and documents of a reranker, and this model "
-            "generates: drop it",
+    refusals = {
+        "--chat-template joins the queries and documents of a reranker, and this model "
+        "generates: drop it": (request.chat_template is not None and not is_classifier),
+        "--choices and --labels are two kinds of answers: drop one": (choices and labels),
+        "--choices and --label-pool are two kinds of answers: drop one": (
+            choices and bool(request.label_pool)
         ),
-        (choices and labels, "--choices and --labels are two kinds of answers: drop one"),
-        (
-            choices and bool(request.label_pool),
-            "--choices and --label-pool are two kinds of answers: drop one",
+        "--choices are decided by their first token: drop --max-tokens": (choices and generated),
+        f"requests with a choice that read probabilities run at full depth: drop {named_by}": (
+            choices and probabilities
         ),
-        (choices and generated, "--choices are decided by their first token: drop --max-tokens"),
-        (
-            choices and probabilities,
-            f"requests with a choice that read probabilities run at full depth: drop {named_by}",
+        f"--choices need a label-head, which scores whole choices: drop --probe {request.probe}": (
+            choices and another_probe
         ),
-        (
-            choices and another_probe,
-            f"--choices need a label-head, which scores whole choices: drop --probe "
-            f"{request.probe}",
+        f"{named_by} is for the probabilities of one token: drop --max-tokens or {named_by}": (
+            probabilities and generated
         ),
-        (
-            probabilities and generated,
-            f"{named_by} is for the probabilities of one token: drop --max-tokens or {named_by}",
+        f"{named_by} needs the scores of a label-head, and --probe {request.probe} has none: "
+        f"drop --probe or {named_by}": (probabilities and another_probe),
+        f"{named_by} ranks the documents of a reranker, and this model generates: drop it": (
+            queries and not is_classifier
         ),
-        (
-            probabilities and another_probe,
-            f"{named_by} needs the scores of a label-head, and --probe {request.probe} has none: "
-            f"drop --probe or {named_by}",
+        f"{named_by} counts queries, and --recall and --precision documents: drop one of them": (
+            queries and bounds
         ),
-        (
-            queries and not is_classifier,
-            f"{named_by} ranks the documents of a reranker, and this model generates: drop it",
+        "a --student scores labels, for one-token answers: drop --student, or --max-tokens and "
+        "--probe": (request.student is not None and (generated or another_probe)),
+        "a crf needs every exit point to be asked, and a student is not asked about prompts "
+        "without text: drop --student, or take another --classifier": (
+            request.student is not None and options.classifier == "crf"
         ),
-        (
-            queries and bounds,
-            f"{named_by} counts queries, and --recall and --precision documents: drop one of them",
+        "a --student needs --labels, such as --labels negative,positive, or --choices": (
+            request.student is not None and not (holds_requests or labels or choices)
         ),
-        (
-            request.student is not None and (generated or another_probe),
-            "a --student scores labels, for one-token answers: drop --student, or --max-tokens and "
-            "--probe",
+        f"{request.data} holds requests, which bring their prompts, labels and one token each: "
+        "drop --template, --labels and --max-tokens": (
+            holds_requests and (request.template is not None or labels or generated)
         ),
-        (
-            request.student is not None and options.classifier == "crf",
-            "a crf needs every exit point to be asked, and a student is not asked about prompts "
-            "without text: drop --student, or take another --classifier",
+        "--labels are one-token answers: drop --max-tokens or --labels": (labels and generated),
+        "--bound exact counts independent answers, and the tokens of a text are not: use wsr "
+        "or auto with --max-tokens": (exact and generated),
+        f"{named_by} works for one-token answers only: drop --max-tokens or bound the "
+        "disagreement": (promise.reads_right and generated),
+        "--bound exact counts changed answers and cannot bound the accuracy lost: use wsr or "
+        "auto": (exact and promise.reads_right),
+        "--by question is for requests, each of which asks one: give --data in the form of "
+        "vLLM's batch files, or drop --by": (not holds_requests and options.by_question),
+        "--label-pool is for requests that name their own labels: give --data in the form of "
+        "vLLM's batch files, or --labels": (not holds_requests and bool(request.label_pool)),
+        f"{named_by} is for the probabilities of labels: give --labels, such as "
+        f"negative,positive, or drop {named_by}": (
+            not holds_requests and probabilities and not labels
         ),
-        (
-            request.student is not None and not (holds_requests or labels or choices),
-            "a --student needs --labels, such as --labels negative,positive, or --choices",
+        "--recall, --precision and --never-early are about the labels of one-token answers: "
+        "give --labels, such as negative,positive, or --choices, and no --max-tokens": (
+            about_labels and (generated or not (holds_requests or labels or choices))
         ),
-        (
-            holds_requests and (request.template is not None or labels or generated),
-            f"{request.data} holds requests, which bring their prompts, labels and one token each: "
-            "drop --template, --labels and --max-tokens",
+        "--recall or --precision names a label twice: keep the smaller epsilon": (
+            len(named) < len(options.label_bounds)
         ),
-        (labels and generated, "--labels are one-token answers: drop --max-tokens or --labels"),
-        (
-            exact and generated,
-            "--bound exact counts independent answers, and the tokens of a text are not: use wsr "
-            "or auto with --max-tokens",
+        f"--recall and --precision compare with full depth, {named_by} with the right answers: "
+        "drop one of them": (bounds and promise.reads_right),
+        "--recall and --precision are about all requests together, --by question about those "
+        "of one question: drop one of them": (bounds and options.by_question),
+        f"--probe {request.probe} needs --labels, such as --labels negative,positive": (
+            not (holds_requests or another_probe or request.probe == "auto" or labels or choices)
         ),
-        (
-            promise.reads_right and generated,
-            f"{named_by} works for one-token answers only: drop --max-tokens or bound the "
-            "disagreement",
-        ),
-        (
-            exact and promise.reads_right,
-            "--bound exact counts changed answers and cannot bound the accuracy lost: use wsr or "
-            "auto",
-        ),
-        (
-            not holds_requests and options.by_question,
-            "--by question is for requests, each of which asks one: give --data in the form of "
-            "vLLM's batch files, or drop --by",
-        ),
-        (
-            not holds_requests and bool(request.label_pool),
-            "--label-pool is for requests that name their own labels: give --data in the form of "
-            "vLLM's batch files, or --labels",
-        ),
-        (
-            not holds_requests and probabilities and not labels,
-            f"{named_by} is for the probabilities of labels: give --labels, such as "
-            f"negative,positive, or drop {named_by}",
-        ),
-        (
-            about_labels and (generated or not (holds_requests or labels or choices)),
-            "--recall, --precision and --never-early are about the labels of one-token answers: "
-            "give --labels, such as negative,positive, or --choices, and no --max-tokens",
-        ),
-        (
-            len(named) < len(options.label_bounds),
-            "--recall or --precision names a label twice: keep the smaller epsilon",
-        ),
-        (
-            bounds and promise.reads_right,
-            f"--recall and --precision compare with full depth, {named_by} with the right answers: "
-            "drop one of them",
-        ),
-        (
-            bounds and options.by_question,
-            "--recall and --precision are about all requests together, --by question about those "
-            "of one question: drop one of them",
-        ),
-        (
-            not (holds_requests or another_probe or request.probe == "auto" or labels or choices),
-            f"--probe {request.probe} needs --labels, such as --labels negative,positive",
-        ),
-    ]
-    for refused, sentence in refusals:
+    }
+    _refuse(refusals)
+
+
+def _refuse(refusals: Mapping[str, bool]) -> None:
+    for sentence, refused in refusals.items():
         if refused:
             raise AdaInferError(sentence)
