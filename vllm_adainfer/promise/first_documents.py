@@ -39,6 +39,8 @@ class FirstDocuments(Promise):
     right_about: ClassVar[str] = (
         "scores are right about which documents of a query come first, not in value"
     )
+    section: ClassVar[str] = "queries"
+    beyond: ClassVar[str] = "of the queries lose a document"
     bounds: ClassVar[str] = "how often queries lose a document"
     option: ClassVar[str] = "--top"
 

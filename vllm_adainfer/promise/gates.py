@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import AfterValidator, Field
@@ -17,6 +17,7 @@ from vllm_adainfer.strict import Strict
 
 GATE_FEATURES = ("gate_distance", "gate_margin")
 MOST_GATES = 64
+DIGITS = 4  # of the probabilities in a report
 
 T = TypeVar("T")
 FURTHEST = 20.0  # from a gate, in log-odds: beyond it, and without one, all answers are alike
@@ -62,6 +63,8 @@ class Gates(Promise):
     right_about: ClassVar[str] = (
         "probabilities are right about their side of the gates, not in value"
     )
+    section: ClassVar[str] = "gates"
+    beyond: ClassVar[str] = "on the other side of a gate"
     bounds: ClassVar[str] = "how often probabilities are on the wrong side"
     option: ClassVar[str] = "--gate"
 
@@ -141,6 +144,23 @@ class Gates(Promise):
             another = here.argmax(dim=1) != there.argmax(dim=1)
             wrong |= another & above[:, of_best].any(dim=1)
         return wrong
+
+    @property
+    @override
+    def parts(self) -> tuple[Gates, ...]:
+        return tuple(self.model_copy(update={"gates": (gate,)}) for gate in self.gates)
+
+    @override
+    def reported(self) -> dict[str, Any]:
+        [gate] = self.gates
+        return {"label": gate.label or "the best label", "probability": gate.probability}
+
+    @override
+    def probabilities(self, outcome: Outcome) -> list[float]:
+        [gate] = self.gates
+        odds = math.log(gate.probability / (1 - gate.probability))
+        margins = self.margins(self._scores(outcome)).squeeze(1).double()
+        return [round(one, DIGITS) for one in (margins + odds).sigmoid().tolist()]
 
     def _scores(self, outcome: Outcome) -> Tensor:
         if outcome.scores is not None:

@@ -77,6 +77,8 @@ class Promise(Strict, ABC):
             the log-odds of the label mass, and answers are logits of an exact distribution.
         reads_values: whether `wrong` compares the values of probabilities.
         best_may_change: whether an answer with another best label may be right.
+        section: the part of an evaluation's report about it; "" for none.
+        beyond: which answers break it, after their share in a report, with the report's values.
         answers_stand: whether what is settled must be answered early even by a request that stays.
             Who leaves depends on a server's load: on whether a smaller batch pays, and on prefixes
             that others need whole. A changed answer that full depth gives after all is no loss, so
@@ -103,6 +105,8 @@ class Promise(Strict, ABC):
     reads_probabilities: ClassVar[bool] = True
     reads_values: ClassVar[bool] = False
     best_may_change: ClassVar[bool] = False
+    section: ClassVar[str] = ""
+    beyond: ClassVar[str] = "wrong"
     answers_stand: ClassVar[bool] = False
     closes: ClassVar[bool] = True
     right_about: ClassVar[str] = ""
@@ -208,6 +212,23 @@ class Promise(Strict, ABC):
     def moves(self, early: Outcome, full: Outcome) -> Tensor | None:
         """fp32 [rows], the largest move of a probability; None where their values are not read."""
         return None
+
+    def compared(self, early: Outcome, full: Outcome) -> dict[str, Tensor]:
+        """What an evaluation reports the share of, each bool [rows]."""
+        return {"wrong": self.wrong(early, full)}
+
+    @property
+    def parts(self) -> tuple[Promise, ...]:
+        """Promises of this kind that are reported one by one beside all of them."""
+        return ()
+
+    def reported(self) -> dict[str, Any]:
+        """What a report says of a part."""
+        return self.model_dump(exclude={"kind"})
+
+    def probabilities(self, outcome: Outcome) -> list[float]:
+        """[rows], the probability that a part is about."""
+        raise NotImplementedError
 
     def loss(
         self, early: Outcome, full: Outcome, right: Sequence[set[int]] | None = None

@@ -26,6 +26,8 @@ class Tolerance(Promise):
         description="Whether the tolerance also covers probabilities over the whole vocabulary.",
     )
     reads_values: ClassVar[bool] = True
+    section: ClassVar[str] = "probabilities"
+    beyond: ClassVar[str] = "beyond the tolerance of {tolerance:g}"
     bounds: ClassVar[str] = "how far probabilities move"
     option: ClassVar[str] = "--tolerance"
 
@@ -66,6 +68,10 @@ class Tolerance(Promise):
             assert full.is_label is not None
             wrong |= ~full.is_label
         return wrong
+
+    @override
+    def compared(self, early: Outcome, full: Outcome) -> dict[str, Tensor]:
+        return {"label_differs": early.best != full.best, **super().compared(early, full)}
 
     @override
     def moves(self, early: Outcome, full: Outcome) -> Tensor:

@@ -29,12 +29,10 @@ from vllm_adainfer.offline.evaluation.probabilities import (
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run
 from vllm_adainfer.offline.reports.shares import Share, of_rounds
 from vllm_adainfer.promise.first_documents import FirstDocuments, ranked
-from vllm_adainfer.promise.gates import Gates
+from vllm_adainfer.promise.kinds import PROMISES
 from vllm_adainfer.promise.probabilities import LabelProbabilities
-from vllm_adainfer.promise.promise import Outcome
-from vllm_adainfer.promise.tolerance import Tolerance
+from vllm_adainfer.promise.promise import Outcome, Promise, Unit
 
-DIGITS = 4  # of the probabilities in the report
 NDCG_AT = 10
 MOVES: dict[str, Callable[[Any], Any]] = {
     "move_mean": np.mean,
@@ -55,31 +53,25 @@ def promised_rows(
         rounds: the runs, all with log-probabilities if the promise is about probabilities.
 
     Returns:
-        ``risk``, and under ``gates``, ``queries`` or ``probabilities`` a row for `stock`, whose
-        differences are rounding, one for `never_exit`, and `levels`, with a row for each epsilon
-        and the share that is ``wrong``; empty for a promise about answers alone.
+        ``risk``, and under the promise's `section` a row for `stock`, whose differences are
+        rounding, one for `never_exit`, and `levels`, with a row for each epsilon and the share that
+        is ``wrong``; empty for a promise about answers alone.
 
     """
     promise = config.promise
+    if not promise.section:
+        return {}
     compared = _Compared(config, examples, groups, rounds)
-    found: dict[str, Any] = {"risk": "probability"}
-    if isinstance(promise, Gates):
-        return {**found, "gates": compared.by_gate(promise)}
-    if isinstance(promise, FirstDocuments):
-        return {**found, "queries": compared.by_query(promise)}
-    if isinstance(promise, Tolerance):
-        found |= {"tolerance": promise.tolerance, "label_mass": promise.label_mass}
-        return {**found, "probabilities": compared.by_move(promise)}
-    return {}
+    data = promise.model_dump(include={"tolerance", "label_mass", "k", "margin"})
+    if promise.unit is Unit.QUERY:
+        return {"risk": "probability", promise.section: {**data, **compared.by_query()}}
+    return {"risk": "probability", **data, promise.section: compared.by_answer()}
 
 
 def bounded_rows(promised: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """The rows of the levels among `promised_rows`, or in a report; None if there are none."""
-    for name in ("gates", "queries", "probabilities"):
-        if name in promised:
-            levels: list[dict[str, Any]] = promised[name]["levels"]
-            return levels
-    return None
+    found = [promised[one.section]["levels"] for one in PROMISES if one.section in promised]
+    return found[0] if found else None
 
 
 def default_level(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,6 +89,10 @@ class _Compared:
     examples: Sequence[Example]
     groups: Ints
     rounds: Rounds
+
+    @property
+    def promise(self) -> Promise:
+        return self.config.promise
 
     @property
     def full(self) -> list[Run]:
@@ -122,101 +118,76 @@ class _Compared:
         value, interval = of_rounds([Share.of(np.asarray(one), groups) for one in hits])
         return {name: value, f"{name}_95": interval}
 
-    def by_gate(self, promise: Gates) -> dict[str, Any]:
-        """``wrong``, and of each gate ``differs`` and the ``early`` probabilities.
+    def by_answer(self) -> dict[str, Any]:
+        """``wrong``, what else the promise compares, and of each of its parts what differs.
 
-        Beside the rows `gates`, each with its name, number and the ``full`` probabilities.
+        Where it reads values, also how far probabilities move, and how good they are: ECE, Brier
+        score and bins are None if a prompt has no label.
         """
-        link, gates = promise.link, promise.gates
-        names = [label.name for label in self.config.labels]
-        each = [Gates(gates=(gate,)).about(names, link) for gate in gates]
-
-        def outcome(run: Run) -> Outcome:
-            assert run.logprobs is not None
-            scores = link.scores_of(torch.from_numpy(run.logprobs).double().exp())
-            return Outcome(scores.argmax(dim=1), scores)
-
-        def probabilities(alone: Gates, run: Run) -> list[float]:
-            scores, [gate] = outcome(run).scores, alone.gates
-            assert scores is not None
-            odds = float(np.log(gate.probability / (1 - gate.probability)))
-            margins = alone.margins(scores).squeeze(1).double() + odds
-            return [round(one, DIGITS) for one in margins.sigmoid().tolist()]
-
-        def wrong(by: Gates, runs: Sequence[Run]) -> list[torch.Tensor]:
-            pairs = zip(runs, self.full, strict=True)
-            return [by.wrong(outcome(run), outcome(full)) for run, full in pairs]
-
-        def row(runs: Sequence[Run]) -> dict[str, Any]:
-            by_gate = [
-                {
-                    **self.share("differs", wrong(one, runs)),
-                    "early": probabilities(one, runs[0]),
-                }
-                for one in each
-            ]
-            return {**self.share("wrong", wrong(promise, runs)), "gates": by_gate}
-
-        found = [
-            {
-                "label": gate.label or "the best label",
-                "probability": gate.probability,
-                "full": probabilities(one, self.full[0]),
-            }
-            for gate, one in zip(gates, each, strict=True)
-        ]
-        rows = self.rows(row)
-        return {"gates": found, "stock": rows["stock"], "levels": rows["levels"]}
-
-    def by_move(self, promise: Tolerance) -> dict[str, Any]:
-        """``wrong``, ``label_differs``, how far probabilities move, and how good they are.
-
-        ECE, Brier score and bins are None if a prompt has no label.
-        """
-        config, one_holds = self.config, promise.link.one_holds
-        truth, ids = true_labels(config, self.examples), list(config.label_ids)
-
-        def outcome(run: Run, answered: Run) -> Outcome:
-            """That of a run, in which no label is best where another one `answered` one."""
-            assert run.logprobs is not None
-            if not one_holds:
-                among = torch.from_numpy(np.exp(run.logprobs))
-                return Outcome(torch.zeros(len(among)), labels=LabelProbabilities(among, among))
-            wide = torch.from_numpy(np.exp(run.logprobs.astype(np.float64)))
-            among, mass = (torch.from_numpy(of(run.logprobs)) for of in (among_labels, label_mass))
-            is_label, other = (
-                np.isin([text[0] for text in either.texts], ids) for either in (run, answered)
-            )
-            return Outcome(
-                torch.from_numpy(run.logprobs.argmax(axis=1)),
-                labels=LabelProbabilities(among, mass, wide),
-                # Apart from rounding, only an exit can answer a label where no label is best.
-                is_label=torch.from_numpy(is_label | ~other),
-            )
+        promise = self.promise
+        truth = true_labels(self.config, self.examples) if promise.reads_values else None
 
         def row(runs: Sequence[Run]) -> dict[str, Any]:
             pairs = [
-                (outcome(run, run), outcome(full, run))
+                (self.outcome(run, run), self.outcome(full, run))
                 for run, full in zip(runs, self.full, strict=True)
             ]
-            found, moves = quality(config, runs[0], truth), [promise.moves(*pair) for pair in pairs]
-            for name, summary in MOVES.items():
-                found[name] = statistics.median(
-                    float(summary(one.double().numpy())) for one in moves
-                )
-            differs = [early.best != full.best for early, full in pairs]
-            wrong = [promise.wrong(*pair) for pair in pairs]
-            return found | self.share("label_differs", differs) | self.share("wrong", wrong)
+            hits, found = [promise.compared(*pair) for pair in pairs], dict[str, Any]()
+            for name in hits[0]:
+                found |= self.share(name, [one[name] for one in hits])
+            moved = [moves for pair in pairs if (moves := promise.moves(*pair)) is not None]
+            if moved:
+                found |= quality(self.config, runs[0], truth) | {
+                    name: statistics.median(float(summary(one.double().numpy())) for one in moved)
+                    for name, summary in MOVES.items()
+                }
+            for part in promise.parts:
+                differs = self.share("differs", [part.wrong(*pair) for pair in pairs])
+                early = part.probabilities(pairs[0][0])
+                found.setdefault(promise.section, []).append({**differs, "early": early})
+            return found
 
-        return self.rows(row)
+        rows = self.rows(row)
+        if promise.parts:
+            full = self.outcome(self.full[0], self.full[0])
+            del rows["never_exit"]
+            rows[promise.section] = [
+                {**part.reported(), "full": part.probabilities(full)} for part in promise.parts
+            ]
+        return rows
 
-    def by_query(self, promise: FirstDocuments) -> dict[str, Any]:
+    def outcome(self, run: Run, answered: Run) -> Outcome:
+        """That of a run, in which no label is best where another one `answered` one."""
+        assert run.logprobs is not None
+        link = self.promise.link
+        scores = link.scores_of(torch.from_numpy(run.logprobs).double().exp())
+        if not self.promise.reads_values:
+            return Outcome(scores.argmax(dim=1), scores)
+        if not link.one_holds:
+            among = torch.from_numpy(np.exp(run.logprobs))
+            return Outcome(torch.zeros(len(among)), scores, LabelProbabilities(among, among))
+        wide = torch.from_numpy(np.exp(run.logprobs.astype(np.float64)))
+        among, mass = (torch.from_numpy(of(run.logprobs)) for of in (among_labels, label_mass))
+        ids = list(self.config.label_ids)
+        is_label, other = (
+            np.isin([text[0] for text in either.texts], ids) for either in (run, answered)
+        )
+        return Outcome(
+            torch.from_numpy(run.logprobs.argmax(axis=1)),
+            scores,
+            LabelProbabilities(among, mass, wide),
+            # Apart from rounding, only an exit can answer a label where no label is best.
+            is_label=torch.from_numpy(is_label | ~other),
+        )
+
+    def by_query(self) -> dict[str, Any]:
         """Of queries: ``wrong`` (a document is lost), ``changed`` (other first documents), NDCG.
 
         ``ndcg_lost`` is the mean of 1 - NDCG@10 if full depth's scores are the gains; if all
         documents have labels, ``ndcg`` is the mean NDCG@10 by these.
         """
-        examples = self.examples
+        examples, promise = self.examples, self.promise
+        assert isinstance(promise, FirstDocuments)
         queries = [np.flatnonzero(self.groups == one) for one in np.unique(self.groups)]
         full, alone = [*map(_relevance, self.full)], np.arange(len(queries))
         right = None
@@ -241,7 +212,7 @@ class _Compared:
             return found
 
         counts = {"queries": len(queries), "documents": len(examples)}
-        return {"k": promise.k, "margin": promise.margin, **counts, **self.rows(row)}
+        return {**counts, **self.rows(row)}
 
 
 def _relevance(run: Run) -> Floats:

@@ -30,13 +30,8 @@ from vllm_adainfer.offline.reports.shares import (
     share_in,
     verdict,
 )
+from vllm_adainfer.promise.kinds import PROMISES
 
-# Which answers break a promise, by the part of the report about it.
-BROKEN = {
-    "probabilities": "beyond the tolerance of {tolerance:g}",
-    "gates": "on the other side of a gate",
-    "queries": "of the queries lose a document",
-}
 RightIn = Callable[[Sequence[Tokens]], Sequence[bool] | None]
 
 
@@ -198,9 +193,10 @@ class _Measured:
 def summary_line(report: Mapping[str, Any]) -> str:
     """The report in one line, for a terminal."""
     shares = [f"disagreement {share_in(report, 'disagreement')}"]
-    for name, broken in BROKEN.items():
-        if name in report:
-            shares.append(f"{share_in(default_level(report), 'wrong')} {broken.format(**report)}")
+    for promise in PROMISES:
+        if promise.section in report:
+            beyond = promise.beyond.format(**report)
+            shares.append(f"{share_in(default_level(report), 'wrong')} {beyond}")
     if "accuracy_lost" in report:
         shares.append(f"accuracy lost {share_in(report, 'accuracy_lost')}")
     result = report.get("verdict", f"bound {report['epsilon']:.1%} on the accuracy lost")
