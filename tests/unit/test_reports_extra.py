@@ -40,3 +40,15 @@ def test_only_pages_import_what_the_extra_installs():
         roots = {name.partition(".")[0] for name in imports(module)}
         if not module.startswith(PAGES):
             assert not roots & {"jinja2", "markupsafe", "plotly", "matplotlib"}, module
+
+
+def test_a_page_of_an_artifact_without_its_details_is_refused_before_engines_start(
+    tmp_path, tiny_model, tiny_policy, monkeypatch
+):
+    started = "vllm_adainfer.offline.evaluation.evaluate.start_engine"
+    monkeypatch.setattr(started, lambda *_, **__: pytest.fail("an engine has started"))
+    options = {"--model": tiny_model, "--artifact": tiny_policy, "--html": tmp_path / "page.html"}
+    words = [str(word) for pair in options.items() for word in pair]
+    done = CliRunner().invoke(app, ["evaluate", *words, "--data", str(tmp_path / "none.jsonl")])
+    assert done.exit_code == 1
+    assert "calibration.json does not hold rows" in done.stderr

@@ -66,6 +66,7 @@ def evaluate(
     if html is not None:
         check_installed()
     config = load_artifact_config(artifact)
+    details = {} if html is None else load_details(artifact)
     loaded = load_model(model, config, adapter, hf_overrides)
     if epsilon is not None:
         config = _with_one_level(config, epsilon)
@@ -102,7 +103,7 @@ def evaluate(
         if prompts:
             runs = rounds[0][1]
             changed, notes = changed_prompts(loaded, artifact, config, examples, runs, count)
-        write_whole(html, evaluation_page(found, config, load_details(artifact), changed, notes))
+        write_whole(html, evaluation_page(found, config, details, changed, notes))
     return found
 
 
