@@ -168,7 +168,7 @@ def test_a_kind_that_has_no_place_waits_for_one_where_kinds_are_recorded(served)
 
 
 def test_the_ledger_says_what_is_promised_and_what_is_not(served):
-    served.write(LABEL, "ledger.json", requests=48120, changed_at_most=700.2, allowed=962)
+    served.write(LABEL, "ledger.json", requests=48120, changed_at_most=700.2, alpha=0.1)
     assert served.ran().endswith(
         f"Since 3 May 2026 this server got 48,120 requests of kind {served.names[LABEL]}; at most "
         "700 (1.5%) were answered otherwise than at full depth (confidence 90%, at every moment, "

@@ -105,7 +105,7 @@ class AdmittedKind:
 
     def note(self) -> None:
         """Note what the file should say; for steps alone, which change the ledger."""
-        own = {"since": self.since, "delta": self.ledger.alpha, "recent": vars(self.recent).copy()}
+        own = {"since": self.since, "recent": vars(self.recent).copy()}
         self.content = {**self.ledger.as_dict(self.ledger.spare(RESERVED)), **own}
 
     def save(self, path: Path, reserves: bool = True) -> None:

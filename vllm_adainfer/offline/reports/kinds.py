@@ -18,7 +18,6 @@ from vllm_adainfer.offline.facts.document import Block, Facts, Table
 
 SHOWN_ANSWERS = 6
 SHOWN_CHARACTERS = 20  # of each answer
-CONFIDENCE = 0.9  # of a ledger that names none
 NOT_PROMISED = (
     "This is a long-run bound over all of them: it says nothing of a single hour, a subset of the "
     "requests, or accuracy."
@@ -80,16 +79,15 @@ class KindState:
 
     def promise(self) -> str | None:
         """The sentence of the ledger; None if there is none."""
-        requests, most = self.ledger.get("requests"), self.ledger.get("changed_at_most")
-        if requests is None or most is None:
+        names = "requests", "changed_at_most", "alpha"
+        requests, most, alpha = (self.ledger.get(name) for name in names)
+        if requests is None or most is None or alpha is None:
             return None
         since = self.ledger.get("since") or self.count.first
-        delta = self.ledger.get("delta")
-        confidence = CONFIDENCE if delta is None else 1 - delta
         return (
             f"Since {day_of(since)} this server got {requests:,} requests of kind {self.name}; at "
             f"most {most:,.0f} ({most / max(1, requests):.1%}) were answered otherwise than at "
-            f"full depth (confidence {confidence:.0%}, at every moment, for any traffic)."
+            f"full depth (confidence {1 - alpha:.0%}, at every moment, for any traffic)."
         )
 
 
