@@ -119,19 +119,15 @@ class KindCounts(Observer):
         if self._held is not None:
             self._held.close()
 
-    def _holds(self) -> bool:
-        """Whether this server counts in the directory, and no other one does."""
-        with ExitStack() as stack:
-            if self._held is None and stack.enter_context(self._directory.held("counts")):
-                self._held = stack.pop_all()
-        return self._held is not None
-
     def _write(self) -> None:
         counted = self._table.requests, self._table.tokens
         if counted == self._written:
             return
         try:
-            if not self._holds():
+            with ExitStack() as stack:
+                if self._held is None and stack.enter_context(self._directory.held("counts")):
+                    self._held = stack.pop_all()
+            if self._held is None:
                 logger.warning_once(
                     "another server counts kinds in %s, so this one's counts are not written "
                     'there: give each server an "auto" directory of its own',

@@ -79,4 +79,6 @@ class KindPolicies:
     def forget(self, name: str) -> None:
         """The files of a kind are gone."""
         self._read.pop(name, None)
-        self._waits = {key: waits for key, waits in self._waits.items() if key[0] != name}
+        for key in list(self._waits):  # a step may quarantine another one meanwhile
+            if key[0] == name:
+                del self._waits[key]

@@ -114,7 +114,11 @@ def _pairs_of(row: Row) -> Iterator[tuple[str, str, str | None]]:
     query, documents, labels = (row.fields.get(name) for name in (QUERY, DOCUMENTS, LABELS))
     if not isinstance(query, str) or not query:
         raise AdaInferError(f'{row.place}: "{QUERY}" must be a text')
-    if not isinstance(documents, list) or not documents or not all(map(_is_text, documents)):
+    if (
+        not isinstance(documents, list)
+        or not documents
+        or not all(one and isinstance(one, str) for one in documents)
+    ):
         raise AdaInferError(f'{row.place}: "{DOCUMENTS}" must be a list of texts')
     if labels is None:
         labels = [None] * len(documents)
@@ -125,7 +129,3 @@ def _pairs_of(row: Row) -> Iterator[tuple[str, str, str | None]]:
         )
     for document, label in zip(documents, labels, strict=True):
         yield query, document, None if label is None else NAMES.get(str(label), str(label))
-
-
-def _is_text(document: Any) -> bool:
-    return isinstance(document, str) and bool(document)
