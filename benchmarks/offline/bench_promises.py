@@ -38,11 +38,12 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.calibrate import calibration_of, record_prompts
 from vllm_adainfer.offline.calibration.certify.certify import Terms
 from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.enough_rows import split_of
 from vllm_adainfer.offline.calibration.fit import exits
 from vllm_adainfer.offline.calibration.fit.probes import Target, fit_probes
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, best_heads
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
-from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts, right_tokens, split_of
+from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts, right_tokens
 from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config
 from vllm_adainfer.offline.evaluation.by_label import label_rows

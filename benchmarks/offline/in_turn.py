@@ -12,9 +12,10 @@ import numpy as np
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.requested import Form, Output
 from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.enough_rows import split_of
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
-from vllm_adainfer.offline.calibration.prompts import Prompts, split_of
+from vllm_adainfer.offline.calibration.prompts import Prompts
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, write_artifact
 from vllm_adainfer.offline.evaluation.measure import WARM_UP, run

@@ -24,11 +24,12 @@ from vllm_adainfer.arrays import Bools
 from vllm_adainfer.offline.calibration.calibrate import calibration_of
 from vllm_adainfer.offline.calibration.certify.certify import Terms
 from vllm_adainfer.offline.calibration.data.student_base import load_student_base
+from vllm_adainfer.offline.calibration.enough_rows import split_of
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.training import Lesson, train_student
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, best_heads, make_policy
-from vllm_adainfer.offline.calibration.prompts import Prompts, split_of
+from vllm_adainfer.offline.calibration.prompts import Prompts
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import say
 

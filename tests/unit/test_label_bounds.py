@@ -27,10 +27,9 @@ from vllm_adainfer.exits.loop.loop import Loop
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import LabelTest, certify
 from vllm_adainfer.offline.calibration.certify.path import PathPoint, threshold_path
-from vllm_adainfer.offline.calibration.enough_rows import check_labels
+from vllm_adainfer.offline.calibration.enough_rows import check_labels, split_of
 from vllm_adainfer.offline.calibration.fit.exits import Scored
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.prompts import split_of
 from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy import Policy

@@ -98,7 +98,7 @@ CALIBRATION = {
     "fit": {"record", "data", "options"},
     "certify": {"fit", "data", "options"},
     "enough_rows": {"certify", "data", "options"},
-    "prompts": {"enough_rows", "certify", "data", "options"},
+    "prompts": {"enough_rows", "data", "options"},
     "fit_policy": {"certify", "fit", "record", "data"},
     "write": {"fit_policy", "certify", "fit"},
     "calibrate": {"fit_policy", "write", "prompts", "fit", "record", "data", "options"},

@@ -26,12 +26,12 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.shared import pooled_from
+from vllm_adainfer.offline.calibration.enough_rows import ALLOWANCE, split_of
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.choose import candidate_layers, layers_saved
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fit_policy import fit_candidates, fit_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.prompts import ALLOWANCE, split_of
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_config,
     policy_tensors,

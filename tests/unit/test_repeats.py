@@ -14,9 +14,9 @@ from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import LabelTest
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.split import Split, alike_of, groups_of
-from vllm_adainfer.offline.calibration.enough_rows import check_rows
+from vllm_adainfer.offline.calibration.enough_rows import check_rows, split_of
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
-from vllm_adainfer.offline.calibration.prompts import load_prompts, split_of
+from vllm_adainfer.offline.calibration.prompts import load_prompts
 from vllm_adainfer.promise.first_documents import FirstDocuments
 
 EPSILON, DELTA, DRAWS = 0.05, 0.1, 400

@@ -22,10 +22,10 @@ from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import certified, certify, rows_allowed
 from vllm_adainfer.offline.calibration.certify.path import Queries, threshold_path
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.enough_rows import check_rows
+from vllm_adainfer.offline.calibration.enough_rows import check_rows, split_of
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.prompts import PREFIX_BLOCK, begin_alike, split_of
+from vllm_adainfer.offline.calibration.prompts import PREFIX_BLOCK, begin_alike
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.promise.changed import Changed
 from vllm_adainfer.promise.first_documents import FirstDocuments

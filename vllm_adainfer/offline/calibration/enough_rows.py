@@ -1,4 +1,4 @@
-"""Check that the labels and the rows suffice for what is promised."""
+"""Split the prompts, and check that the labels and the rows suffice for what is promised."""
 
 from __future__ import annotations
 
@@ -7,14 +7,66 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.questions import SEEN, ends_of
-from vllm_adainfer.offline.calibration.data.split import Split, groups_of
+from vllm_adainfer.offline.calibration.data.split import (
+    Split,
+    alike_of,
+    groups_of,
+    numbered,
+    random_order,
+)
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.promise.promise import Unit
+
+# The held-out rows are enough if the bound holds at this share of epsilon, measured on them.
+ALLOWANCE = 0.6
+
+
+def split_examples(
+    examples: Sequence[Example], options: PolicyOptions, data: str
+) -> tuple[list[Example], Split]:
+    """The prompts in random order, and which of them fit and certify.
+
+    Raises:
+        AdaInferError: they are too few, or no groups as the promise is about.
+
+    """
+    groups = groups_of(examples)
+    options.promise.check_groups(groups, data)
+    alike = alike_of(examples, groups)
+    order = random_order(groups if alike is None else alike, options.seed)
+    examples = [examples[index] for index in order]
+    if alike is not None:
+        alike = numbered(alike[order].tolist())
+    split = split_of(numbered(groups[order].tolist()), options, alike)
+    check_rows(split, options, data)
+    return examples, split
+
+
+def split_of(groups: Ints, options: PolicyOptions, alike: Ints | None = None) -> Split:
+    """The prompts in two parts; `groups` and `alike` [prompts] are as for `Split.of_groups`.
+
+    The part that certifies has what the bound needs, at most half of the prompts: heads of a
+    pooled policy have much to learn, and rows beyond this loosen thresholds only a little. The rule
+    does not look at a single answer. Bounds that need more rows get half.
+    """
+    half, bound = Split.of_groups(groups, alike=alike), Bound.promised(options)
+    some_rows = options.by_question or bool(options.label_bounds)  # each bound on rows of its own
+    counts_groups = options.promise.unit is Unit.QUERY
+    alone = counts_groups or half.most_together(groups) == 1
+    if some_rows or bound.kind != "exact" or not alone:
+        return half
+    rows = int(half.units[-1]) + 1  # but for large groups among the others, each row is one
+    sizes = np.unique(np.geomspace(1, rows - rows // 2, 200).round().astype(int)).tolist()
+    wanted = ALLOWANCE * options.epsilon
+    enough = (size for size in sizes if bound.allowance(size, options.epsilon) >= wanted)
+    split = Split.of_groups(groups, next(enough, sizes[-1]), alike)
+    return split if counts_groups or split.most_together(groups) == 1 else half
 
 
 def check_rows(split: Split, options: PolicyOptions, data: str) -> None:

@@ -13,7 +13,6 @@ from vllm_adainfer.artifact.fields import Label, SharedTokens
 from vllm_adainfer.artifact.files import check_writable
 from vllm_adainfer.artifact.kinds import ProbeKind
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.data.batch_files import are_requests
 from vllm_adainfer.offline.calibration.data.choices import (
     Choices,
@@ -39,13 +38,7 @@ from vllm_adainfer.offline.calibration.data.score_labels import (
     score_labels,
 )
 from vllm_adainfer.offline.calibration.data.shared import pooled_from, shared_tokens
-from vllm_adainfer.offline.calibration.data.split import (
-    Split,
-    alike_of,
-    groups_of,
-    numbered,
-    random_order,
-)
+from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.data.student_base import (
     StudentBase,
     load_student_base,
@@ -54,10 +47,10 @@ from vllm_adainfer.offline.calibration.enough_rows import (
     check_labels,
     check_questions,
     check_rows,
+    split_examples,
 )
 from vllm_adainfer.offline.calibration.options import (
     CalibrationRequest,
-    PolicyOptions,
     check_classifier,
     check_options,
 )
@@ -66,8 +59,6 @@ from vllm_adainfer.offline.progress import say
 from vllm_adainfer.promise.accuracy import RightTokens
 from vllm_adainfer.promise.promise import Unit
 
-# The held-out rows are enough if the bound holds at this share of epsilon, measured on them.
-ALLOWANCE = 0.6
 PREFIX_BLOCK = 16  # tokens of a block in the prefix cache; vLLM's default on GPUs
 
 
@@ -138,15 +129,7 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
             request, examples, tokenizer, hf_config.vocab_size, holds_requests
         )
     check_labels(options, labels)
-    groups = groups_of(examples)
-    options.promise.check_groups(groups, data)
-    alike = alike_of(examples, groups)
-    order = random_order(groups if alike is None else alike, options.seed)
-    examples = [examples[index] for index in order]
-    if alike is not None:
-        alike = numbered(alike[order].tolist())
-    split = split_of(numbered(groups[order].tolist()), options, alike)
-    check_rows(split, options, data)
+    examples, split = split_examples(examples, options, data)
     fitting = [examples[index] for index in split.fit]
     template = None if holds_requests else read_template(request.template)
     shared = shared_tokens(fitting, tokenizer, template)
@@ -182,27 +165,6 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
         student,
         shared,
     )
-
-
-def split_of(groups: Ints, options: PolicyOptions, alike: Ints | None = None) -> Split:
-    """The prompts in two parts; `groups` and `alike` [prompts] are as for `Split.of_groups`.
-
-    The part that certifies has what the bound needs, at most half of the prompts: heads of a
-    pooled policy have much to learn, and rows beyond this loosen thresholds only a little. The rule
-    does not look at a single answer. Bounds that need more rows get half.
-    """
-    half, bound = Split.of_groups(groups, alike=alike), Bound.promised(options)
-    some_rows = options.by_question or bool(options.label_bounds)  # each bound on rows of its own
-    counts_groups = options.promise.unit is Unit.QUERY
-    alone = counts_groups or half.most_together(groups) == 1
-    if some_rows or bound.kind != "exact" or not alone:
-        return half
-    rows = int(half.units[-1]) + 1  # but for large groups among the others, each row is one
-    sizes = np.unique(np.geomspace(1, rows - rows // 2, 200).round().astype(int)).tolist()
-    wanted = ALLOWANCE * options.epsilon
-    enough = (size for size in sizes if bound.allowance(size, options.epsilon) >= wanted)
-    split = Split.of_groups(groups, next(enough, sizes[-1]), alike)
-    return split if counts_groups or split.most_together(groups) == 1 else half
 
 
 def begin_alike(examples: Sequence[Example], groups: Ints) -> bool:
