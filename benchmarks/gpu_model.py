@@ -67,13 +67,7 @@ PROMPTS, LENGTH = 32, 256  # of a step of prompts
 
 @dataclass(frozen=True)
 class Llama:
-    """One rank's part of a model.
-
-    Attributes:
-        shape: of `SHAPES`.
-        ranks: the model is spread over so many.
-
-    """
+    """One rank's part of a model, which is spread over so many."""
 
     shape: dict[str, Any]
     ranks: int

@@ -51,14 +51,7 @@ def lacks_demo_model() -> str | None:
 
 @dataclass(frozen=True)
 class Step:
-    """A part of `make gpu`.
-
-    Attributes:
-        name: name for the table.
-        arguments: for Python.
-        lacks: says why it cannot run here; None if it can.
-
-    """
+    """A part of `make gpu`: arguments for Python, and why it cannot run here, if it cannot."""
 
     name: str
     arguments: tuple[str, ...]

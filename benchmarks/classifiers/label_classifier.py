@@ -21,14 +21,10 @@ WEIGHTS = "model.safetensors"
 
 
 def label_classifier(model: Path, directory: Path, labels: Sequence[str], prompt: str) -> Path:
-    """Write the classifier of `labels` to `directory`.
+    """Write the classifier of `labels` to `directory`, which is made anew.
 
-    Args:
-        model: directory of the causal model, with tied weights in one file.
-        directory: where to write it; made anew.
-        labels: their names, by which also their tokens are found.
-        prompt: any prompt, after which the labels come.
-
+    `model` is the directory of a causal model with tied weights in one file; the labels come after
+    `prompt`, as after any other one.
     """
     shutil.copytree(model, directory)
     tokenizer = AutoTokenizer.from_pretrained(model)

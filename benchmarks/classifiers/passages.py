@@ -21,14 +21,9 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Query:
-    """A question and its candidates.
+    """A question, and the passages that TF-IDF scores highest, best first.
 
-    Attributes:
-        text: the question.
-        documents: the passages that TF-IDF scores highest, best first.
-        scores: what TF-IDF gives them.
-        right: place in `documents` of the passage that the question was written for, if found.
-
+    `right` is the place in `documents` of the passage that the question was written for, if found.
     """
 
     text: str

@@ -22,14 +22,7 @@ UPLOADS = "upload", "upload_into"  # one copy each
 
 
 class Launches(TorchDispatchMode):
-    """Counts while it is on.
-
-    Attributes:
-        kernels: how often each operation of torch and each kernel of Triton was launched.
-        uploads: copies to the device.
-        reads: tensors read to the host.
-
-    """
+    """Counts launches of operations and kernels, uploads, and reads to the host while it is on."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -25,14 +25,7 @@ POLLING_SECONDS = 1.5
 
 @dataclass
 class Server:
-    """A running server.
-
-    Attributes:
-        url: base URL, without a trailing slash.
-        process: the API server, which leads its own process group.
-        log: file with the output of all its processes.
-
-    """
+    """A running server: base URL, the API server (it leads its own process group), and its log."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -59,12 +52,8 @@ def serving(
 ) -> Iterator[Server]:
     """Start a server, and stop it when the context ends.
 
-    Args:
-        model: directory or hub id; requests name it ``model``.
-        adainfer: value of ``additional_config["adainfer"]``; None starts stock vLLM.
-        log: file for its output.
-        arguments: more arguments for the command line.
-        environment: variables to add to those of this process.
+    Requests name the model ``model``. `adainfer` is the value of ``additional_config["adainfer"]``;
+    None starts stock vLLM. `log` gets its output.
 
     Raises:
         RuntimeError: the server exited or did not answer in time; includes the end of its log.

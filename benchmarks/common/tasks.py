@@ -7,14 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task.
-
-    Attributes:
-        title: name for tables.
-        template: format string over a row's fields.
-        labels: the possible answers.
-
-    """
+    """A classification task, with the template of its prompts and the possible answers."""
 
     title: str
     template: str

@@ -39,14 +39,7 @@ CHANGE_SIZES = (16, 256)
 
 
 class Traffic:
-    """A ledger and the requests that it gets.
-
-    Attributes:
-        ledger: the ledger.
-        exits: requests that the policy answered.
-        changed: those of them whose answer it changed.
-
-    """
+    """A ledger, the requests that its policy answered, and those whose answer it changed."""
 
     def __init__(self, size: int, seed: int) -> None:
         """Count the recorded requests, in steps of `size`."""

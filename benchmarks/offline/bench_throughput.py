@@ -74,14 +74,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Scenario:
-    """An engine, and the share of requests that exit after each layer.
-
-    Attributes:
-        name: name for the report.
-        engine: name of the engine that runs it.
-        leaving: share of the requests that exit, by layer; the others run at full depth.
-
-    """
+    """The share of requests that exit, by layer, at an engine; the others run at full depth."""
 
     name: str
     engine: str

@@ -118,15 +118,10 @@ def main(
 
 @dataclass(frozen=True)
 class Made:
-    """The policies of one task.
+    """The policies of one task, by name.
 
-    Attributes:
-        prompts: all prompts, with the split of those that calibrate.
-        tests: int64 [tests], the others.
-        policies: by name.
-        keeps_student: whether `calibrate` would keep the student.
-        student_seconds: the student's time for a prompt.
-
+    The prompts have the split of those that calibrate; `tests` [tests] are the others. The
+    student's time is that of a prompt, and `calibrate` would keep it or not.
     """
 
     prompts: Prompts

@@ -38,11 +38,7 @@ Baselines = Mapping[Form, Run]
 class Round:
     """The runs of all engines and policies on the same prompts, in turn.
 
-    Attributes:
-        stock: runs of stock vLLM, by the kind of output that was asked for.
-        never: runs of ours without exits, likewise.
-        ours: the run of each policy, by name.
-
+    Those of stock vLLM, and of ours without exits, are by the kind of output that was asked for.
     """
 
     stock: Baselines

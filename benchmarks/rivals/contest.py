@@ -38,12 +38,10 @@ CACHE = Path(__file__).parents[2] / ".cache"
 
 @dataclass(frozen=True)
 class Contest:
-    """The methods that learn from so many prompts of a task.
+    """The methods that learn from so many prompts of a task, the first ones.
 
     Attributes:
-        task: the task.
-        budget: the prompts, the first ones.
-        rows: what each method does, for the report.
+        rows: the outcome of each method, for the report.
         policies: ours, by name.
         spares: name -> asks a classifier about texts, and says which of them it answers.
         cut: the cut model, and which of the tests it may answer.

@@ -26,14 +26,7 @@ THRESHOLDS = 1 - np.geomspace(1e-6, 0.9, 300)  # the strictest first; chosen bef
 
 @dataclass(frozen=True)
 class Unseen:
-    """The prompts that test.
-
-    Attributes:
-        rows: int64 [tests], their numbers among all prompts.
-        teacher: int64 [tests], what the whole model answers.
-        rights: the right tokens of each.
-
-    """
+    """The prompts that test: their numbers among all, the model's answers, the right tokens."""
 
     rows: Ints
     teacher: Ints
@@ -47,12 +40,8 @@ class Unseen:
     def result(self, answers: Ints, spared: Floats, by_request: bool) -> dict[str, Any]:
         """The outcome of a method, as a row of the report.
 
-        Args:
-            answers: int64 [tests], its answers.
-            spared: [tests], the share of the model's layers that each does not run; may be
-                negative.
-            by_request: whether requests are spared whole, or not at all.
-
+        `spared` [tests] is the share of the model's layers that each answer does not run, and may
+        be negative; `by_request`: requests are spared whole, or not at all.
         """
         count, changed = len(answers), int((answers != self.teacher).sum())
         interval: Interval = mean_interval(spared)

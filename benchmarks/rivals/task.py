@@ -32,13 +32,8 @@ def sample(data: Path, output: Path, count: int) -> int:
 class Task:
     """The prompts of a task, in random order, and what the whole model did with them.
 
-    Attributes:
-        request: how policies are calibrated.
-        prompts: all prompts.
-        texts: what classifiers read of them: all but what every prompt begins and ends with.
-        recording: the whole model's states and answers.
-        tests: the prompts that nothing is fitted to, the last ones.
-
+    Classifiers read all of a text but what every prompt begins and ends with. Nothing is fitted to
+    the `tests`, the last ones.
     """
 
     request: CalibrationRequest

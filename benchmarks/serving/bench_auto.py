@@ -49,9 +49,8 @@ class Seen:
     """The observations of one kind.
 
     Attributes:
-        requests: how many were sent.
-        opened_at: after how many of them the first exited; None before.
-        closed_at: after how many of them the kind was closed; None unless it is.
+        opened_at: after how many requests the first exited; None before.
+        closed_at: after how many the kind was closed; None unless it is.
         changed: answers unlike stock's, before the first exit and from then on.
         blocks: of each block, the token-layers skipped, those of full depth, and the requests.
         readings: by number of requests, what held then.

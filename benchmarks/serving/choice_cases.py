@@ -21,16 +21,10 @@ MOST_TOKENS = 32
 
 @dataclass(frozen=True)
 class Case:
-    """Requests that share their choices.
+    """Requests that share their choices, in random order.
 
-    Attributes:
-        title: name for the table.
-        choices: texts of the choices.
-        path: endpoint of the requests.
-        bodies: bodies of the requests, in random order.
-        calibration: how to calibrate a policy for them, without the choices.
-        test: file the bodies are made from, as `evaluate` reads it.
-
+    `calibration` says how to calibrate a policy for them, without the choices; the bodies are made
+    from the file `test`.
     """
 
     title: str

@@ -27,13 +27,8 @@ TOGETHER = 64  # prompts per request when answers are compared
 class Load:
     """The requests to a server.
 
-    Attributes:
-        model: model whose tokenizer ``vllm bench serve`` uses.
-        examples: the prompts of one run.
-        file: the same prompts as a custom data set of ``vllm bench serve``.
-        label_ids: token ids of the labels.
-        labels: texts of the labels, stripped.
-
+    `file` has the examples as a custom data set of ``vllm bench serve``, which uses the tokenizer
+    of `model`. `labels` are the texts of the labels, stripped.
     """
 
     model: str

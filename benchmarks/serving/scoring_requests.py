@@ -71,11 +71,7 @@ def moves(some: np.ndarray, others: np.ndarray, tolerance: float) -> dict[str, f
 def bench(server: Server, load: Load, rate: float, seed: int) -> dict[str, Any]:
     """Send the load, one prompt per request; returns figures named as in ``vllm bench serve``.
 
-    Args:
-        server: where requests go.
-        load: the prompts.
-        rate: requests per second; infinity sends all at once.
-        seed: fixes the order and times of prompts.
+    `rate` is in requests per second, infinity sends all at once; `seed` fixes order and times.
 
     Raises:
         RuntimeError: a request failed, or its score is not a probability.

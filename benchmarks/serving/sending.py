@@ -18,14 +18,7 @@ SECONDS = 600
 
 @dataclass(frozen=True)
 class Sent:
-    """The outcome of a run.
-
-    Attributes:
-        answers: JSON replies, in the order the requests were sent.
-        latencies: seconds per request, in the same order.
-        seconds: time until all requests were answered.
-
-    """
+    """The JSON replies of requests, in their order, their seconds, and those until all had come."""
 
     answers: list[dict[str, Any]]
     latencies: list[float]

@@ -26,13 +26,7 @@ IN_TABLE = FIGURES[0], "mean_ttft_ms", "p50_e2el_ms", "p99_e2el_ms"
 
 
 def rate_row(rate: float, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """The row for one rate: medians over rounds, all rounds, and the ratios ours / stock.
-
-    Args:
-        rate: requests sent per second.
-        runs: the figures of each round, by server.
-
-    """
+    """The row for one rate: medians over rounds, all rounds, and the ratios ours / stock."""
     row: dict[str, Any] = {"rate": rate if math.isfinite(rate) else "inf"}
     for name, done in runs.items():
         medians = {key: statistics.median(run[key] for run in done) for key in FIGURES}

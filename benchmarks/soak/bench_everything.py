@@ -82,7 +82,6 @@ class Mix:
         largest: largest size factor of hostile requests.
         adapter: name and directory of the adapter, empty without one.
         on_stock: whether the server knows nothing of policies.
-        problems: sentences on what went wrong.
         done: how often each other thing was done.
         doubtful: indices of questions that the guest answered differently than the adapter.
         gone: counters of the guest's policy, read before each unload.

@@ -108,16 +108,8 @@ def main(
 class Growth:
     """Measures all things in all sizes on one kind of server.
 
-    Attributes:
-        name: name of the kind.
-        questions: questions of good clients.
-        seconds: seconds per thing and size.
-        stock: results of a stock server by thing, to compare with; empty measures each size once.
-        rows: results by thing.
-        quiet: latencies without a hostile client.
-        tally: outcomes of good clients' requests.
-        doubtful: indices of questions that were answered differently in a batch.
-
+    `stock` are the results of a stock server by thing, to compare with; empty measures each size
+    once. `doubtful` are indices of questions that were answered differently in a batch.
     """
 
     name: str

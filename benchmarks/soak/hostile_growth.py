@@ -34,14 +34,9 @@ COMMENT = '\\"'  # escaped quotes: a search for texts in a grammar starts at eac
 
 @dataclass(frozen=True)
 class Thing:
-    """A part of a request that grows.
+    """A part of a request that grows from its smallest size.
 
-    Attributes:
-        title: what it is, and its unit.
-        base: its smallest size.
-        body: makes the part of the body, from a size and a number that tells requests apart.
-        headers: makes the headers, from the same arguments.
-
+    `body` and `headers` make its parts from a size and a number that tells requests apart.
     """
 
     title: str

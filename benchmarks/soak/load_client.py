@@ -25,14 +25,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Question:
-    """A request with one right answer.
-
-    Attributes:
-        kind: name of the policy that decides it, or `TEXT`.
-        deep: whether it asks for full depth.
-        body: body for ``/v1/completions``.
-
-    """
+    """A request with one right answer, to the policy `kind` or `TEXT`, and maybe for full depth."""
 
     kind: str
     deep: bool
@@ -41,16 +34,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """A server's reply.
-
-    Attributes:
-        status: HTTP status; 0 if there was no reply.
-        tokens: generated token ids.
-        prompt_tokens: number of prompt tokens.
-        prompt_logprobs: as in the response.
-        message: error message.
-
-    """
+    """A server's reply; the status is 0 if there was none."""
 
     status: int
     tokens: Tokens = ()
@@ -64,7 +48,6 @@ class Tally:
     """Counts of requests by outcome.
 
     Attributes:
-        sent: all requests.
         answered: answered as in the quiet pass, or at all if that has no answer.
         ties: answered differently, but as in the quiet pass when sent again on its own.
         wrong: answered differently, also when sent again on its own.
@@ -107,13 +90,8 @@ def questions_of(name: str, artifact: Path, data: Path, template: str, rows: int
 class Client:
     """Sends requests and counts their outcomes.
 
-    Attributes:
-        questions: questions it may ask.
-        expected: right answers, by index of the question.
-        tally: outcomes so far.
-        doubtful: indices of questions answered differently than in the quiet pass.
-        waits: how long each question waited for its answer.
-
+    Right answers are by the question's index; `doubtful` are the indices of questions that were
+    answered differently than in the quiet pass.
     """
 
     def __init__(

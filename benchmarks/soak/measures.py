@@ -84,13 +84,9 @@ def counters(
 
 
 def counter_problems(found: Mapping[str, Any], left: int, longest: int) -> list[str]:
-    """Sentences on counters that do not add up, with allowance for disconnects, see `counters`.
+    """Sentences on counters that do not add up, see `counters`.
 
-    Args:
-        found: the result of `counters`.
-        left: number of requests whose client disconnected.
-        longest: tokens of the longest prompt.
-
+    The clients of `left` requests disconnected; the longest prompt has `longest` tokens.
     """
     problems = []
     tokens = found["tokens_decided"] - found["tokens_generated"]

@@ -44,14 +44,7 @@ STREAM = {"max_tokens": 64, "stream": True}
 
 @dataclass
 class Stage:
-    """The things that a scenario works with.
-
-    Attributes:
-        server: a healthy server.
-        client: client that sends requests and counts the replies.
-        dice: seeded random generator.
-
-    """
+    """A healthy server, a client that sends requests and counts the replies, and seeded dice."""
 
     server: Server
     client: Client
@@ -70,13 +63,7 @@ Scenario = Callable[[Stage], Awaitable[dict[str, Any]]]
 
 
 class Bench:
-    """Runs scenarios on one server after another, and collects their reports.
-
-    Attributes:
-        rows: a report per scenario.
-        longest: tokens of the longest prompt.
-
-    """
+    """Runs scenarios on one server after another, and collects a report per scenario."""
 
     def __init__(self, questions: list[Question], artifact: Path) -> None:
         """Take the questions, and the artifact of one of the policies."""

@@ -15,13 +15,9 @@ FLOOR_SECONDS = 0.25  # what no client notices
 
 @dataclass(frozen=True)
 class Wait:
-    """How long a good client waited for an answer.
+    """How long a good client waited for an answer to a question about the policy `kind`.
 
-    Attributes:
-        kind: the policy that decides its question, or that it is about.
-        asked: when it asked, in seconds on a monotonic clock.
-        seconds: until its answer.
-
+    It asked at a moment of a monotonic clock.
     """
 
     kind: str

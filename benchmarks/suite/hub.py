@@ -30,10 +30,7 @@ class Hub(BaseModel):
 def hub_rows(hub: Hub, part: Part, answer: str) -> list[Row]:
     """Fetch one part, shuffled with a fixed seed because some data sets are sorted by class.
 
-    Args:
-        hub: where the data is.
-        part: the split to fetch.
-        answer: our name for the field whose values `hub.classes` maps.
+    `answer` is our name for the field whose values `hub.classes` maps.
 
     Raises:
         AdaInferError: `datasets` is not installed, or the data cannot be fetched or lacks a field.

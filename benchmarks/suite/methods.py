@@ -40,14 +40,8 @@ EVEN_ODDS = 0.0
 class Outcome:
     """The outcome of a method on the test prompts.
 
-    Attributes:
-        accuracy: share of right answers.
-        disagreement: share of answers that differ from the full model's.
-        layers_run: mean number of layers run.
-        layers_saved: share of layers skipped.
-        layers_saved_95: its 95 % interval.
-        expected_speedup: speed-up of layers, probes and compaction, by measured costs.
-
+    Answers disagree with the full model's; the speed-up is that of layers, probes and compaction,
+    by measured costs.
     """
 
     accuracy: float
@@ -60,13 +54,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class TestPart:
-    """The prompts that methods are judged on.
+    """The prompts that methods are judged on, by their row numbers in the recording.
 
-    Attributes:
-        recording: the recording they are part of.
-        prompts: their row numbers in it.
-        right: for each prompt of the recording, the tokens that count as right.
-
+    `right` are the tokens that count as right, for each prompt of the recording.
     """
 
     recording: Rows

@@ -26,17 +26,9 @@ PAPER = {"layers_saved": 0.178, "layers_saved_sentiment": 0.43, "accuracy_lost_b
 def suite_report(
     model: str, options: PolicyOptions, depth: int, rows: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The JSON report.
+    """The JSON report, with averages over the tasks where the full model is better than chance.
 
-    Args:
-        model: directory or hub id; the report keeps its last part.
-        options: options of the policies.
-        depth: number of layers of the model.
-        rows: one per task, see `run_suite.py`.
-
-    Returns:
-        the rows, and averages over the tasks where the full model is better than chance.
-
+    `rows` are one per task, see `run_suite.py`.
     """
     meaningful = [row for row in rows if not row["at_chance"]]
     averages: dict[str, Any] = {}

@@ -82,16 +82,13 @@ class Suite(BaseModel):
 
 @dataclass(frozen=True)
 class TaskData:
-    """The prompts of one task.
+    """The prompts of one task, with the tokens that count as right for each.
 
     Attributes:
-        task: the task.
         shots: number of answered rows before each prompt, the same rows for all.
         labels: the possible answers; empty if the vocabulary is open.
         train: prompts to calibrate on, without the shots.
         test: prompts to measure on.
-        train_answers: for each prompt of `train`, the tokens that count as right.
-        answers: the same for `test`.
         chance: share of `test` that the best constant answer gets right.
         skipped: number of rows left out because they are too long.
 
