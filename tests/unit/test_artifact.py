@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -302,17 +301,6 @@ def edit_config(**changes: Any) -> Callable[[Path], None]:
     return damage
 
 
-def edit_tensor(name: str, tensor: Tensor | None) -> Callable[[Path], None]:
-    def damage(directory: Path) -> None:
-        tensors = load_file(directory / POLICY_FILE)
-        del tensors[name]
-        if tensor is not None:
-            tensors[name] = tensor
-        save_file(tensors, directory / POLICY_FILE)
-
-    return damage
-
-
 def truncate(keep: float) -> Callable[[Path], None]:
     def damage(directory: Path) -> None:
         whole = (directory / POLICY_FILE).read_bytes()
@@ -329,71 +317,29 @@ def remove(name: str) -> Callable[[Path], None]:
     return lambda directory: (directory / name).unlink()
 
 
+NOTHING: dict[str, Any] = {"kind": "labels", "labels": []}
+ONE_LABEL = {"kind": "labels", "labels": [{"name": "good", "token_id": 7}]}
+
+
 @pytest.mark.parametrize(
     ("damage", "file", "problem"),
     [
-        pytest.param(remove(CONFIG_FILE), CONFIG_FILE, "has no", id="no config"),
-        pytest.param(remove(POLICY_FILE), POLICY_FILE, "has no", id="no tensors"),
-        pytest.param(truncate(0.9), POLICY_FILE, "cannot be read", id="truncated tensors"),
-        pytest.param(truncate(0), POLICY_FILE, "cannot be read", id="empty tensors"),
-        pytest.param(
-            edit_tensor("exit.3.head_weight", torch.zeros(2, 63)),
-            POLICY_FILE,
-            "exit.3.head_weight must have shape [2, 64] but has [2, 63]",
-            id="wrong shape",
-        ),
-        pytest.param(
-            edit_tensor("exit.5.classifier", None),
-            POLICY_FILE,
-            "exit.5.classifier must have shape [3] but is missing",
-            id="missing tensor",
-        ),
-        pytest.param(
-            edit_tensor("thresholds", torch.zeros(3, 3)),
-            POLICY_FILE,
-            "thresholds must have shape [2, 3]",
-            id="thresholds of other levels",
-        ),
-        pytest.param(write_config(b'{"epsilon": '), CONFIG_FILE, "Invalid JSON", id="no JSON"),
-        pytest.param(write_config(b""), CONFIG_FILE, "Invalid JSON", id="empty config"),
-        pytest.param(write_config(b"\xff\xfe"), CONFIG_FILE, "", id="no UTF-8"),
-        pytest.param(edit_config(surprise=1), CONFIG_FILE, "surprise", id="unknown key"),
-        pytest.param(edit_config(schema_version=3), CONFIG_FILE, "schema_version", id="schema"),
-        pytest.param(edit_config(epsilon=0), CONFIG_FILE, "epsilon", id="epsilon of 0"),
-        pytest.param(
-            edit_config(exit_points=[2, 3, 6]), CONFIG_FILE, "exit_points", id="after the stack"
-        ),
-        pytest.param(
-            edit_config(exit_points=[-1, 3, 5]), CONFIG_FILE, "exit_points", id="before the stack"
-        ),
-        pytest.param(
-            edit_config(exit_points=[0, 3, 5], max_tokens=2),
-            CONFIG_FILE,
-            "exit point 0 needs a student or a pooled-label-head",
-            id="texts from the embedding",
-        ),
-        pytest.param(
-            edit_config(exit_points=[0, 3, 5], probe="lens"),
-            CONFIG_FILE,
-            "exit point 0 needs a student or a pooled-label-head",
-            id="a lens on the embedding",
-        ),
-        pytest.param(
-            edit_config(exit_points=[3, 2, 5]), CONFIG_FILE, "exit_points", id="descending"
-        ),
-        pytest.param(
-            edit_config(output={"kind": "labels", "labels": []}),
-            CONFIG_FILE,
-            "labels",
-            id="no labels",
-        ),
-        pytest.param(
-            edit_config(output={"kind": "labels", "labels": [{"name": "good", "token_id": 7}]}),
-            CONFIG_FILE,
-            "there is nothing to decide among fewer than two labels",
-            id="one label",
-        ),
-        pytest.param(edit_config(vocab_size=1), CONFIG_FILE, "vocab_size", id="one token"),
+        (remove(CONFIG_FILE), CONFIG_FILE, "has no"),
+        (remove(POLICY_FILE), POLICY_FILE, "has no"),
+        (truncate(0.9), POLICY_FILE, "cannot be read"),
+        (truncate(0), POLICY_FILE, "cannot be read"),
+        (write_config(b'{"epsilon": '), CONFIG_FILE, "Invalid JSON"),
+        (write_config(b""), CONFIG_FILE, "Invalid JSON"),
+        (write_config(b"\xff\xfe"), CONFIG_FILE, ""),
+        (edit_config(surprise=1), CONFIG_FILE, "surprise"),
+        (edit_config(schema_version=3), CONFIG_FILE, "schema_version"),
+        (edit_config(epsilon=0), CONFIG_FILE, "epsilon"),
+        (edit_config(exit_points=[2, 3, 6]), CONFIG_FILE, "exit_points"),
+        (edit_config(exit_points=[-1, 3, 5]), CONFIG_FILE, "exit_points"),
+        (edit_config(exit_points=[3, 2, 5]), CONFIG_FILE, "exit_points"),
+        (edit_config(output=NOTHING), CONFIG_FILE, "labels"),
+        (edit_config(output=ONE_LABEL), CONFIG_FILE, "among fewer than two labels"),
+        (edit_config(vocab_size=1), CONFIG_FILE, "vocab_size"),
     ],
 )
 def test_damage_is_an_error_that_names_the_file(tmp_path, config, damage, file, problem):

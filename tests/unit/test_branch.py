@@ -265,43 +265,6 @@ def test_before_the_first_request_each_branch_has_read_states(tiny_model):
     assert {len(rows) for rows in read} == {*rows_to_compile_for(20)}
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({**POOLED, "branches": (5, 2)}, "branches must ascend and be among the exit points"),
-        ({**POOLED, "branches": (2, 2)}, "branches must ascend and be among the exit points"),
-        ({**POOLED, "branches": (3,)}, "branches must ascend and be among the exit points"),
-        ({**POOLED, "branches": (0,)}, "among the exit points after the first layer"),
-        ({"branches": (2,)}, "branches go with a pooled-label-head"),
-    ],
-)
-def test_a_config_that_contradicts_itself_is_refused(tiny_model, changes, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        tiny_config(tiny_model, **changes)
-
-
-@pytest.mark.parametrize(
-    ("name", "tensor", "sentence"),
-    [
-        ("exit.2.branch.project.weight", torch.zeros(192, 63), r"\[192, 64\] but has \[192, 63\]"),
-        ("exit.2.branch.mlp_in.bias", None, r"exit.2.branch.mlp_in.bias must have shape \[384\]"),
-        ("exit.2.branch.mlp_in.bias", torch.zeros(384, dtype=torch.int8), "must be F32 or F16 or"),
-        ("exit.2.head_weight", torch.zeros(2, 128), r"\[2, 384\] but has \[2, 128\]"),
-        ("exit.0.branch.mlp_in.bias", torch.zeros(384), "does not belong to this policy"),
-        ("last-token.exit.2.branch.mlp_in.bias", torch.zeros(384), "does not belong to this pol"),
-    ],
-)
-def test_tensors_that_are_no_branch_are_refused(tiny_model, tmp_path, name, tensor, sentence):
-    config = tiny_config(tiny_model, **BRANCHED)
-    tensors = tiny_tensors(config)
-    tensors.pop(name, None)
-    if tensor is not None:
-        tensors[name] = tensor
-    save_artifact(tmp_path / "policy", config, tensors, {}, "card\n")
-    with pytest.raises(AdaInferError, match=sentence):
-        load_artifact(str(tmp_path / "policy"))
-
-
 def test_tensors_of_several_dtypes_are_computed_with_in_one(tiny_model):
     config = tiny_config(tiny_model, **BRANCHED)
     tensors = {name: one.half() if "mlp" in name else one for name, one in

@@ -18,7 +18,7 @@ from vllm.v1.structured_output.utils import choice_as_grammar
 from tests.admitted import admitted, resolved, row_of
 from tests.byte_model import SETS, byte_tokenizer
 from tests.calibrations import of_choices
-from tests.tiny import tiny_artifact, tiny_config
+from tests.tiny import tiny_artifact
 from vllm_adainfer.artifact.fields import Choice, Label
 from vllm_adainfer.cli.promises import choice_texts
 from vllm_adainfer.engine.admission.admission import Admission
@@ -202,22 +202,6 @@ def test_of_two_policies_for_the_same_choices_a_request_names_one(source):
     assert not resolved(admission, choosing("yes", "no")).may_exit
     named = choosing("yes", "no", extra_args={"adainfer_policy": "other"})
     assert resolved(admission, named).may_exit
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"choices": YES_NO["choices"][:1]},
-        {"undecided": (12,)},
-        {"choices": (), "undecided": (30,)},
-        {"max_tokens": 4},
-        {"label_pool": True},
-        {"risk": "probability", "tolerance": 0.1},
-    ],
-)
-def test_a_config_whose_choices_do_not_fit_together_is_not_an_artifact(tiny_model, changes):
-    with pytest.raises(ValueError, match=r"choices|decide|token id"):
-        tiny_config(tiny_model, **{**YES_NO, **changes})
 
 
 def line_of(body: dict[str, Any], **more: Any) -> Row:

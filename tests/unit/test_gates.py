@@ -92,23 +92,6 @@ def config_with(model, *gates: Gate, **changes):
 BAD = Gate(label="bad", probability=0.8)
 
 
-@pytest.mark.parametrize(
-    ("gates", "changes", "sentence"),
-    [
-        ((Gate(label="ugly", probability=0.5),), {}, "must name labels of the policy"),
-        ((BAD, BAD), {}, "gates must be different"),
-        ((BAD,), {"tolerance": 0.1}, "needs a tolerance, gates or top_k, and one"),
-        ((), {}, "needs a tolerance, gates or top_k, and one"),
-        ((BAD,), {"label_mass": True}, "label_mass needs a tolerance"),
-        ((BAD,), {"risk": "disagreement"}, "needs a tolerance, gates or top_k"),
-    ],
-)
-def test_gates_that_do_not_fit_their_policy_are_refused(tiny_model, gates, changes, sentence):
-    config_with(tiny_model, BAD)
-    with pytest.raises(ValueError, match=sentence):
-        config_with(tiny_model, *gates, **changes)
-
-
 def test_a_gate_is_read_as_a_label_or_best_and_a_number():
     assert Gates.asked(["bad:0.8", "a:b:0.5", "best:0.9"]).gates == (
         BAD,

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from tests import student
@@ -60,14 +59,6 @@ def huge_tensor(directory: Path) -> None:
         file.truncate(len(content) + size)
 
 
-def with_tensor(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
-    def change(directory: Path) -> None:
-        tensors = load_file(directory / POLICY_FILE)
-        save_file({**tensors, name: tensor}, directory / POLICY_FILE)
-
-    return change
-
-
 def with_config(**changes: Any) -> Callable[[Path], None]:
     def change(directory: Path) -> None:
         path = directory / CONFIG_FILE
@@ -93,9 +84,6 @@ def labels_of(token: int) -> dict[str, Any]:
     ("damage", "sentence"),
     [
         (huge_tensor, "cannot be read|must have shape"),
-        (with_tensor("extra", torch.zeros(3)), "'extra' does not belong to this policy"),
-        (with_tensor("thresholds", torch.zeros(2, 3, dtype=torch.int64)), "must be F32 or"),
-        (with_tensor("thresholds", torch.zeros(2, 3, dtype=torch.float64)), "must be F32 or"),
         (pickled, "cannot be read"),
         (large_config, "is larger than 64 MiB"),
         (with_config(hidden_size=1 << 40), "must have shape"),

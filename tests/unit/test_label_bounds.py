@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 
 from tests.tiny import tiny_artifact, tiny_config
 from tests.unit.readings import Compared, compare
@@ -212,26 +211,6 @@ def config_with(model: Any, **changes: Any) -> Any:
         for epsilon in (0.02, 0.05)
     ]
     return tiny_config(model, **{"levels": levels, **changes})
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"never_early": ("ugly",)}, "must name labels of the policy"),
-        ({"label_bounds": (promised("recall", "ugly"),)}, "must name labels of the policy"),
-        ({"label_bounds": (promised("recall", "bad"),) * 2}, "must each be about another label"),
-        ({"never_early": ("bad", "good")}, "some label must be allowed to leave early"),
-        (
-            {"label_bounds": (promised("recall", "bad"),), "levels": None},
-            "each level must have a risk for each of label_bounds",
-        ),
-    ],
-)
-def test_an_artifact_whose_promises_do_not_fit_its_labels_is_refused(tiny_model, changes, sentence):
-    if "levels" in changes:
-        changes = {**changes, "levels": tiny_config(tiny_model).levels}
-    with pytest.raises(ValidationError, match=sentence):
-        config_with(tiny_model, **changes)
 
 
 def test_the_promises_in_words(tiny_model):

@@ -10,7 +10,7 @@ from vllm import SamplingParams
 
 from tests.admitted import admitted, row_of
 from tests.calibrations import EPSILON, POOL, SPLIT, of_pool, random_subsets
-from tests.tiny import tiny_artifact, tiny_config, word_tokenizer
+from tests.tiny import tiny_artifact, word_tokenizer
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.errors import AdaInferError
@@ -139,24 +139,6 @@ def test_two_pools_that_share_labels_are_told_apart_by_name_alone(admission):
     named = request(allowed_token_ids=[11, 12], extra_args={"adainfer_policy": "other"})
     assert (row_of(deciding, named) // 2, admitted(deciding, named).subset) == (1, 0b11)
     assert row_of(deciding, request(allowed_token_ids=[10, 12])) // 2 == 0
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"label_pool": True, "probe": "lens"}, "label_pool and choices need a label-head"),
-        (
-            {
-                "label_pool": True,
-                "labels": tuple(Label(name=str(i), token_id=i) for i in range(63)),
-            },
-            "at most 62 labels",
-        ),
-    ],
-)
-def test_a_pool_that_cannot_be_served_is_refused(tiny_model, changes, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        tiny_config(tiny_model, **changes)
 
 
 def example(labels: tuple[int, ...], text: str = "a good one :") -> Example:

@@ -9,15 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from vllm import SamplingParams
 
 from tests.admitted import resolved, row_of
 from tests.calibrations import EPSILON, HF_CONFIG, SPLIT, of_pool
-from tests.tiny import EXIT_POINTS, tiny_artifact, tiny_config, tiny_tensors
-from vllm_adainfer.artifact.config import ArtifactConfig
+from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.artifact.fields import Label, Question
-from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.engine.startup.refusals import refuse_policy
@@ -252,39 +249,6 @@ def test_known_is_refused_for_a_policy_that_knows_no_question(tiny_model):
     with pytest.raises(AdaInferError, match="policy default knows no question: calibrate it on"):
         refuse_policy("default", config, vllm_config, settings)
     refuse_policy("default", config, vllm_config, Settings(artifact="x"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"by_question": True}, "by_question needs questions"),
-        ({"questions": QUESTIONS}, "if and only if by_question"),
-        (
-            {"questions": [Question(name="a", ends=[[1]])], "by_question": True},
-            "if and only if by_question",
-        ),
-        (
-            {"questions": [Question(name="a", ends=[[1]], certified=[0.3])], "by_question": True},
-            "epsilons of questions must be among those of the levels",
-        ),
-        (
-            {"questions": [{"name": "a", "ends": [[]]}]},
-            r"questions\.0\.ends\.0\s.* at least 1",
-        ),
-    ],
-)
-def test_an_artifact_whose_questions_make_no_sense_is_refused(tiny_model, changes, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        tiny_config(tiny_model, **changes)
-
-
-def test_thresholds_are_checked_against_the_questions(tiny_model, tmp_path):
-    config = tiny_config(tiny_model, questions=QUESTIONS, by_question=True)
-    assert isinstance(config, ArtifactConfig)
-    tensors = tiny_tensors(config, torch.zeros(2, len(EXIT_POINTS)))
-    save_artifact(tmp_path / "policy", config, tensors, {}, "card")
-    with pytest.raises(AdaInferError, match="thresholds"):
-        load_artifact(str(tmp_path / "policy"))
 
 
 @pytest.mark.parametrize(
