@@ -18,12 +18,7 @@ if TYPE_CHECKING:
 
 
 class ConfigHook(VerifyAndUpdateConfig):
-    """The hook of one architecture.
-
-    Attributes:
-        model_class: name of our model class; empty for an architecture without exit points.
-
-    """
+    """The hook of one architecture; `model_class` is empty for one without exit points."""
 
     model_class = ""
 

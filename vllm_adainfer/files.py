@@ -23,13 +23,7 @@ PRIVATE, PUBLIC = 0o600, 0o666  # less what the umask takes away
 def whole_file(path: Path, mode: int = PRIVATE) -> Iterator[Path]:
     """A draft to write, which becomes `path` once the context ends, unless it raises.
 
-    Args:
-        path: the file; it is replaced if it is there.
-        mode: its mode, from the first byte on.
-
-    Raises:
-        OSError: it cannot be written.
-
+    A file that is there is replaced. The draft has its mode from the first byte on.
     """
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))

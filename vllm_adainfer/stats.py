@@ -106,12 +106,7 @@ class Stats(TypedDict):
 
 
 def stats(llm: LLM) -> Stats:
-    """The counters of a running engine.
-
-    Raises:
-        AdaInferError: the engine was started without vllm-adainfer configured.
-
-    """
+    """The counters of a running engine; an AdaInferError if it runs without vllm-adainfer."""
     counters: Stats
     try:
         counters, *_ = llm.collective_rpc("adainfer_stats")  # every rank counts the same

@@ -54,12 +54,7 @@ Labels = Annotated[str, typer.Option(help="Comma-separated labels: the possible 
 
 
 def overrides_of(text: str) -> dict[str, Any] | None:
-    """The value of ``--hf-overrides``; None if it is not given.
-
-    Raises:
-        AdaInferError: it is not a JSON object.
-
-    """
+    """The value of ``--hf-overrides``, if any; an AdaInferError if it is not a JSON object."""
     if not text:
         return None
     try:

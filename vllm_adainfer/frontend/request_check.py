@@ -27,12 +27,7 @@ _numbers = itertools.count()
 
 
 class RequestCheck(V1LogitsProcessor, V2LogitsProcessor):
-    """Subclassed for each engine, because vLLM does not pass `validate_params` the engine.
-
-    Attributes:
-        admission: that of the engine.
-
-    """
+    """Subclassed for each engine, with its admission, because vLLM names no engine to the check."""
 
     admission: ClassVar[Admission]
 

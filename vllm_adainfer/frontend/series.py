@@ -127,14 +127,8 @@ def register_series(
 ) -> Series:
     """The series of a server; its engines share them and differ in their labels.
 
-    They replace those of an earlier engine in this process, as vLLM's do.
-
-    Args:
-        layers: buckets of ``adainfer:exit_layer``: exit points and full depth; None for a server
-            that runs stock vLLM.
-        choices: whether it ends choices early.
-        kinds: whether it counts kinds of requests.
-
+    They replace those of an earlier engine in this process, as vLLM's do. `layers` are the buckets
+    of ``adainfer:exit_layer``: exit points and full depth; None for a server that runs stock vLLM.
     """
     found: dict[str, MetricWrapperBase] = {}
 

@@ -44,11 +44,9 @@ class NamedAdapter:
 
 
 def read_adapter(text: str) -> NamedAdapter | None:
-    """The adapter of ``--lora``; None if there is none.
+    """The adapter of ``--lora``, if any.
 
-    Raises:
-        AdaInferError: it is not NAME=DIR with an adapter that policies can be for.
-
+    An AdaInferError if it is not NAME=DIR with an adapter that policies can be for.
     """
     if not text:
         return None
@@ -79,12 +77,7 @@ def _ranks() -> tuple[int, ...]:
 
 
 def adapter_for(config: ArtifactConfig, adapter: NamedAdapter | None) -> NamedAdapter | None:
-    """Check that `adapter` is the one that an artifact was calibrated with, and return it.
-
-    Raises:
-        AdaInferError: it is not.
-
-    """
+    """The `adapter`, or an AdaInferError if an artifact was calibrated with another one."""
     found = None if adapter is None else adapter.described
     if config.adapter == found:
         return adapter

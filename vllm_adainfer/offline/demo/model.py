@@ -23,12 +23,7 @@ CHECK_PROMPT, CHECK_ANSWER = "The capital of France is", " Paris"
 
 
 def fetch_demo_model(output: Path) -> Path:
-    """Fetch, convert and check the demo model, unless it exists already.
-
-    Raises:
-        AdaInferError: it cannot be fetched, converted or written, or it fails the check.
-
-    """
+    """Fetch, convert and check the demo model, unless it is there; or an AdaInferError."""
     if (output / "model.safetensors").is_file() and (output / "config.json").is_file():
         return output
     check_writable(output)

@@ -25,9 +25,7 @@ LABELS = ("bad", "good")
 def run(output: Path) -> str:
     """Run the demo in the directory `output`, and return the last lines to print.
 
-    Raises:
-        AdaInferError: a library that the demo needs is missing, or a step fails.
-
+    An AdaInferError if a library that it needs is missing, or a step fails.
     """
     check_installed()
     typer.echo(f"demo: fetching the model ({MODEL_NAME}, Apache-2.0)")

@@ -9,12 +9,9 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check, printed as one line.
+    """The result of one check, printed as one line; ``skip`` if it was not made.
 
-    Attributes:
-        state: whether the check passed; ``skip`` if it was not made.
-        sentence: what was found, and how to fix it if the check failed.
-
+    The sentence says what was found, and how to fix it if the check failed.
     """
 
     state: Literal["ok", "FAIL", "skip"]

@@ -48,12 +48,9 @@ def evaluate(
     html: Path | None = None,
     prompts: bool = True,
 ) -> dict[str, Any]:
-    """Measure both engines; write the report and the page if asked to.
+    """Measure both engines; write the report and the page if asked to. Returns the report.
 
     The arguments are those of the command line, see `vllm-adainfer evaluate --help`.
-
-    Returns:
-        the report.
 
     Raises:
         AdaInferError: input, model and artifact do not fit together, or a file cannot be
@@ -108,12 +105,7 @@ def evaluate(
 
 
 def _with_one_level(config: ArtifactConfig, epsilon: float) -> ArtifactConfig:
-    """The config as if `epsilon` were the only bound.
-
-    Raises:
-        AdaInferError: `epsilon` was not certified.
-
-    """
+    """The config with `epsilon` as its only bound; an AdaInferError if it was not certified."""
     found = [level for level in config.levels if level.epsilon == epsilon]
     if not found:
         certified = ", ".join(f"{level.epsilon:g}" for level in config.levels)
@@ -135,9 +127,7 @@ def check_file(path: Path) -> None:
 def _max_tokens(given: int | None, config: ArtifactConfig) -> int:
     """The number of tokens to generate, by default as many as at calibration.
 
-    Raises:
-        AdaInferError: more than one, for an artifact that was calibrated on one.
-
+    An AdaInferError for more than one, if the artifact was calibrated on one.
     """
     if given is not None and given > 1 and config.max_tokens == 1:
         raise AdaInferError(

@@ -208,12 +208,7 @@ def summary_line(report: Mapping[str, Any]) -> str:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole, and create its folder if it is missing.
-
-    Raises:
-        AdaInferError: the file cannot be written.
-
-    """
+    """Write a file whole, and its folder if it is missing; an AdaInferError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, content, PUBLIC)

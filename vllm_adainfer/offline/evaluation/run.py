@@ -19,12 +19,9 @@ class Run:
     """One pass over all prompts.
 
     Attributes:
-        seconds: wall-clock time of the pass.
         texts: the generated token ids of each prompt.
-        layers_run: token-layers that were executed.
-        layers_possible: token-layers at full depth.
+        layers_run: token-layers that were executed, of those `possible` at full depth.
         passes_run: layers that were entered by at least one token, summed over the steps.
-        passes_possible: the same if every step ran all layers.
         exit_histogram: layers run -> number of tokens; empty for stock vLLM.
         logprobs: [prompts, labels], the labels' log-probabilities, if they were requested.
 

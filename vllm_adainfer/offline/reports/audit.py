@@ -37,12 +37,7 @@ class Line(BaseModel):
 
 
 def read_audit(paths: Iterable[Path]) -> Iterator[Line]:
-    """The lines of files, or of the files of directories.
-
-    Raises:
-        AdaInferError: there is no such file, or a line is not one of an audit.
-
-    """
+    """The lines of files, or of the files of directories; an AdaInferError if one is no audit's."""
     for path in paths:
         files = sorted(path.glob("audit-*.jsonl")) if path.is_dir() else [path]
         if not files:

@@ -18,16 +18,10 @@ from vllm_adainfer.offline.reports.views import View, decided_by, views_of_promp
 
 @dataclass(frozen=True)
 class Explanation:
-    """A policy's view of one prompt.
+    """A policy's view of one prompt, at each exit point and at full depth.
 
-    Attributes:
-        prompt_tokens: number of tokens of the prompt.
-        layers: number of layers of the model.
-        epsilon: the bound that the thresholds are for.
-        leaves_after: number of layers that the request runs.
-        views: those at each exit point, and at full depth.
-        served: the prompts that the policy serves, in words, if this is none of them.
-
+    The request runs `leaves_after` of the layers. `served` are the prompts that the policy serves,
+    in words, if this is none of them.
     """
 
     prompt_tokens: int
@@ -82,12 +76,8 @@ def explain(
 ) -> Explanation:
     """Run a prompt at full depth, and look at its states as the policy would.
 
-    The arguments are those of the command line, see `vllm-adainfer explain --help`: `path` is of
-    the model, `source` of the artifact.
-
-    Raises:
-        AdaInferError: model, artifact and prompt do not fit together.
-
+    The arguments are those of the command line: `path` is of the model, `source` of the artifact.
+    An AdaInferError if these and the prompt do not fit together.
     """
     artifact = load_artifact(source)
     config = artifact.config

@@ -25,14 +25,8 @@ def panel(
 ) -> Panel:
     """A figure, which may follow the slider.
 
-    Args:
-        name: HTML id of the figure.
-        title: title above the figure.
-        traces: its lines, bars and points at the bound that the page opens with.
-        layout: its axes.
-        moving: index of the trace that follows the slider; None if none does.
-        points: the points of that trace at each bound.
-
+    `name` is its HTML id. `traces` are its lines, bars and points at the bound that the page opens
+    with; the one at the index `moving` has these `points` at each bound.
     """
     axes_and_lines = {"traces": traces, "layout": layout}
     return {"name": name, "title": title, **axes_and_lines, "moving": moving, "points": points}

@@ -27,16 +27,11 @@ Texts = Callable[[int], str]
 
 @dataclass(frozen=True)
 class KindState:
-    """The state of one kind.
+    """The state of one kind, by its hashed name.
 
-    Attributes:
-        name: its hashed name.
-        kind: what it reads.
-        count: its requests.
-        tried: the tries to certify a policy for it; None if the trainer says nothing.
-        ledger: what its ledger says; empty if it has none.
-        is_recordable: whether the server calibrates itself, and does not only watch.
-
+    `tried` are the tries to certify a policy for it, None if the trainer says nothing; `ledger` is
+    its ledger's file, empty if there is none. A kind is recordable if the server calibrates itself,
+    and does not only watch.
     """
 
     name: str
@@ -93,16 +88,9 @@ class KindState:
 
 @dataclass(frozen=True)
 class Watched:
-    """The counts of a server.
+    """The counts of a server since a moment: all its requests and the token rows that ran for them.
 
-    Attributes:
-        model: name of the served model.
-        tokenizer: directory or hub id.
-        since: when counting began, in seconds since 1970.
-        requests: all requests, and `tokens` all token rows that ran for them.
-        kinds: the kinds that recur, the one with most token rows first.
-        pools: pool candidates, see `vllm_adainfer.auto.table.pools`.
-
+    The kinds that recur come with the one with most token rows first; see `auto.table` for pools.
     """
 
     model: str
@@ -119,12 +107,7 @@ class Watched:
 
 
 def read_directory(root: str | Path) -> Watched:
-    """The content of the directory, without files that are still to be written.
-
-    Raises:
-        AdaInferError: no server has counted kinds there.
-
-    """
+    """The content of the directory; an AdaInferError if no server has counted kinds there."""
     directory = AutoDirectory(root)
     content = read_json(directory.kinds)
     try:

@@ -18,12 +18,7 @@ Section = tuple[str, Sequence[Block], Sequence[Panel]]
 
 
 def check_installed() -> None:
-    """Check that HTML pages can be made, before any long work starts.
-
-    Raises:
-        AdaInferError: a library is missing.
-
-    """
+    """An AdaInferError if a library for HTML pages is missing, before any long work starts."""
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
         raise AdaInferError(
@@ -50,8 +45,7 @@ def html_page(
         levels: name and facts of each bound, strictest first; none without a slider.
         opens_with: index of the bound at which the slider starts.
         panels: the figures that follow the slider.
-        changed: prompts whose answers changed, for all bounds, see `changed_prompts`; None leaves
-            the table out.
+        changed: prompts whose answers changed, see `changed_prompts`; None leaves the table out.
         notes: sentences below the prompts.
 
     """

@@ -45,11 +45,9 @@ Event = Mapping[str, Any]
 
 
 def write_page(root: str | Path) -> Path:
-    """Write the page into the directory, for its user alone; where it is.
+    """Write the page into the directory, for its user alone; returns where it is.
 
-    Raises:
-        AdaInferError: no server has counted kinds there, or the page cannot be written.
-
+    An AdaInferError if no server has counted kinds there, or the page cannot be written.
     """
     directory, watched = AutoDirectory(root), read_directory(root)
     events: defaultdict[str, list[Event]] = defaultdict(list)

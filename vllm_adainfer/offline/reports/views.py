@@ -70,9 +70,7 @@ class View:
 def record_prompts(model: Model, config: ArtifactConfig, examples: Sequence[Example]) -> Rows:
     """Run `examples` at full depth in an engine of their own, and record their states.
 
-    Raises:
-        AdaInferError: the engine does not start, or its weights are not those of `config`.
-
+    An AdaInferError if it does not start, or its weights are not those of `config`.
     """
     plan = Plan(
         config.all_exit_points,
@@ -98,11 +96,8 @@ def decided_by(
 ) -> tuple[Artifact, int, float]:
     """The part of a policy that decides a prompt, its row of thresholds, and the certified bound.
 
-    No token of `prompt` is in the prefix cache; `epsilon` None is the artifact's own.
-
-    Raises:
-        AdaInferError: such a prompt never exits.
-
+    No token of `prompt` is in the prefix cache; `epsilon` None is the artifact's own. An
+    AdaInferError if such a prompt never exits.
     """
     part, *last_token = artifact.parts("").values()
     pooled_from = artifact.config.pooled_from
@@ -167,15 +162,9 @@ def views_of(
 ) -> list[View]:
     """The views of one prompt: one for each exit point, and one for full depth.
 
-    Args:
-        artifact: the part that decides the prompt.
-        recording: states of one-token prompts at the artifact's exit points.
-        prompt: the prompt's row in the recording.
-        thresholds: its row of thresholds.
-        name: names a token, see `token_namer`.
-        subset: the labels that the prompt is about, as bits.
-        text: what the student reads of the prompt; empty if it is not asked.
-
+    `recording` has states at the exit points of the part of the `artifact` that decides the prompt.
+    `thresholds` is the row of its thresholds, `subset` the labels that it is about, as bits, and
+    `text` what the student reads of it, empty if it is not asked.
     """
 
     def logit_lens(head_rows: Tensor | None) -> Probe:
