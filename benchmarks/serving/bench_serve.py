@@ -181,9 +181,7 @@ def one_run(
 ) -> dict[str, Any]:
     """Measure one run at one rate; for our server, with the share of layers saved.
 
-    Raises:
-        RuntimeError: the server was busy, our server skipped no layers, or stock has our metrics.
-
+    A RuntimeError if the server was busy, our server skipped no layers, or stock has our metrics.
     """
     if not post(server, "/reset_prefix_cache")["success"]:
         raise RuntimeError("the prefix cache is in use by a server that should be idle")
@@ -215,9 +213,7 @@ def counters(server: Server) -> dict[str, float]:
 def counted(server: Server, before: Mapping[str, float], requests: int) -> tuple[float, float]:
     """Token-layers executed and skipped since `before`, once all `requests` are counted.
 
-    Raises:
-        RuntimeError: the counters did not reach `requests` in time.
-
+    A RuntimeError if the counters did not reach `requests` in time.
     """
     end = time.monotonic() + COUNT_SECONDS
     while True:

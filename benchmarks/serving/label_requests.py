@@ -59,9 +59,7 @@ def ask(
 def post(server: Server, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The JSON reply to a POST request.
 
-    Raises:
-        RuntimeError: the server refuses or fails; includes the end of its log.
-
+    A RuntimeError if the server refuses or fails; includes the end of its log.
     """
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(server.url + path, json.dumps(body or {}).encode(), headers)
@@ -83,9 +81,7 @@ def sampling(load: Load) -> dict[str, Any]:
 def bench(server: Server, load: Load, rate: float, seed: int) -> dict[str, Any]:
     """The result of ``vllm bench serve`` at a rate; `seed` fixes the order and times of prompts.
 
-    Raises:
-        RuntimeError: it failed (includes the end of its output), or a check of `check` failed.
-
+    A RuntimeError if it failed (includes the end of its output), or a check of `check` failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {
@@ -121,9 +117,7 @@ def bench(server: Server, load: Load, rate: float, seed: int) -> dict[str, Any]:
 def check(load: Load, result: Mapping[str, Any]) -> None:
     """Check that every request was answered, with the expected numbers of tokens.
 
-    Raises:
-        RuntimeError: a request failed, or token counts or answers are wrong.
-
+    A RuntimeError if a request failed, or token counts or answers are wrong.
     """
     expected = {
         "completed": len(load.examples),
@@ -139,12 +133,7 @@ def check(load: Load, result: Mapping[str, Any]) -> None:
 
 
 def check_answers(load: Load, answers: Sequence[str]) -> None:
-    """Check that all answers are labels.
-
-    Raises:
-        RuntimeError: an answer is not a label.
-
-    """
+    """Check that all answers are labels. A RuntimeError if an answer is not a label."""
     strange = {answer.strip() for answer in answers} - load.labels
     if strange:
         raise RuntimeError(f"answers that are not labels: {sorted(strange)[:10]}")

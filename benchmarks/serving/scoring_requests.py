@@ -73,9 +73,7 @@ def bench(server: Server, load: Load, rate: float, seed: int) -> dict[str, Any]:
 
     `rate` is in requests per second, infinity sends all at once; `seed` fixes order and times.
 
-    Raises:
-        RuntimeError: a request failed, or its score is not a probability.
-
+    A RuntimeError if a request failed, or its score is not a probability.
     """
     generator = random.Random(seed)
     examples = list(load.examples)
@@ -102,12 +100,7 @@ def bench(server: Server, load: Load, rate: float, seed: int) -> dict[str, Any]:
 
 
 def check_scores(found: Sequence[float]) -> None:
-    """Check that all scores are probabilities.
-
-    Raises:
-        RuntimeError: a score is not a probability.
-
-    """
+    """Check that all scores are probabilities. A RuntimeError if a score is not a probability."""
     strange = [score for score in found if not 0 <= score <= 1]
     if strange:
         raise RuntimeError(f"scores that are not probabilities: {strange[:10]}")

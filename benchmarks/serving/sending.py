@@ -40,9 +40,7 @@ def send(
 
     `path` is that of all, or of each; at most `at_once` are in flight, by default any number.
 
-    Raises:
-        RuntimeError: a request failed.
-
+    A RuntimeError if a request failed.
     """
     let_others_rest()
     paths = [path] * len(bodies) if isinstance(path, str) else path

@@ -37,9 +37,7 @@ def of_policy(server: Server, name: str) -> dict[str, float]:
 def at_rest(server: Server) -> dict[str, float]:
     """Metrics, read once no request runs or waits and no counter moves.
 
-    Raises:
-        RuntimeError: the server is still busy after `REST_SECONDS`.
-
+    A RuntimeError if the server is still busy after `REST_SECONDS`.
     """
     end = time.monotonic() + REST_SECONDS
     before: dict[str, float] = {}

@@ -114,9 +114,7 @@ class Bench:
     def written_to(self, output: Path, model: str, policies: Sequence[str]) -> Iterator[None]:
         """Write JSON and a Markdown table next to each other, even after an error.
 
-        Raises:
-            typer.Exit: there are problems.
-
+        A typer.Exit if there are problems.
         """
         stopped = []
         try:
@@ -177,9 +175,7 @@ def tasks(
 ) -> tuple[dict[str, str], list[Question]]:
     """The directories of policies by name, and the questions for all of them.
 
-    Raises:
-        typer.BadParameter: there are not as many artifacts as data files and templates.
-
+    A typer.BadParameter if there are not as many artifacts as data files and templates.
     """
     if not len(artifact) == len(data) == len(template):
         raise typer.BadParameter("give --artifact, --data and --template equally often")

@@ -65,9 +65,7 @@ def lessons_of(
 ) -> list[Lesson]:
     """The lessons of a task: at most `rows` training rows after the first `kept`.
 
-    Raises:
-        AdaInferError: the task has no more than those; or see `load_task`.
-
+    An AdaInferError if the task has no more than those; or see `load_task`.
     """
     data = load_task(task, data_dir, tokenizer, 0, kept + rows, 1, MOST_TOKENS)
     examples, answers = data.train[kept:], data.train_answers[kept:]

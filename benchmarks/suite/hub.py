@@ -32,9 +32,7 @@ def hub_rows(hub: Hub, part: Part, answer: str) -> list[Row]:
 
     `answer` is our name for the field whose values `hub.classes` maps.
 
-    Raises:
-        AdaInferError: `datasets` is not installed, or the data cannot be fetched or lacks a field.
-
+    An AdaInferError if `datasets` is not installed, or the data cannot be fetched or lacks a field.
     """
     try:
         from datasets import load_dataset

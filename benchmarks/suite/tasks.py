@@ -67,9 +67,7 @@ class Suite(BaseModel):
     def select(self, names: Sequence[str]) -> tuple[Task, ...]:
         """The named tasks, in this order; all tasks if none is named.
 
-        Raises:
-            AdaInferError: a name is unknown.
-
+        An AdaInferError if a name is unknown.
         """
         known = {task.name: task for task in self.tasks}
         for name in names:
