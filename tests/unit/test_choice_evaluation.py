@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import tiny_config
 from tests.unit.test_choice_policy import YES_NO
 from vllm_adainfer.engine.admission.admission import why_choices_run_on
 from vllm_adainfer.errors import AdaInferError
@@ -16,15 +17,18 @@ from vllm_adainfer.offline.calibration.options import (
     PolicyOptions,
     check_options,
 )
-from vllm_adainfer.offline.evaluation.requests import choice_params, chosen
+from vllm_adainfer.offline.evaluation.requests import chosen, request_params
 from vllm_adainfer.promise.tolerance import Tolerance
 from vllm_adainfer.settings.engine import Settings
 
 CHOICES = YES_NO["choices"]
 
 
-def test_an_evaluation_asks_for_the_choices_with_room_for_each_in_single_letters():
-    params = choice_params(CHOICES, {"adainfer_epsilon": 0.02})
+def test_an_evaluation_asks_for_the_choices_with_room_for_each_in_single_letters(
+    tiny_model,
+):
+    config = tiny_config(tiny_model, **YES_NO)
+    params: Any = request_params(config, None, {"adainfer_epsilon": 0.02})
     assert params.structured_outputs.choice == ["yes", "no"]
     assert (params.temperature, params.max_tokens) == (0, len("yes") + 1)
     assert params.extra_args == {"adainfer_epsilon": 0.02}

@@ -37,32 +37,20 @@ def request_params(
     form, ids = Output.of_config(config).form, list(labels or config.label_ids)
     if form is Form.SCORES:
         return scores_of(extra_args)
-    if form is Form.CHOICE:
-        return choice_params(config.choices, extra_args)
     if form is Form.TOKEN:
         return greedy(ids, extra_args, max_tokens)
     from vllm import SamplingParams
-
-    if form is Form.IN_VOCABULARY:
-        probabilities: dict[str, Any] = {"logprob_token_ids": ids}
-    else:
-        probabilities = {"allowed_token_ids": ids, "logprobs": len(ids)}
-    return SamplingParams(temperature=0, max_tokens=1, extra_args=extra_args, **probabilities)
-
-
-def choice_params(
-    choices: Sequence[Choice], extra_args: dict[str, Any] | None = None
-) -> SamplingParams:
-    """Parameters of a greedy request for one of `choices`, with enough tokens for any of them."""
-    from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    return SamplingParams(
-        temperature=0,
-        max_tokens=longest_choice(choices),
-        structured_outputs=StructuredOutputsParams(choice=[choice.text for choice in choices]),
-        extra_args=extra_args,
-    )
+    if form is Form.CHOICE:  # with enough tokens for any of them
+        max_tokens = longest_choice(config.choices)
+        choices = StructuredOutputsParams(choice=[choice.text for choice in config.choices])
+        asked: dict[str, Any] = {"structured_outputs": choices}
+    elif form is Form.IN_VOCABULARY:
+        asked = {"logprob_token_ids": ids}
+    else:
+        asked = {"allowed_token_ids": ids, "logprobs": len(ids)}
+    return SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=extra_args, **asked)
 
 
 def longest_choice(choices: Sequence[Choice]) -> int:
