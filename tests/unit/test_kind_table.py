@@ -19,7 +19,6 @@ from vllm_adainfer.auto.table import (
     OTHERS,
     RECURRING_KINDS,
     RECURS,
-    KindLabels,
     KindTable,
     pools,
 )
@@ -46,7 +45,7 @@ def came(table: KindTable, kinds: Iterable[Kind | None], rows: int = 1) -> None:
 
 
 def test_a_kind_has_its_requests_their_prompts_and_their_rows():
-    table = KindTable()
+    table = KindTable(SALT)
     for number, prompt in enumerate((3, 40, 8) * 10):
         table.arrived(YES_NO, prompt, now=100.0 + number).tokens += prompt
     [count] = table.recurring()
@@ -63,13 +62,13 @@ def test_a_kind_has_its_requests_their_prompts_and_their_rows():
 
 @pytest.mark.parametrize("requests", [RECURS - 1, RECURS])
 def test_a_kind_recurs_from_so_many_requests_on(requests):
-    table = KindTable()
+    table = KindTable(SALT)
     came(table, [YES_NO] * requests)
     assert [count.kind for count in table.recurring()] == [YES_NO] * (requests == RECURS)
 
 
 def test_a_flood_of_lists_unique_to_a_request_drives_out_no_kind_that_recurs():
-    table = KindTable()
+    table = KindTable(SALT)
     came(table, [YES_NO] * RECURS)
     came(table, map(unique, range(10 * KINDS)))
     came(table, [YES_NO])
@@ -80,7 +79,7 @@ def test_a_flood_of_lists_unique_to_a_request_drives_out_no_kind_that_recurs():
 
 
 def test_of_too_many_kinds_that_recur_the_one_that_came_least_lately_goes():
-    table = KindTable()
+    table = KindTable(SALT)
     for number in range(RECURRING_KINDS):
         came(table, [unique(number)] * RECURS)
     came(table, [unique(0)])
@@ -93,7 +92,7 @@ def test_of_too_many_kinds_that_recur_the_one_that_came_least_lately_goes():
 
 def test_a_new_kind_comes_to_recur_however_many_others_do():
     """Also between lists that are unique, as long as its requests are not too far apart."""
-    table = KindTable()
+    table = KindTable(SALT)
     for number in range(2 * KINDS):
         came(table, [unique(number)] * RECURS)
     for number in range(RECURS):
@@ -103,15 +102,15 @@ def test_a_new_kind_comes_to_recur_however_many_others_do():
 
 
 def test_counts_go_on_from_a_file():
-    before = KindTable()
+    before = KindTable(SALT)
     came(before, [YES_NO] * RECURS + [LETTERS] * 2 * RECURS + [None] * 7, rows=3)
-    content = json.loads(json.dumps(before.as_dict(SALT)))
+    content = json.loads(json.dumps(before.as_dict()))
     assert content["kinds"].keys() == {YES_NO.name(SALT), LETTERS.name(SALT)}
-    table = KindTable()
+    table = KindTable(SALT)
     table.restore(content)
-    assert table.as_dict(SALT) == before.as_dict(SALT)
+    assert table.as_dict() == before.as_dict()
     came(table, [YES_NO, None])
-    counted = table.as_dict(SALT)["kinds"][YES_NO.name(SALT)]
+    counted = table.as_dict()["kinds"][YES_NO.name(SALT)]
     assert (counted["requests"], table.requests) == (RECURS + 1, 3 * RECURS + 9)
 
 
@@ -129,33 +128,39 @@ def test_counts_go_on_from_a_file():
     ],
 )
 def test_a_damaged_file_is_as_none(damaged):
-    table = KindTable()
+    table = KindTable(SALT)
     table.restore(damaged)
     assert (table.requests, table.tokens, table.recurring()) == (0, 0, [])
 
 
+def after_restart(kinds: Iterable[Kind]) -> KindTable:
+    """A table that goes on from one to which these have come."""
+    before, table = KindTable(SALT), KindTable(SALT)
+    came(before, kinds)
+    table.restore(before.as_dict())
+    return table
+
+
 def test_only_a_few_kinds_that_recur_get_labels_of_their_own():
-    table = KindTable()
-    came(table, [YES_NO] * RECURS)  # in an earlier run
-    labels = KindLabels(table.recurring(), SALT)
+    table = after_restart([YES_NO] * RECURS)
     kinds = [YES_NO, *map(unique, range(2 * NAMED))]
-    given = {kind: [labels.of(table.arrived(kind, 5, 1.0)) for _ in range(40)] for kind in kinds}
+    given = {
+        kind: [table.label_of(table.arrived(kind, 5, 1.0)) for _ in range(40)] for kind in kinds
+    }
     assert given[YES_NO] == [YES_NO.name(SALT)] * 40
     for kind in kinds[1:NAMED]:
         assert given[kind] == [OTHERS] * RECURS + [kind.name(SALT)] * (40 - RECURS)
     for kind in kinds[NAMED:]:
         assert given[kind] == [OTHERS] * 40
-    assert labels.reads == {kind.name(SALT): "label among 2" for kind in kinds[:NAMED]}
-    assert labels.of(table.arrived(None, 5, 1.0)) == NO_KIND
+    assert table.reads == {kind.name(SALT): "label among 2" for kind in kinds[:NAMED]}
+    assert table.label_of(table.arrived(None, 5, 1.0)) == NO_KIND
 
 
 def test_a_kind_that_was_forgotten_and_comes_again_keeps_its_label():
-    table = KindTable()
-    came(table, [YES_NO] * RECURS)
-    labels = KindLabels(table.recurring(), SALT)
+    table = after_restart([YES_NO] * RECURS)
     for number in range(RECURRING_KINDS):
         came(table, [unique(number)] * RECURS)
-    assert labels.of(table.arrived(YES_NO, 5, 1.0)) == YES_NO.name(SALT)
+    assert table.label_of(table.arrived(YES_NO, 5, 1.0)) == YES_NO.name(SALT)
 
 
 def subsets(count: int, size: int, of: int, seed: int = 0) -> list[Kind]:
@@ -165,7 +170,7 @@ def subsets(count: int, size: int, of: int, seed: int = 0) -> list[Kind]:
 
 def pools_of(kinds: Iterable[Kind]) -> list[tuple[int, int, int]]:
     """Labels, sets and requests of each pool candidate."""
-    table = KindTable()
+    table = KindTable(SALT)
     came(table, kinds)
     return [(len(one["labels"]), one["sets"], one["requests"]) for one in pools(table)]
 

@@ -39,7 +39,7 @@ class Served:
         self.directory = AutoDirectory(root)
         self.directory.create()
         self.names = {kind: kind.name(self.directory.salt) for kind in REQUESTS}
-        table = KindTable()
+        table = KindTable(self.directory.salt)
         table.since = MAY_3
         for kind, requests in REQUESTS.items():
             for number in range(requests):
@@ -48,7 +48,7 @@ class Served:
         for kind in (None, *POOL):
             table.arrived(kind, 10, MAY_3).tokens += 10
             table.tokens += 10
-        content = table.as_dict(self.directory.salt)
+        content = table.as_dict()
         content |= {"model": "served", "tokenizer": str(tokenizer)}
         content["pools"] = pools(table)
         write_json(self.directory.kinds, content)

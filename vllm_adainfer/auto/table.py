@@ -94,11 +94,15 @@ class KindTable:
         requests: all that came, of whatever kind.
         tokens: all token rows that ran.
         no_kind: the requests without a kind.
+        reads: what requests under each label of metrics read, such as ``label among 2``.
 
     """
 
-    def __init__(self) -> None:
-        """Begin to count."""
+    def __init__(self, salt: bytes) -> None:
+        """Begin to count; `salt` is the key of the kinds' names."""
+        self._salt = salt
+        self.reads: dict[str, str] = {}
+        self._labels: dict[Kind, str] = {}
         self.since = time.time()
         self.requests = 0
         self.tokens = 0
@@ -127,6 +131,22 @@ class KindTable:
         for kind, count in found.items():
             assert kind is not None
             self._keep(kind, count)
+        for count in self.recurring():
+            self.label_of(count)
+
+    def label_of(self, count: KindCount) -> str:
+        """The label in metrics of a request that has just been counted.
+
+        The recurring kinds that come first have one of their own, and keep it from then on.
+        """
+        kind = count.kind
+        if kind is None:
+            return NO_KIND
+        label = self._labels.get(kind, OTHERS)
+        if label == OTHERS and count.recurs and len(self._labels) < NAMED:
+            name = self._labels[kind] = kind.name(self._salt)
+            self.reads[name] = f"{kind.reads} among {len(kind.labels or kind.choices)}"
+        return label
 
     def recurring(self) -> list[KindCount]:
         """The kinds that recur, in the order of the token rows that ran for them, most first."""
@@ -137,14 +157,14 @@ class KindTable:
         yield from self._recurring.values()
         yield from self._new.values()
 
-    def as_dict(self, salt: bytes) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """The counts of the server and of its recurring kinds by name, for a file."""
         return {
             "since": self.since,
             "requests": self.requests,
             "tokens": self.tokens,
             "kinds": {
-                count.kind.name(salt): count.as_dict()
+                count.kind.name(self._salt): count.as_dict()
                 for count in self.recurring()
                 if count.kind is not None
             },
@@ -164,34 +184,6 @@ class KindTable:
         if len(self._recurring) >= RECURRING_KINDS:
             self._recurring.popitem(last=False)
         self._recurring[kind] = count
-
-
-class KindLabels:
-    """Labels of requests in metrics: the recurring kinds that come first have one of their own.
-
-    Attributes:
-        reads: what requests under each such label read, such as ``label among 2``.
-
-    """
-
-    def __init__(self, recurring: Iterable[KindCount], salt: bytes) -> None:
-        """Name the kinds that an earlier run of the server knew; `salt` is the key of the names."""
-        self.reads: dict[str, str] = {}
-        self._names: dict[Kind, str] = {}
-        self._salt = salt
-        for count in recurring:
-            self.of(count)
-
-    def of(self, count: KindCount) -> str:
-        """The label of a request that has just been counted; its kind keeps one from now on."""
-        kind = count.kind
-        if kind is None:
-            return NO_KIND
-        label = self._names.get(kind, OTHERS)
-        if label == OTHERS and count.recurs and len(self._names) < NAMED:
-            self._names[kind] = kind.name(self._salt)
-            self.reads[self._names[kind]] = f"{kind.reads} among {len(kind.labels or kind.choices)}"
-        return label
 
 
 def pools(counts: Iterable[KindCount]) -> list[dict[str, Any]]:

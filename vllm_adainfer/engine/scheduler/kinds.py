@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
-from vllm_adainfer.auto.table import KindCount, KindLabels, KindTable, pools
+from vllm_adainfer.auto.table import KindCount, KindTable, pools
 from vllm_adainfer.engine.admission.arrival import kind_of, kind_of_output
 from vllm_adainfer.engine.admission.running import params_of, resolved_of
 from vllm_adainfer.engine.compat.logs import get_logger
@@ -46,12 +46,11 @@ class KindCounts(Observer):
         """
         self._directory = AutoDirectory(directory)
         self._directory.create()
-        self._facts, self._salt, self._mode = facts, self._directory.salt, logprobs_mode
-        self._table, self._lock = KindTable(), Lock()
+        self._facts, self._mode = facts, logprobs_mode
+        self._table, self._lock = KindTable(self._directory.salt), Lock()
         before = read_json(self._directory.kinds)
         if isinstance(before, dict) and all(before.get(key) == facts[key] for key in facts):
             self._table.restore(before)
-        self._labels = KindLabels(self._table.recurring(), self._salt)
         self._counts: dict[str, tuple[Request, KindCount, str]] = {}
         self._added: Counter[tuple[str, str]] = Counter()  # by series and label
         self._next_report = 0.0
@@ -67,7 +66,7 @@ class KindCounts(Observer):
         kind = self._kind_of(request)
         with self._lock:
             count = self._table.arrived(kind, request.num_prompt_tokens, time.time())
-        label = self._labels.of(count)
+        label = self._table.label_of(count)
         self._added["kind_requests", label] += 1
         self._counts[request.request_id] = request, count, label
 
@@ -104,7 +103,7 @@ class KindCounts(Observer):
         self._next_report = now + REPORT_SECONDS
         added, self._added = self._added, Counter()
         told = [(*series, count) for series, count in added.items()]
-        return {"added": told, "reads": self._labels.reads} if told else {}
+        return {"added": told, "reads": self._table.reads} if told else {}
 
     @override
     def close(self) -> None:
@@ -135,7 +134,7 @@ class KindCounts(Observer):
                 )
                 return
             with self._lock:
-                content = {**self._facts, **self._table.as_dict(self._salt)}
+                content = {**self._facts, **self._table.as_dict()}
                 labels = list(self._table)
             content["pools"] = pools(labels)
             write_json(self._directory.kinds, content)
