@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.distributed import parallel_state
@@ -168,6 +169,14 @@ def test_requests_leave_where_the_script_says(served, monkeypatch):
         depth * len(prompt) for depth, prompt in zip(depths, prompts, strict=True)
     )
     assert all(output.token_ids[0] in SCRIPT_LABELS for output in found)
+
+
+@pytest.mark.parametrize("served", ["gemma4-multimodal", "qwen3.5-multimodal"], indirect=True)
+def test_a_picture_is_refused(served):
+    """Exits are for text alone."""
+    picture = {"image": Image.new("RGB", (8, 8))}
+    with pytest.raises(ValueError, match="not available for text-only models"):
+        served.llm.generate({"prompt_token_ids": [5, 6], "multi_modal_data": picture})
 
 
 @pytest.mark.parametrize("served", ["mixtral"], indirect=True)
