@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 CORES = sorted(os.sched_getaffinity(0))
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # gw0 or gw1 of `pytest -n 2`
-LONGEST = "test_serve", "test_cli", "test_suite", "test_self_test"
+LONGEST = "test_serve", "test_cli", "test_suite", "test_self_test", "test_self_test_of_graphs"
 
 # Before vLLM is imported anywhere: engines in this process, quiet, no GPU.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -209,43 +209,32 @@ def test_adapters_are_mapped_to_the_rows_that_are_left(monkeypatch):
     ]
 
 
-def nothing(_saved: Path, folder: Path) -> str:
-    return f"mood={folder}"
-
-
-def no_name(saved: Path, _folder: Path) -> str:
-    return str(saved)
-
-
-def not_json(saved: Path, folder: Path) -> str:
-    copied = shutil.copytree(saved, folder / "copy")
-    (copied / "adapter_config.json").write_text("r = 4")
-    return f"mood={copied}"
-
-
-def with_rank(rank: Any) -> Any:
-    def spoilt(saved: Path, folder: Path) -> str:
-        copied = shutil.copytree(saved, folder / "copy")
-        config = copied / "adapter_config.json"
-        config.write_text(json.dumps({**json.loads(config.read_text()), "r": rank}))
-        return f"mood={copied}"
-
-    return spoilt
+def with_config(saved: Path, folder: Path, config: Any) -> str:
+    """The adapter with another text as its config, or with changes to it."""
+    path = shutil.copytree(saved, folder / "copy") / "adapter_config.json"
+    changed = config
+    if not isinstance(config, str):
+        changed = json.dumps({**json.loads(path.read_text()), **config})
+    path.write_text(changed)
+    return f"mood={path.parent}"
 
 
 @pytest.mark.parametrize(
-    ("spoilt", "sentence"),
+    ("config", "sentence"),
     [
-        (no_name, "give the name of requests and a directory, NAME=DIR"),
-        (nothing, "is not a LoRA adapter: it needs adapter_config.json and adapter_model.safe"),
-        (not_json, "adapter_config.json is not the config of a LoRA adapter: Expecting value"),
-        (with_rank("4"), "r = '4' is not a rank that vLLM serves"),
-        (with_rank(4096), "r = 4096 is not a rank that vLLM serves"),
+        ("r = 4", "adapter_config.json is not the config of a LoRA adapter: Expecting value"),
+        ({"r": "4"}, "r = '4' is not a rank that vLLM serves"),
+        ({"r": 4096}, "r = 4096 is not a rank that vLLM serves"),
     ],
 )
-def test_what_is_no_adapter_is_refused_in_one_sentence(saved, tmp_path, spoilt, sentence):
+def test_what_is_no_adapter_is_refused_in_one_sentence(saved, tmp_path, config, sentence):
     with pytest.raises(AdaInferError, match=sentence):
-        read_adapter(spoilt(saved, tmp_path))
+        read_adapter(with_config(saved, tmp_path, config))
+    with pytest.raises(AdaInferError, match="give the name of requests and a directory, NAME=DIR"):
+        read_adapter(str(saved))
+    needs = "is not a LoRA adapter: it needs adapter_config.json and adapter_model.safe"
+    with pytest.raises(AdaInferError, match=needs):
+        read_adapter(f"mood={tmp_path}")
 
 
 def test_an_adapter_of_the_head_is_refused_because_probes_read_that_of_the_base(
@@ -275,5 +264,5 @@ def test_an_artifact_goes_with_its_adapter_alone(tiny_model, saved, tmp_path):
 
 @pytest.mark.parametrize(("rank", "room"), [(1, 1), (2, 8), (8, 8), (17, 32), (512, 512)])
 def test_the_engine_has_room_for_the_rank(saved, tmp_path, rank, room):
-    adapter = read_adapter(with_rank(rank)(saved, tmp_path))
+    adapter = read_adapter(with_config(saved, tmp_path, {"r": rank}))
     assert adapter.engine_settings["max_lora_rank"] == room
