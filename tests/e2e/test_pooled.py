@@ -162,7 +162,7 @@ def test_a_prompt_that_a_reload_interrupts_is_read_by_its_last_token(llm, refere
     llm.llm_engine.add_request("interrupted", {"prompt_token_ids": prompt}, params)
     llm.llm_engine.step()
     carried = parts(llm)[0].loop.carried
-    assert list(carried._ends.values()) == [STEP]
+    assert list(carried.ends.values()) == [STEP]
     llm.collective_rpc("adainfer_reload")
     with traced(llm) as (ran, _):
         outputs = finished(llm)
@@ -170,8 +170,8 @@ def test_a_prompt_that_a_reload_interrupts_is_read_by_its_last_token(llm, refere
     token = outputs["interrupted"].outputs[0].token_ids[0]
     assert own.policy == name
     assert expected(reference, artifacts[name], prompt, params) in (None, (own.depth, token))
-    assert not carried._read
-    assert not carried._ends
+    assert not carried.read
+    assert not carried.ends
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_a_preempted_prompt_begins_its_mean_again(scarce, reference, artifacts, 
         wanted = artifacts[own.policy.replace("default", "whole")]
         token = output.outputs[0].token_ids[0]
         assert expected(reference, wanted, prompt, params) in (None, (own.depth, token))
-    assert not parts(scarce)[0].loop.carried._read
+    assert not parts(scarce)[0].loop.carried.read
 
 
 def test_shadow_requests_are_watched_by_the_part_that_decides_them(

@@ -166,7 +166,7 @@ def test_states_of_prompts_in_any_chunks_are_the_last_ones_of_their_own(seed):
         )
         found |= dict(zip(order.tolist(), read.split(counts.tolist()), strict=True))
         carried.step_ended(step)
-        kept = [one[0] for one in carried._read.values()]
+        kept = [one[0] for one in carried.read.values()]
         assert all(one.shape[0] <= MOST_BRANCH_TOKENS for one in kept)
         assert all(one.untyped_storage().nbytes() == one.nbytes for one in kept)
     assert len(found) == len(lens)

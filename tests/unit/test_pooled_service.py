@@ -177,7 +177,7 @@ def test_before_the_first_request_it_has_read_what_it_will_read(pooled):
 def test_chunks_beyond_a_sliding_window_are_read_too(pooled, tmp_path):
     """Only tokens that may wait for layers, while more follow, must lie inside of it."""
     save_artifact(tmp_path / "policy", pooled, tiny_tensors(pooled), {}, "card\n")
-    carried = SimpleNamespace(end=lambda name: 20)
+    carried = SimpleNamespace(ends={"a": 20})
     running = running_requests({"artifact": str(tmp_path / "policy")}, carried=carried)
     running.window = 8
     labels = list(pooled.label_ids)

@@ -84,8 +84,8 @@ def test_prompts_in_any_chunks_and_order_are_read_as_the_definition_says(seed, w
             found |= {(point, int(one)): row for one, row in zip(order, read, strict=True)}
         carried.step_ended(step)
     assert len(found) == POINTS * (len(lens) - 1)
-    assert not carried._read
-    assert not carried._ends
+    assert not carried.read
+    assert not carried.ends
     for (point, request), read in found.items():
         right = definition(states[point, request, : lens[request]], pooled_from[request])
         torch.testing.assert_close(read, right, rtol=1e-4, atol=1e-5)
@@ -98,12 +98,12 @@ def test_a_chunk_before_the_own_tokens_carries_nothing():
     assert prompts.chunks.tolist() == [1]
     prompts.read(0, np.arange(0), prompts.chunks, step.layout, HiddenStates(torch.ones(9, HIDDEN)))
     carried.step_ended(step)
-    assert [carried.end(name) for name in step.request_ids] == [None, 5]
+    assert [carried.ends.get(name) for name in step.request_ids] == [None, 5]
 
 
 def put(carried: CarriedPrompts, *names: str) -> None:
     for name in names:
-        carried.put(name, 0, torch.ones(HIDDEN))
+        carried.read.setdefault(name, {})[0] = torch.ones(HIDDEN)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +116,9 @@ def test_sums_are_kept_only_while_they_have_every_row(complete, pooled_from, end
     carried = CarriedPrompts()
     put(carried, "request 0", "elsewhere")
     carried.step_ended(step_of([4], [9], [complete], pooled_from))
-    assert carried.end("request 0") == end
-    assert ("request 0" in carried._read) == (end is not None)
-    assert "elsewhere" in carried._read  # it did not run in this step
+    assert carried.ends.get("request 0") == end
+    assert ("request 0" in carried.read) == (end is not None)
+    assert "elsewhere" in carried.read  # it did not run in this step
 
 
 def test_sums_are_forgotten_with_their_request_or_with_all():
@@ -126,9 +126,9 @@ def test_sums_are_forgotten_with_their_request_or_with_all():
     put(carried, "a", "b", "c")
     carried.forget("a")
     carried.forget("never seen")
-    assert list(carried._read) == ["b", "c"]
+    assert list(carried.read) == ["b", "c"]
     carried.clear()
-    assert not carried._read
+    assert not carried.read
 
 
 def test_what_is_kept_of_a_chunk_keeps_no_larger_tensor_alive():
@@ -136,7 +136,7 @@ def test_what_is_kept_of_a_chunk_keeps_no_larger_tensor_alive():
     step = step_of([3, 3], [3, 3], [False, True], [1, 1])
     prompts = PooledPrompts(step, carried)
     prompts.read(0, np.array([1]), prompts.chunks, step.layout, HiddenStates(torch.ones(6, HIDDEN)))
-    kept = carried.get("request 0", 0)
+    kept = carried.read["request 0"][0]
     assert kept.untyped_storage().nbytes() == 4 * HIDDEN
 
 
@@ -156,7 +156,7 @@ def test_a_prompt_of_which_some_own_rows_never_ran_is_decided_by_its_last_token(
 ):
     table = RequestTable()
     table.put("a", Running(pooled_from=4, threshold_row=3, last_token_row=7))
-    own, carried = table.of(["a"]), SimpleNamespace(end=lambda name: end)
+    own, carried = table.of(["a"]), SimpleNamespace(ends={"a": end})
     running: Any = SimpleNamespace(_loop=SimpleNamespace(carried=carried))
     RunningRequests._without_lost_rows(running, own, ["a"], np.array([computed]))
     found = own.pooled_from.tolist(), own.threshold_row.tolist()

@@ -30,6 +30,7 @@ from vllm_adainfer.settings.engine import NO_POLICY, Settings
 from vllm_adainfer.settings.request import RequestSettings, read_request
 
 if TYPE_CHECKING:
+    from vllm import SamplingParams
     from vllm.config import VllmConfig
     from vllm.lora.request import LoRARequest
 
@@ -164,10 +165,6 @@ def why_choices_run_on(vllm_config: VllmConfig, settings: Settings) -> str | Non
     if vllm_config.model_config.return_sampling_mask:
         return "sampling masks are returned, and the tokens appended would have none"
     return None
-
-
-if TYPE_CHECKING:
-    from vllm import SamplingParams
 
 
 def check_request(params: SamplingParams, admission: Admission) -> None:

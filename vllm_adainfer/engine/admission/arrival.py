@@ -180,12 +180,6 @@ def _valid_settings(params: Params) -> RequestSettings:
         return OPTED_OUT
 
 
-if TYPE_CHECKING:
-    from vllm.lora.request import LoRARequest
-
-    from vllm_adainfer.engine.admission.running import Params
-
-
 def kind_of(
     params: Params | None, adapter: LoRARequest | None, resumable: bool, logprobs_mode: str
 ) -> Kind | None:

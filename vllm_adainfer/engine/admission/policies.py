@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -90,25 +90,22 @@ class Policies:
             return self.ends_choices and max_tokens > longest  # with the token that ends it
         return max_tokens == 1 or config.max_tokens > 1
 
-    def with_student(self, request: Running, adapter: LoRARequest | None) -> list[str]:
-        """The policies with a student that may decide a request; adapters as for `may_decide`."""
-        candidates = self.for_adapter_name(adapter)
-        groups = [candidates] if adapter is None else [{n: c} for n, c in candidates.items()]
+    def selectable(self, request: Running, adapter: LoRARequest | None) -> Iterator[str]:
+        """The policies that may decide a request, whatever weights its adapter turns out to have.
+
+        The scheduler does not read an adapter's files, and several policies may be for adapters of
+        the same name.
+        """
+        named = self.for_adapter_name(adapter)
+        groups = [named] if adapter is None else [{name: one} for name, one in named.items()]
         selected = (self.select(request, group) for group in groups)
-        return [n for n in selected if n is not None and candidates[n].student is not None]
+        return (name for name in selected if name is not None)
 
     def may_decide(self, request: Running, adapter: LoRARequest | None) -> bool:
-        """Whether a policy may decide a request, whatever weights its adapter turns out to have.
-
-        The scheduler does not read an adapter's files. Several policies may be for adapters of the
-        same name, and vLLM may load a policy with the adapter.
-        """
-        if adapter is None:
-            return self.select(request, self._of_base) is not None
-        if self._adapters_bring_policies and request.output is not None:
+        """Whether one may decide a request, such as a policy that vLLM loads with the adapter."""
+        if adapter is not None and self._adapters_bring_policies and request.output is not None:
             return True
-        candidates = self.for_adapter_name(adapter).items()
-        return any(self.select(request, {name: config}) for name, config in candidates)
+        return any(True for _ in self.selectable(request, adapter))
 
     def for_adapter(
         self, adapter: LoRARequest | None, fingerprint: str | None

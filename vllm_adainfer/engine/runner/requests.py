@@ -227,7 +227,7 @@ class RunningRequests:
         """Let requests be decided by their last token of whose prompts some rows never ran."""
         pooled_from = own.pooled_from
         for place in np.flatnonzero((pooled_from >= 0) & (computed > pooled_from)).tolist():
-            if self._loop.carried.end(request_ids[place]) != computed[place]:
+            if self._loop.carried.ends.get(request_ids[place]) != computed[place]:
                 pooled_from[place] = NOT_POOLED
                 own.threshold_row[place] = own.last_token_row[place]
 

@@ -53,5 +53,5 @@ class PromptTexts:
         is_text = prompt and not request.mm_features and request.prompt_embeds is None
         if not is_text or not resolved.may_exit:
             return {}
-        names = self._admission.policies.with_student(resolved, request.lora_request)
-        return {name: self._readers[name](prompt) for name in names}
+        names = self._admission.policies.selectable(resolved, request.lora_request)
+        return {name: self._readers[name](prompt) for name in names if name in self._readers}

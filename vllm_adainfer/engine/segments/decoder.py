@@ -36,18 +36,6 @@ class KVProjection:
     key_norm: nn.Module | None = None
     value_norm: nn.Module | None = None
 
-    @property
-    def heads(self) -> tuple[int, int]:
-        """The number of KV heads, and the head size."""
-        return self.attention.num_kv_heads, self.attention.head_size
-
-    @property
-    def q_size(self) -> int:
-        """The number of projection outputs before keys and values: queries, perhaps with a gate."""
-        heads, head_size = self.heads
-        size: int = self.qkv_proj.output_size_per_partition - 2 * heads * head_size
-        return size
-
     def __call__(
         self, hidden: Tensor, residual: Tensor | None, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -60,8 +48,10 @@ class KVProjection:
             state, _ = self.norm(state, residual)
         elif self.norm is not None:
             state = self.norm(state)
-        both = self.qkv_proj(state)[0][:, self.q_size :]
-        keys, values = both.unflatten(1, (2, *self.heads)).unbind(1)
+        heads = self.attention.num_kv_heads, self.attention.head_size
+        # Before keys and values come queries, perhaps with a gate.
+        both = self.qkv_proj(state)[0][:, -2 * heads[0] * heads[1] :]
+        keys, values = both.unflatten(1, (2, *heads)).unbind(1)
         if self.key_norm is not None:
             norm: Any = self.key_norm
             parts = keys.flatten(1).unflatten(1, (-1, norm.weight.shape[0]))
@@ -72,7 +62,7 @@ class KVProjection:
             # A copy: vLLM's op writes to its argument, here a view of the projection's output.
             # When that is compiled, torch 2.13 may specialise on the number of rows.
             rotated = self.rotary(positions, keys.flatten(1).clone(), None)[0]
-            keys = rotated.unflatten(1, self.heads)
+            keys = rotated.unflatten(1, heads)
         return keys, values
 
 

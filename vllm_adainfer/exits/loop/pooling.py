@@ -24,20 +24,8 @@ class CarriedPrompts:
     """
 
     def __init__(self) -> None:
-        self._read: dict[str, dict[int, Tensor]] = {}  # by request, then exit point
-        self._ends: dict[str, int] = {}
-
-    def end(self, request_id: str) -> int | None:
-        """The position after the last row that was read; None if none of the request was."""
-        return self._ends.get(request_id)
-
-    def put(self, request_id: str, exit_index: int, read: Tensor) -> None:
-        """Keep the partial read of a request at an exit point."""
-        self._read.setdefault(request_id, {})[exit_index] = read
-
-    def get(self, request_id: str, exit_index: int) -> Tensor:
-        """The partial read that `put` kept."""
-        return self._read[request_id][exit_index]
+        self.read: dict[str, dict[int, Tensor]] = {}  # by request, then exit point
+        self.ends: dict[str, int] = {}  # by request, the position after the last row that was read
 
     def step_ended(self, step: StepContext) -> None:
         """Partial reads of chunks that were read now include the rows of this step.
@@ -45,23 +33,23 @@ class CarriedPrompts:
         That of complete prompts is dropped, and that of prompts that ran without being read, as
         where other weights were being loaded.
         """
-        for request_id in [one for one in step.request_ids if one in self._read]:
+        for request_id in [one for one in step.request_ids if one in self.read]:
             place = step.request_ids.index(request_id)
             was_pooled = step.pooled_from is not None and step.pooled_from[place] >= 0
             if was_pooled and not step.yields_token[place]:
-                self._ends[request_id] = int(step.layout.last_positions[place]) + 1
+                self.ends[request_id] = int(step.layout.last_positions[place]) + 1
             else:
                 self.forget(request_id)
 
     def forget(self, request_id: str) -> None:
         """The request has ended or starts again, or its prompt is complete."""
-        self._read.pop(request_id, None)
-        self._ends.pop(request_id, None)
+        self.read.pop(request_id, None)
+        self.ends.pop(request_id, None)
 
     def clear(self) -> None:
         """Forget all requests."""
-        self._read.clear()
-        self._ends.clear()
+        self.read.clear()
+        self.ends.clear()
 
 
 class PooledPrompts:
@@ -110,10 +98,7 @@ class PooledPrompts:
         )
         for request in chunks.tolist():
             place = int(np.searchsorted(pooled, request))
-            # A copy, which keeps no larger tensor alive.
-            self._carried.put(
-                self._step.request_ids[request], exit_index, result.sums[place].clone()
-            )
+            self._keep(request, exit_index, result.sums[place])
         read = torch.cat([result.last, result.sums / counts_on_device.unsqueeze(1)], dim=1)
         return read if np.array_equal(requests, pooled) else read.index_select(0, places_on_device)
 
@@ -142,15 +127,18 @@ class PooledPrompts:
         own = project(replace(states, per_layer=None).rows(rows).combined())
         parts = dict(zip(wanted.tolist(), own.split(lens.tolist()), strict=True))
         for request in wanted[self._counts[wanted] > self._lens[wanted]].tolist():
-            earlier = self._carried.get(self._step.request_ids[request], exit_index)
+            earlier = self._carried.read[self._step.request_ids[request]][exit_index]
             parts[request] = torch.cat([earlier, parts[request]])[-MOST_BRANCH_TOKENS:]
         for request in chunks.tolist():
-            # A copy, which keeps no larger tensor alive.
-            request_id = self._step.request_ids[request]
-            self._carried.put(request_id, exit_index, parts[request].clone())
+            self._keep(request, exit_index, parts[request])
         read = [parts[request] for request in requests.tolist()]
         counts = np.array([len(part) for part in read], dtype=np.int64)
         return torch.cat([own[:0], *read]), counts
+
+    def _keep(self, request: int, exit_index: int, read: Tensor) -> None:
+        """Carry a partial read on: a copy, which keeps no larger tensor alive."""
+        of_request = self._carried.read.setdefault(self._step.request_ids[request], {})
+        of_request[exit_index] = read.clone()
 
     def _sums_of_earlier_chunks(
         self, exit_index: int, requests: Ints, states: HiddenStates
@@ -162,5 +150,5 @@ class PooledPrompts:
         sums = states.hidden.new_zeros(len(requests), states.hidden.shape[1], dtype=torch.float32)
         for place in continued.tolist():
             request_id = self._step.request_ids[requests[place]]
-            sums[place] = self._carried.get(request_id, exit_index)
+            sums[place] = self._carried.read[request_id][exit_index]
         return sums
