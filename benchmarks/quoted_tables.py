@@ -15,7 +15,7 @@ SENTENCES = {
     "promises; the second promises that at most epsilon of the scores *move*:",
     "classify": "A [classifier](classifiers.md) over `/classify`, whose head is the rows of the "
     "fine-tuned SmolLM2-135M's LM head for the labels:",
-    "promises": "What each [promise](promises.md) costs, fine-tuned SmolLM2-135M. *Broken* is the "
+    "promises": "The cost of each [promise](promises.md), fine-tuned SmolLM2-135M. *Broken* is the "
     "share of answers that break it; for recall, of all answers that change, and then of those "
     "that full depth answers with the label. One engine serves all policies of a task:",
     "auto": "An empty directory, the same requests to [such a server](self_calibration.md) and to "
