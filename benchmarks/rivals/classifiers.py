@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,100 +20,84 @@ INVERSE_REGULARISATION = 10.0
 TEXTS = 32  # that an encoder reads at once
 MOST_TOKENS = 256  # that it reads of a text
 
-
-class Classifier(Protocol):
-    """A classifier of texts."""
-
-    def fit(self, texts: Sequence[str], answers: Ints) -> None:
-        """Learn the model's `answers` [texts], token ids."""
-
-    def answer(self, texts: Sequence[str]) -> tuple[Ints, Floats]:
-        """An answer for each text, and how sure it is of it, 0 to 1."""
+Answer = Callable[[Sequence[str]], tuple[Ints, Floats]]
+"""An answer for each text, and how sure a classifier is of it, 0 to 1."""
+Fit = Callable[[Sequence[str], Ints], Answer]
+"""Learns the model's answers [texts], token ids."""
 
 
-class Words:
+def words() -> Fit:
     """TF-IDF of words and pairs of words, and logistic regression."""
-
-    def __init__(self) -> None:
-        self._words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-        self._model = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=2000)
-
-    def fit(self, texts: Sequence[str], answers: Ints) -> None:
-        """See `Classifier`."""
-        self._model.fit(self._words.fit_transform(texts), answers)
-
-    def answer(self, texts: Sequence[str]) -> tuple[Ints, Floats]:
-        """See `Classifier`."""
-        return _likeliest(self._model, self._words.transform(texts))
+    vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    return _regression(vectors.fit_transform, vectors.transform)
 
 
-class Embeddings:
+def embeddings(directory: Path) -> Fit:
     """The embeddings of an encoder, which stays as it is, and logistic regression.
 
     An embedding is the mean of a text's last states, normed.
     """
+    from transformers import AutoModel, AutoTokenizer
 
-    def __init__(self, directory: Path) -> None:
-        from transformers import AutoModel, AutoTokenizer
-
-        self._tokenizer = AutoTokenizer.from_pretrained(directory)
-        self._encoder = AutoModel.from_pretrained(directory, dtype=torch.bfloat16).eval()
-        self._model = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=2000)
-
-    def fit(self, texts: Sequence[str], answers: Ints) -> None:
-        """See `Classifier`."""
-        self._model.fit(self._embed(texts), answers)
-
-    def answer(self, texts: Sequence[str]) -> tuple[Ints, Floats]:
-        """See `Classifier`."""
-        return _likeliest(self._model, self._embed(texts))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    encoder = AutoModel.from_pretrained(directory, dtype=torch.bfloat16).eval()
 
     @torch.inference_mode()
-    def _embed(self, texts: Sequence[str]) -> Floats:
-        embeddings = np.empty((len(texts), self._encoder.config.hidden_size))
+    def embed(texts: Sequence[str]) -> Floats:
+        found = np.empty((len(texts), encoder.config.hidden_size))
         order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
         for start in range(0, len(order), TEXTS):
             places = order[start : start + TEXTS]
-            inputs = self._tokenizer(
+            inputs = tokenizer(
                 [texts[place] for place in places],
                 padding=True,
                 truncation=True,
                 max_length=MOST_TOKENS,
                 return_tensors="pt",
             )
-            states = self._encoder(**inputs).last_hidden_state.float()
+            states = encoder(**inputs).last_hidden_state.float()
             mask = inputs["attention_mask"].unsqueeze(-1)
             means = (states * mask).sum(1) / mask.sum(1)
-            embeddings[places] = torch.nn.functional.normalize(means).numpy()
-        return embeddings
+            found[places] = torch.nn.functional.normalize(means).numpy()
+        return found
+
+    return _regression(embed, embed)
 
 
-class Shad0wTable:
+def shad0w_table(directory: Path) -> Fit:
     """The table of `SHAD0W`, and its own confidence; see `compile_schema` there."""
+    if not (directory / "shad0w").is_dir():
+        pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target"]
+        subprocess.run([*pip, str(directory), SHAD0W], check=True)
+    if str(directory) not in sys.path:
+        sys.path.append(str(directory))
 
-    def __init__(self, directory: Path) -> None:
-        if not (directory / "shad0w").is_dir():
-            pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target"]
-            subprocess.run([*pip, str(directory), SHAD0W], check=True)
-        if str(directory) not in sys.path:
-            sys.path.append(str(directory))
-        self._options: Ints = np.empty(0, dtype=np.int64)
-        self._table: Any = None
-
-    def fit(self, texts: Sequence[str], answers: Ints) -> None:
-        """See `Classifier`."""
+    def fit(texts: Sequence[str], answers: Ints) -> Answer:
         from shad0w.compiler.distill import compile_schema
 
-        self._options, columns = np.unique(answers, return_inverse=True)
-        names = [str(option) for option in self._options]
-        self._table = compile_schema(list(texts), columns, names)
+        options, columns = np.unique(answers, return_inverse=True)
+        table = compile_schema(list(texts), columns, [str(option) for option in options])
 
-    def answer(self, texts: Sequence[str]) -> tuple[Ints, Floats]:
-        """See `Classifier`."""
-        probabilities, sure, _ = self._table.predict(list(texts))
-        return self._options[probabilities.argmax(axis=1)], np.asarray(sure, dtype=np.float64)
+        def answer(some: Sequence[str]) -> tuple[Ints, Floats]:
+            probabilities, sure, _ = table.predict(list(some))
+            return options[probabilities.argmax(axis=1)], np.asarray(sure, dtype=np.float64)
+
+        return answer
+
+    return fit
 
 
-def _likeliest(model: LogisticRegression, features: Any) -> tuple[Ints, Floats]:
-    probabilities = model.predict_proba(features)
-    return model.classes_[probabilities.argmax(axis=1)], probabilities.max(axis=1)
+def _regression(fitted: Callable[..., Any], read: Callable[[Sequence[str]], Any]) -> Fit:
+    """Logistic regression on the features of texts: those to fit on, and others."""
+
+    def fit(texts: Sequence[str], answers: Ints) -> Answer:
+        model = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=2000)
+        model.fit(fitted(texts), answers)
+
+        def answer(some: Sequence[str]) -> tuple[Ints, Floats]:
+            probabilities = model.predict_proba(read(some))
+            return model.classes_[probabilities.argmax(axis=1)], probabilities.max(axis=1)
+
+        return answer
+
+    return fit

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.common.minilm import fetch_minilm
 from benchmarks.offline.bench_trained_probes import alone
-from benchmarks.rivals.classifiers import Classifier, Embeddings, Shad0wTable, Words
+from benchmarks.rivals.classifiers import Fit, embeddings, shad0w_table, words
 from benchmarks.rivals.cut_model import CutModel
 from benchmarks.rivals.judged import certified_threshold, of_policy, static_truncation
 from benchmarks.rivals.report import TITLES
@@ -67,9 +67,9 @@ class Contest:
         prompts = replace(task.prompts, split=split, student=base)
         calibration = calibration_of(request, prompts, task.recording)
         encoder = fetch_minilm(CACHE / "all-MiniLM-L6-v2")
-        self._classifier("words", Words(), calibration)
-        self._classifier("embeddings", Embeddings(encoder), calibration)
-        self._classifier("table", Shad0wTable(CACHE / "shad0w"), calibration)
+        self._classifier("words", words(), calibration)
+        self._classifier("embeddings", embeddings(encoder), calibration)
+        self._classifier("table", shad0w_table(CACHE / "shad0w"), calibration)
         self._cut_model(calibration)
         self._published(calibration)
         self._ours(calibration, prompts)
@@ -83,21 +83,21 @@ class Contest:
         yield row
         self.rows.append({"seconds": time.perf_counter() - start} | row)
 
-    def _classifier(self, name: str, classifier: Classifier, calibration: Calibration) -> None:
+    def _classifier(self, name: str, fit: Fit, calibration: Calibration) -> None:
         task, split = self.task, calibration.split
         with self._row(name) as row:
             start = time.perf_counter()
-            classifier.fit(task.texts_of(split.fit), task.recording.tokens[split.fit])
-            answers, sure = classifier.answer(task.texts_of(split.certify))
+            answer = fit(task.texts_of(split.fit), task.recording.tokens[split.fit])
+            answers, sure = answer(task.texts_of(split.certify))
             differs = answers != task.recording.tokens[split.certify]
             epsilon = calibration.options.epsilon
             least = certified_threshold(differs, sure, Terms(calibration).bound, epsilon)
             row["seconds"] = time.perf_counter() - start
-            answers, sure = classifier.answer(task.texts_of(task.tests.rows))
+            answers, sure = answer(task.texts_of(task.tests.rows))
             served = sure >= least
             chosen = np.where(served, answers, task.tests.teacher)
             row |= task.tests.result(chosen, served.astype(np.float64), by_request=True)
-        self.spares[name] = lambda texts: classifier.answer(texts)[1] >= least
+        self.spares[name] = lambda texts: answer(texts)[1] >= least
 
     def _cut_model(self, calibration: Calibration) -> None:
         task, split = self.task, calibration.split
