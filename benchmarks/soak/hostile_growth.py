@@ -41,7 +41,7 @@ class Thing:
 
     title: str
     base: int
-    body: Callable[[int, int], dict[str, Any]]
+    body: Callable[[int, int], dict[str, Any]] = lambda size, number: {}
     headers: Callable[[int, int], dict[str, str]] = lambda size, number: {}
 
     def request(self, size: int, number: int) -> tuple[bytes, dict[str, str]]:
@@ -63,74 +63,51 @@ def grammar(size: int, number: int) -> dict[str, Any]:
     return structured(grammar="root ::= " + " | ".join(words))
 
 
-def comment(size: int, number: int) -> dict[str, Any]:
-    """A short grammar with a comment of `size` characters."""
-    return structured(grammar=f'root ::= "a" # {number} "' + COMMENT * (size // len(COMMENT)))
-
-
-def number_of_choices(size: int, number: int) -> dict[str, Any]:
-    """`size` short choices."""
-    return structured(choice=[f"n{number} {place}" for place in range(size)])
-
-
-def length_of_choices(size: int, number: int) -> dict[str, Any]:
-    """Two choices, one of them of `size` characters."""
-    return structured(choice=[f"n{number} " + "word " * (size // 5), f"n{number}"])
-
-
 def json_output(size: int, number: int) -> dict[str, Any]:
     """A JSON list that cannot end before `size` tokens are generated."""
     schema = {"type": "array", "items": {"type": "integer"}, "minItems": size, "title": f"{number}"}
     return {"max_tokens": size, **structured(json=schema)}
 
 
-def allowed(size: int, number: int) -> dict[str, Any]:
-    """`size` allowed token ids."""
-    return {"allowed_token_ids": list(range(number, number + size))}
+def stops(size: int, number: int, characters: int = 0) -> dict[str, Any]:
+    """So many stop strings, of so many characters each."""
+    texts = [f"n{number} {place}".ljust(characters, "x") for place in range(size)]
+    return {"max_tokens": 8, "stop": texts}
 
 
-def scored(size: int, number: int) -> dict[str, Any]:
-    """`size` token ids to return log-probabilities for."""
-    return {"logprob_token_ids": list(range(number, number + size)), "logprobs": size}
-
-
-def stop(size: int, number: int) -> dict[str, Any]:
-    """As many stop strings as vLLM takes (``VLLM_MAX_STOP_STRINGS``), of `size` characters each."""
-    return {"max_tokens": 8, "stop": [f"n{number} {place}".ljust(size, "x") for place in range(4)]}
-
-
-def many_stops(size: int, number: int) -> dict[str, Any]:
-    """`size` short stop strings."""
-    return {"max_tokens": 8, "stop": [f"n{number} {place}" for place in range(size)]}
-
-
-def plain(size: int, number: int) -> dict[str, Any]:
-    """A plain request."""
-    return {}
-
-
-def long_id(size: int, number: int) -> dict[str, str]:
-    """The header that becomes the request's id, of `size` characters."""
-    return {"X-Request-Id": f"{number}-".ljust(size, "x")}
-
-
-def many_headers(size: int, number: int) -> dict[str, str]:
-    """`size` short headers."""
-    return {f"X-{place}": f"{number}" for place in range(size)}
-
-
+MOST_STOPS = 4  # as vLLM takes (``VLLM_MAX_STOP_STRINGS``)
 THINGS = (
     Thing("grammar, characters", 100, grammar),
-    Thing("comment in a grammar, characters", 64, comment),
-    Thing("choices", 10, number_of_choices),
-    Thing("a choice, characters", 100, length_of_choices),
-    Thing("`allowed_token_ids`", 40, allowed),
-    Thing("`logprob_token_ids`", 12, scored),
+    Thing(
+        "comment in a grammar, characters",
+        64,
+        lambda size, n: structured(
+            grammar=f'root ::= "a" # {n} "' + COMMENT * (size // len(COMMENT))
+        ),
+    ),
+    Thing(
+        "choices", 10, lambda size, n: structured(choice=[f"n{n} {place}" for place in range(size)])
+    ),
+    Thing(
+        "a choice, characters",
+        100,
+        lambda size, n: structured(choice=[f"n{n} " + "word " * (size // 5), f"n{n}"]),
+    ),
+    Thing("`allowed_token_ids`", 40, lambda size, n: {"allowed_token_ids": [*range(n, n + size)]}),
+    Thing(
+        "`logprob_token_ids`",
+        12,
+        lambda size, n: {"logprob_token_ids": [*range(n, n + size)], "logprobs": size},
+    ),
     Thing("JSON output, tokens", 1, json_output),
-    Thing("`stop` strings, number", 1, many_stops),
-    Thing("`stop` strings, characters", 16, stop),
-    Thing("header `X-Request-Id`, characters", 64, plain, long_id),
-    Thing("headers", 4, plain, many_headers),
+    Thing("`stop` strings, number", 1, stops),
+    Thing("`stop` strings, characters", 16, lambda size, n: stops(MOST_STOPS, n, size)),
+    Thing(
+        "header `X-Request-Id`, characters",
+        64,
+        headers=lambda size, n: {"X-Request-Id": f"{n}-".ljust(size, "x")},
+    ),
+    Thing("headers", 4, headers=lambda size, n: {f"X-{place}": f"{n}" for place in range(size)}),
 )
 
 
