@@ -16,8 +16,8 @@ from torch import Tensor
 from tests import student
 from vllm_adainfer.artifact.fields import Choice, Label, SharedTokens
 from vllm_adainfer.artifact.kinds import ProbeKind
+from vllm_adainfer.artifact.outputs import AnyOutput, Choices, LabelPool, Labels, Tokens
 from vllm_adainfer.exits.recording.moments import Moments
-from vllm_adainfer.offline.calibration.data.choices import Choices
 from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit import cost, training
@@ -31,6 +31,7 @@ from vllm_adainfer.offline.calibration.record.rows import (
     ServedModel,
     normed,
 )
+from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.probe import Probe
 
 HIDDEN, VOCAB, DEPTH, PROMPTS = 16, 40, 8, 900
@@ -39,7 +40,7 @@ LABELS = (Label(name="bad", token_id=7), Label(name="good", token_id=3))
 LABEL_IDS = torch.tensor([7, 3])
 POOL = tuple(Label(name=f"label {token}", token_id=token) for token in (5, 17, 9, 2, 30, 11))
 CHOICES = Choices(
-    (
+    choices=(
         Choice(text="a", token_ids=(3, 9), first_tokens=(3, 8)),
         Choice(text="b", token_ids=(7,), first_tokens=(7, 20, 21)),
         Choice(text="c", token_ids=(30,), first_tokens=(30,)),
@@ -161,12 +162,16 @@ def calibration_of(
         ids,
         reads,
         subsets,
-        first_tokens=None if choices is None else choices.first_tokens,
+        first_tokens=None if choices is None else FirstTokens.of(choices),
         promise=asked.promise.about([label.name for label in labels]),
         never_early=frozenset(o.token_id for o in labels if o.name in asked.never_early),
     )
-    more = {"pooled_from": 3 if target.is_pooled else None, "choices": choices, **(given or {})}
-    return Calibration(rows, target, split, asked, tuple(labels), **more)
+    more = {"pooled_from": 3 if target.is_pooled else None, **(given or {})}
+    output: AnyOutput = Tokens(candidates="full" if ids is None else "shortlist")
+    if labels:
+        kind_of_labels = Labels if subsets is None else LabelPool
+        output = choices or kind_of_labels(labels=tuple(labels))
+    return Calibration(rows, target, split, asked, output, **more)
 
 
 def of_pool(**options: Any) -> Calibration:
@@ -182,9 +187,11 @@ def of_pool(**options: Any) -> Calibration:
 def of_choices(choices: Choices = CHOICES, **options: Any) -> Calibration:
     """Requests that choose from texts, answered with a first token."""
     recording = recording_of(labels=False, noise=0.2)
-    lens = recording.model.logit_lens.of_tokens(choices.first_tokens.token_ids)
+    first = FirstTokens.of(choices)
+    lens = recording.model.logit_lens.of_tokens(first.token_ids)
     best = lens.score(lens.readout(recording.final)).top1_id.numpy()
-    recording = replace(recording, tokens=choices.decided_by(best))
+    ids = np.array([one.token_id for one in choices.labels])
+    recording = replace(recording, tokens=ids[first.labels_of(best)])
     options = {"exit_points": LAYERS, **options}
     return calibration_of(recording, labels=choices.labels, choices=choices, **options)
 

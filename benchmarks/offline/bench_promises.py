@@ -150,7 +150,7 @@ def made_policies(
 ) -> dict[str, FittedPolicy]:
     """The policy of each promise that can be certified and pays."""
     policies = {}
-    names = [label.name for label in prompts.labels]
+    names = [label.name for label in prompts.output.labels]
     groups = prompts.split.groups
     calibrating = groups[: len(prompts.split.fit) + len(prompts.split.certify)]
     for promise, options in promises(request.options, names).items():
@@ -187,7 +187,7 @@ def measure_all(
     """Run stock and each policy, in turn, on the prompts that calibrated nothing."""
     hf_config, tokenizer = load_config_and_tokenizer(request.model)
     examples = [prompts.examples[place] for place in tests.tolist()]
-    rights = right_tokens(examples, prompts.labels, tokenizer)
+    rights = right_tokens(examples, prompts.output.labels, tokenizer)
     by_name = {f"policy-{number}": one for number, one in enumerate(policies.values())}
     rounds = run_in_turn(request, by_name, examples, folder, repeat)
     rows = []

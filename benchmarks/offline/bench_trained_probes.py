@@ -179,7 +179,7 @@ def measure_all(
         say(f"{name}: nothing is certified")
     examples = [made.prompts.examples[place] for place in made.tests.tolist()]
     _, tokenizer = load_config_and_tokenizer(request.model)
-    rights = right_tokens(examples, made.prompts.labels, tokenizer)
+    rights = right_tokens(examples, made.prompts.output.labels, tokenizer)
     rounds = run_in_turn(request, certified, examples, folder, repeat)
     return [
         {

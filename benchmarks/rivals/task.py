@@ -49,7 +49,7 @@ class Task:
 
     def labels(self, places: Ints) -> list[Sequence[int]]:
         """The label tokens that each prompt may be answered with."""
-        common = [label.token_id for label in self.prompts.labels]
+        common = [label.token_id for label in self.prompts.output.labels]
         return [self.prompts.examples[place].labels or common for place in places.tolist()]
 
     def examples(self, places: Ints) -> list[Example]:
@@ -70,7 +70,7 @@ def read_task(request: CalibrationRequest, most: int) -> Task:
     texts = [example.text[start : len(example.text) - end] for example in examples]
     rows = np.arange(most, len(examples))
     _, tokenizer = load_config_and_tokenizer(request.model)
-    rights = right_tokens([examples[row] for row in rows], prompts.labels, tokenizer)
+    rights = right_tokens([examples[row] for row in rows], prompts.output.labels, tokenizer)
     tests = Unseen(rows, recording.tokens[rows], rights)
     return Task(request, prompts, texts, recording, tests)
 

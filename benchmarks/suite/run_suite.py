@@ -27,12 +27,13 @@ from benchmarks.suite import methods
 from benchmarks.suite.report import markdown, suite_report
 from benchmarks.suite.tasks import TaskData, load_suite, load_task
 from vllm_adainfer.artifact.files import load_artifact_config
+from vllm_adainfer.artifact.outputs import Labels
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.offline.calibration.data.shared import pooled_from, shared_tokens
 from vllm_adainfer.offline.calibration.data.split import random_order
 from vllm_adainfer.offline.calibration.enough_rows import check_rows, split_of
-from vllm_adainfer.offline.calibration.fit.calibration import Calibration
+from vllm_adainfer.offline.calibration.fit.calibration import ANY_TOKEN, Calibration
 from vllm_adainfer.offline.calibration.fit.choose import candidate_layers
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, fit_policy
@@ -154,7 +155,7 @@ def _judged(
             Target(kind, ids),
             split,
             options,
-            data.labels,
+            Labels(labels=data.labels) if data.labels else ANY_TOKEN,
             pooled_from=plan.pooled_from,
             shared=shared_tokens([examples[row] for row in split.fit], tokenizer),
         ),

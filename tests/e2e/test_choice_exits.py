@@ -25,9 +25,10 @@ from tests.e2e.test_choices import choosing
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer import stats
+from vllm_adainfer.artifact.outputs import UNDECIDED, Choices
 from vllm_adainfer.engine.scheduler.rest_of_choice import RestOfChoice
 from vllm_adainfer.engine.scheduler.scheduler import AdaInferAsyncScheduler, build_scheduler
-from vllm_adainfer.offline.calibration.data.choices import UNDECIDED, Choices, find_choices
+from vllm_adainfer.offline.calibration.data.choices import find_choices
 
 pytestmark = pytest.mark.skipif(
     IS_V2 and not torch.cuda.is_available(),
@@ -52,7 +53,7 @@ def choices_of(name: str) -> Choices:
 
 def config_of(name: str) -> dict[str, Any]:
     found = choices_of(name)
-    return {"choices": found.texts, "undecided": found.undecided, "labels": found.labels}
+    return {"choices": found.choices, "undecided": found.undecided, "labels": found.labels}
 
 
 @pytest.fixture(scope="module")

@@ -214,7 +214,7 @@ def target_of(config: ArtifactConfig, inputs: Inputs) -> tuple[Target, Any]:
     ids, promise = torch.tensor(config.label_ids), config.promise
     best = logits.argmax(dim=1)
     if config.choices:
-        first = FirstTokens.of(config.choices, config.undecided)
+        first = FirstTokens.of(config.output)
         best = ids[first.decided_by(logits[:, first.token_ids])]
     elif config.labels:
         own = restrict(logits[:, ids], subsets)

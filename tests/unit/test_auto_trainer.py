@@ -203,7 +203,7 @@ def test_the_policy_is_the_one_that_calibrate_makes_of_these_rows(place, tmp_pat
     place.trainer().look()
     ours = load_artifact(str(place.directory.policy(name, 1)))
 
-    labels, _ = place.served.answers(place.kinds[name])
+    labels = place.served.output(place.kinds[name]).labels
     tokens = torch.tensor([label.token_id for label in labels])
     logits = 2 * 30 * (lens.readout(residual) @ place.head[tokens].T / 30).tanh()
     recording = Rows(

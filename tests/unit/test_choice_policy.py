@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import xgrammar
@@ -20,6 +21,7 @@ from tests.byte_model import SETS, byte_tokenizer
 from tests.calibrations import of_choices
 from tests.tiny import tiny_artifact
 from vllm_adainfer.artifact.fields import Choice, Label
+from vllm_adainfer.artifact.outputs import Choices
 from vllm_adainfer.cli.promises import choice_texts
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.errors import AdaInferError
@@ -51,7 +53,7 @@ def test_first_tokens_are_those_that_vllms_grammar_takes_by_the_choice_that_they
     xgrammar.GrammarMatcher(grammar).fill_next_token_bitmask(bits)
     taken = {t for t in range(len(TOKENIZER)) if bits[0, t // 32] >> (t % 32) & 1}
     found = find_choices(texts, TOKENIZER, len(TOKENIZER))
-    by_choice = {choice.text: set(choice.first_tokens) for choice in found.texts}
+    by_choice = {choice.text: set(choice.first_tokens) for choice in found.choices}
     assert set(found.undecided).union(*by_choice.values()) == taken
     for token in taken:
         written = info.decoded_vocab[token]
@@ -59,7 +61,7 @@ def test_first_tokens_are_those_that_vllms_grammar_takes_by_the_choice_that_they
         decides = len(left) == 1 and by_choice[left[0]]
         assert [text for text in texts if token in by_choice[text]] == (left if decides else [])
         assert (token in found.undecided) == (not decides)
-    for choice in found.texts:
+    for choice in found.choices:
         assert TOKENIZER.decode(choice.token_ids) == choice.text
 
 
@@ -69,8 +71,9 @@ def test_a_choice_is_answered_by_the_token_that_begins_it_and_the_rest_by_one_un
     [answered, undecided] = found.labels
     assert (answered.name, answered.token_id, undecided.name) == ("no", no, "undecided")
     assert set(found.undecided) == set(TOKENIZER.convert_tokens_to_ids(["y", "ye", "yes"]))
-    tokens = found.first_tokens.token_ids.numpy()
-    decided = found.decided_by(tokens)
+    first = FirstTokens.of(found)
+    tokens = first.token_ids.numpy()
+    decided = np.array([one.token_id for one in found.labels])[first.labels_of(tokens)]
     for token, label in zip(tokens.tolist(), decided.tolist(), strict=True):
         assert label == (undecided if token in found.undecided else answered).token_id
 
@@ -122,7 +125,7 @@ def test_answers_that_decide_no_choice_are_the_reason_given_for_no_policy(monkey
 
 def test_of_equal_scores_the_lowest_token_decides_as_in_vllms_sampler():
     one = Choice(text="one", token_ids=(9,), first_tokens=(9, 3))
-    tokens = FirstTokens.of([one], undecided=(5,))
+    tokens = FirstTokens.of(Choices(choices=(one,), undecided=(5,)))
     assert tokens.token_ids.tolist() == [3, 5, 9]
     scores = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.5, 1.0]])
     assert tokens.decided_by(scores).tolist() == [0, 1, 0]

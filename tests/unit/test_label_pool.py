@@ -12,6 +12,7 @@ from tests.admitted import admitted, row_of
 from tests.calibrations import EPSILON, POOL, SPLIT, of_pool, random_subsets
 from tests.tiny import tiny_artifact, word_tokenizer
 from vllm_adainfer.artifact.fields import Label
+from vllm_adainfer.artifact.outputs import LabelPool
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.loop.step import FULL_DEPTH
@@ -47,7 +48,7 @@ def test_labels_that_no_request_names_do_not_change_how_others_are_read():
         )
         torch.testing.assert_close(wide - wide[:, :1], narrow - narrow[:, :1], atol=1e-4, rtol=1e-4)
     labels = (*POOL, *(Label(name=f"unused {t}", token_id=t) for t in more.tolist()))
-    unused = replace(calibration, target=wider, labels=labels)
+    unused = replace(calibration, target=wider, output=LabelPool(labels=labels))
     assert never_named(unused) == ["unused 3", "unused 21", "unused 33"]
     assert never_named(calibration) == []
 

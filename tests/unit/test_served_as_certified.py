@@ -44,7 +44,7 @@ WITH_MASS = {"promise": Tolerance(tolerance=0.1, label_mass=True)}
 FIRST, BEST = Gate(label=LABELS[0].name, probability=0.3), Gate(probability=0.6)
 OF_POOL = {"promise": Gates(gates=(Gate(label="label 9", probability=0.4), BEST))}
 NEVER = {"never_early": ("label 17", "label 2")}
-ALL_DECIDE = replace(CHOICES, undecided=())
+ALL_DECIDE = CHOICES.model_copy(update={"undecided": ()})
 ENDS = {f"question {place}": ((place,),) for place in range(2)}  # the third is not recognised
 
 

@@ -12,7 +12,6 @@ from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.artifact.version_1 import tagged
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.promise.links import link_of
 
 LAST_TOKEN = "last-token"  # the part of a pooled policy for prompts it cannot see as a whole
 UNKNOWN_GROUP = 16  # answers of a group that are watched where no one knows how large groups were
@@ -31,8 +30,8 @@ class ArtifactConfig(ConfigFields):
     def _consistent(self) -> ArtifactConfig:
         if broken := broken_rules(self):
             raise ValueError(broken[0])
-        names, link = [label.name for label in self.labels], link_of(self.score_head)
-        self.__dict__["promise"] = self.promise.about(names, link, self.vocab_size)
+        names = [label.name for label in self.labels]
+        self.__dict__["promise"] = self.promise.about(names, self.output.link, self.vocab_size)
         self.parts("")  # which validates them
         return self
 

@@ -141,7 +141,7 @@ class ConfigFields(Strict):
     @property
     def labels(self) -> tuple[Label, ...]:
         """The answers, if there is a fixed set of them."""
-        return () if isinstance(self.output, Tokens) else self.output.labels
+        return self.output.labels
 
     @property
     def candidates(self) -> Candidates:

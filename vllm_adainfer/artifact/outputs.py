@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from vllm_adainfer.artifact.fields import (
     MOST_ANSWERS,
@@ -16,33 +17,48 @@ from vllm_adainfer.artifact.fields import (
 )
 from vllm_adainfer.artifact.kinds import ScoreHead
 from vllm_adainfer.promise.label_subsets import MOST_LABELS
+from vllm_adainfer.promise.links import SIGMOIDS, SOFTMAX, Link
 from vllm_adainfer.strict import Strict
 
 UNDECIDED = "undecided"
 
 
-class Tokens(Strict):
+class Asked(Strict):
+    """What requests ask for: one answer, or the probabilities of some."""
+
+    @property
+    def link(self) -> Link:
+        """How scores become probabilities."""
+        return SOFTMAX
+
+
+class Tokens(Asked):
     """Any token."""
 
     kind: Literal["tokens"] = "tokens"
     candidates: Literal["shortlist", "full"] = Field(description="The tokens that probes score.")
 
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """None: there is no fixed set of answers."""
+        return ()
 
-class Labels(Strict):
+
+class Labels(Asked):
     """One of some labels, or their probabilities."""
 
     kind: Literal["labels"] = "labels"
     labels: tuple[Label, ...] = Field(min_length=1, max_length=MOST_ANSWERS)
 
 
-class LabelPool(Strict):
+class LabelPool(Asked):
     """The same of two or more of these labels, which each request names."""
 
     kind: Literal["label-pool"] = "label-pool"
     labels: tuple[Label, ...] = Field(min_length=1, max_length=MOST_LABELS)
 
 
-class Choices(Strict):
+class Choices(Asked):
     """One of some texts, as `structured_outputs.choice` asks for.
 
     Labels stand for the choices that a first token can decide on, each for the first of its tokens;
@@ -68,7 +84,7 @@ class Choices(Strict):
         return tuple(found)
 
 
-class Scores(Strict):
+class Scores(Asked):
     """The probabilities that a classifier, which vLLM runs as a pooling model, gives its classes.
 
     Labels stand for the columns of its scores, in order: a label's `token_id` is its column.
@@ -77,6 +93,12 @@ class Scores(Strict):
     kind: Literal["scores"] = "scores"
     score_head: ScoreHead = Field(description="What turns the scores into probabilities.")
     classes: tuple[str, ...] = Field(min_length=1, max_length=MOST_ANSWERS)
+
+    @property
+    @override
+    def link(self) -> Link:
+        """One label holds, or any number; the sigmoid of a column is the softmax of two labels."""
+        return SIGMOIDS if self.score_head == "sigmoids" else SOFTMAX
 
     @cached_property
     def labels(self) -> tuple[Label, ...]:

@@ -6,13 +6,15 @@ such a token decides is the choice that it leaves; some leave several open.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_adainfer.artifact.fields import Choice, token_columns
+from vllm_adainfer.arrays import Ints
+from vllm_adainfer.artifact.fields import token_columns
+from vllm_adainfer.artifact.outputs import AnyOutput, Choices
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,12 @@ class FirstTokens:
     undecided: int | None
 
     @classmethod
-    def of(
-        cls,
-        choices: Sequence[Choice],
-        undecided: tuple[int, ...],
-        device: torch.device | None = None,
-    ) -> FirstTokens:
-        """Those of `choices`, and those that decide none."""
-        columns = token_columns(choices, undecided)
+    def of(cls, output: AnyOutput, device: torch.device | None = None) -> FirstTokens | None:
+        """Those of choices, and those that decide none; None of another output."""
+        if not isinstance(output, Choices):
+            return None
+        undecided = output.undecided
+        columns = token_columns(output.choices, undecided)
         pairs = sorted((token, label) for label, tokens in enumerate(columns) for token in tokens)
         token_ids, labels = torch.tensor(pairs, device=device).unbind(dim=1)
         return cls(token_ids, labels, len(columns), len(columns) - 1 if undecided else None)
@@ -51,6 +51,11 @@ class FirstTokens:
         A tie goes to the lowest token, as in vLLM's sampler.
         """
         return self.labels[scores.argmax(dim=1)]
+
+    def labels_of(self, tokens: Ints) -> Ints:
+        """int64 [rows], the label that each of these first `tokens` stands for."""
+        found: Ints = self.labels.numpy()[np.searchsorted(self.token_ids.numpy(), tokens)]
+        return found
 
     def best(self, scores: Tensor) -> Tensor:
         """[rows, labels], the best of the scores [rows, tokens] of each label's tokens."""

@@ -95,9 +95,7 @@ class Policy(ExitPolicy):
         self.answers_stand = config.promise.answers_stand or "shortlist" in tensors
         self._pool = config.label_pool
         self._columns = torch.arange(len(config.labels), device=device)
-        self._first_tokens: FirstTokens | None = None
-        if config.choices:
-            self._first_tokens = FirstTokens.of(config.choices, config.undecided, device)
+        self._first_tokens = FirstTokens.of(config.output, device)
         self._thresholds = tensors["thresholds"].float().T.contiguous()  # [exit points, rows]
         self._classifiers = [
             tensors[f"exit.{layer}.classifier"].float() for layer in self.exit_points

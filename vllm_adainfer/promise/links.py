@@ -84,11 +84,3 @@ class Sigmoids(Link):
 
 
 SOFTMAX, SIGMOIDS = Softmax(), Sigmoids()
-
-
-def link_of(score_head: str | None) -> Link:
-    """That of a policy's `ArtifactConfig.score_head`.
-
-    The sigmoid of one column is the softmax of two labels.
-    """
-    return SIGMOIDS if score_head == "sigmoids" else SOFTMAX

@@ -12,12 +12,12 @@ from adainfer_kernels import Head
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vllm_adainfer.artifact.fields import Label
+from vllm_adainfer.artifact.outputs import AnyOutput, Labels
 from vllm_adainfer.artifact.tensors import UNREADABLE
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data.choices import Choices, find_choices
+from vllm_adainfer.offline.calibration.data.choices import find_choices
 from vllm_adainfer.offline.calibration.data.label_pool import labels_of
 from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
@@ -26,6 +26,7 @@ from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, fit_polic
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.record.rows import Rows, ServedModel, by_layer
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
+from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.probe import Probe
 
 
@@ -65,15 +66,14 @@ class Served:
             ) from None
         return cls(facts, model, *load_config_and_tokenizer(name, overrides))
 
-    def answers(self, kind: Kind) -> tuple[tuple[Label, ...], Choices | None]:
-        """The labels of a kind, and its choices if it has any.
+    def output(self, kind: Kind) -> AnyOutput:
+        """What requests of a kind ask for.
 
         An AdaInferError if no first token decides a choice.
         """
         if not kind.choices:
-            return labels_of(kind.labels, self.tokenizer), None
-        choices = find_choices(kind.choices, self.tokenizer, self.hf_config.vocab_size)
-        return choices.labels, choices
+            return Labels(labels=labels_of(kind.labels, self.tokenizer))
+        return find_choices(kind.choices, self.tokenizer, self.hf_config.vocab_size)
 
 
 def policy_of(
@@ -90,9 +90,9 @@ def policy_of(
 
     An AdaInferError if no first token decides a choice of the kind.
     """
-    labels, choices = served.answers(kind)
-    answers = torch.tensor([label.token_id for label in labels])
-    first_tokens = None if choices is None else choices.first_tokens
+    output = served.output(kind)
+    answers = torch.tensor([label.token_id for label in output.labels])
+    first_tokens = FirstTokens.of(output)
     allowed = answers if first_tokens is None else first_tokens.token_ids
     model, final = served.model, recorded["final"]
     plain = model.as_served(model.logit_lens.of_tokens(allowed))
@@ -101,7 +101,7 @@ def policy_of(
         model=model,
         states=by_layer(recorded),
         final=final,
-        tokens=tokens if choices is None else choices.decided_by(tokens),
+        tokens=tokens if first_tokens is None else answers.numpy()[first_tokens.labels_of(tokens)],
         prompts=np.arange(len(final)),
         computed=recorded["computed"].double().numpy(),
     )
@@ -110,7 +110,6 @@ def policy_of(
         Target("label-head", answers, first_tokens=first_tokens),
         Split.of_groups(rows.prompts, held_out),
         PolicyOptions(epsilon=epsilon, delta=delta),
-        labels,
-        choices=choices,
+        output,
     )
     return fit_policy(calibration, "label-head")

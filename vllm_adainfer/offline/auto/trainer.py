@@ -113,7 +113,7 @@ class Trainer:
         held_out = int((rows["shards"] > since).sum()) // 2
         epsilon, delta = served.facts["epsilon"], served.facts["delta"] * share
         try:
-            served.answers(kind)
+            served.output(kind)
         except AdaInferError as error:  # no number of rows would help
             self._end(name, state, str(error), last=True)
             return

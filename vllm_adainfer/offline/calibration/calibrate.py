@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.outputs import LabelPool
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.label_pool import subsets_of
 from vllm_adainfer.offline.calibration.data.questions import ends_of
-from vllm_adainfer.offline.calibration.data.score_labels import score_head_of
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.choose import candidate_layers
 from vllm_adainfer.offline.calibration.fit.probes import Target, full_depth_labels
@@ -24,7 +24,7 @@ from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.pretrained import engine_settings
 from vllm_adainfer.offline.progress import say
-from vllm_adainfer.promise.links import link_of
+from vllm_adainfer.policy.first_tokens import FirstTokens
 
 # How many tokens an exit point can answer with when the vocabulary is open. They make up 87 % of
 # what SmolLM2 writes, and the tokens it is sure of early are common ones: simulated at epsilon
@@ -52,11 +52,10 @@ def record_prompts(
     request: CalibrationRequest, prompts: Prompts, branches: Sequence[int] = ()
 ) -> Rows:
     """Run the model at full depth; for `branches`, once more with the states of all tokens."""
-    options, hf_config, choices = request.options, prompts.hf_config, prompts.choices
-    depth = hf_config.num_hidden_layers
-    answers = [label.token_id for label in prompts.labels]
-    if choices is not None:
-        answers = choices.first_tokens.token_ids.tolist()
+    options, hf_config, labels = request.options, prompts.hf_config, prompts.output.labels
+    depth, first_tokens = hf_config.num_hidden_layers, FirstTokens.of(prompts.output)
+    label_ids = [label.token_id for label in labels]
+    answers = label_ids if first_tokens is None else first_tokens.token_ids.tolist()
     plan = Plan(
         branches or candidate_layers(depth, options.exit_points, prompts.probe),
         answers,
@@ -70,7 +69,9 @@ def record_prompts(
     )
     adapter = request.adapter and request.adapter.request
     rows = recorded(request.model, hf_config, prompts.examples, plan, adapter, **settings)
-    return rows if choices is None else replace(rows, tokens=choices.decided_by(rows.tokens))
+    if first_tokens is None:
+        return rows
+    return replace(rows, tokens=np.array(label_ids)[first_tokens.labels_of(rows.tokens)])
 
 
 def say_what_they_share(prompts: Prompts) -> None:
@@ -125,33 +126,31 @@ def fit_and_certify(request: CalibrationRequest, prompts: Prompts, rows: Rows) -
 
 def calibration_of(request: CalibrationRequest, prompts: Prompts, rows: Rows) -> Calibration:
     """The data and options that the policy is made from."""
-    split, labels, options = prompts.split, prompts.labels, request.options
+    split, output, options = prompts.split, prompts.output, request.options
+    labels = output.labels
     token_ids = [label.token_id for label in labels]
     answers = torch.tensor(token_ids) if labels else None
     if options.max_tokens > 1:  # the commonest tokens, ascending
         found, counts = np.unique(rows.tokens[rows.of(split.fit)], return_counts=True)
         commonest = found[np.argsort(-counts, kind="stable")[:SHORTLIST]]
         answers = torch.from_numpy(np.sort(commonest))
-    score_head = score_head_of(prompts.hf_config)
-    promise = options.promise.about([label.name for label in labels], link_of(score_head))
-    subsets = subsets_of(prompts.examples, token_ids) if request.label_pool else None
+    promise = options.promise.about([label.name for label in labels], output.link)
+    is_pool = isinstance(output, LabelPool)
+    subsets = subsets_of(prompts.examples, token_ids) if is_pool else None
     full_depth = None
     if promise.reads_probabilities and answers is not None:
         full_depth = full_depth_labels(rows, answers, subsets, promise.link)
-    first_tokens = None if prompts.choices is None else prompts.choices.first_tokens
     never = frozenset(label.token_id for label in labels if label.name in options.never_early)
     questions = [one.question for one in prompts.examples if one.question is not None]
     return Calibration(
         rows,
-        Target(prompts.probe, answers, full_depth, subsets, first_tokens, promise, never),
+        Target(prompts.probe, answers, full_depth, subsets, FirstTokens.of(output), promise, never),
         split,
         options,
-        labels,
+        output,
         prompts.right,
-        prompts.choices,
         pooled_from=prompts.pooled_from,
         questions=questions,
         ends=ends_of([prompts.examples[row] for row in split.fit]) if questions else {},
-        score_head=score_head,
         shared=prompts.shared,
     )

@@ -12,10 +12,10 @@ from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.fields import Label, SharedTokens
 from vllm_adainfer.artifact.files import check_writable
 from vllm_adainfer.artifact.kinds import ProbeKind
+from vllm_adainfer.artifact.outputs import AnyOutput, LabelPool, Labels, Scores, Tokens
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.batch_files import are_requests
 from vllm_adainfer.offline.calibration.data.choices import (
-    Choices,
     common_choices,
     find_choices,
     with_labels,
@@ -32,7 +32,6 @@ from vllm_adainfer.offline.calibration.data.examples import (
 from vllm_adainfer.offline.calibration.data.label_pool import common_labels, pool_of
 from vllm_adainfer.offline.calibration.data.read_examples import read_examples
 from vllm_adainfer.offline.calibration.data.score_labels import (
-    is_classifier,
     score_columns,
     score_head_of,
     score_labels,
@@ -68,13 +67,11 @@ class Prompts:
 
     Attributes:
         examples: the prompts.
-        labels: the answers, if there is a fixed set of them.
+        output: what is asked for.
         split: the prompts that fit, and those that certify.
         hf_config: the model's config.
         probe: the kind of probe.
         right: the right tokens by prompt, if the risk is of accuracy.
-        choices: the texts, if the answers are texts to choose from; `labels` are then the choices
-            that a first token decides.
         pooled_from: the position from which on pooled heads read the prompts; None for others.
         student: the encoder to train, and the prompts as it reads them; None without a student.
         shared: the tokens that all prompts that fit begin and end with.
@@ -82,12 +79,11 @@ class Prompts:
     """
 
     examples: list[Example]
-    labels: tuple[Label, ...]
+    output: AnyOutput
     split: Split
     hf_config: Any
     probe: ProbeKind
     right: RightTokens | None
-    choices: Choices | None = None
     pooled_from: int | None = None
     student: StudentBase | None = None
     shared: SharedTokens = field(default_factory=SharedTokens)
@@ -103,14 +99,14 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     holds_requests = are_requests(rows)
     hf_config, tokenizer = load_config_and_tokenizer(request.model, request.hf_overrides)
     most = hf_config.max_position_embeddings - options.max_tokens
-    labels: tuple[Label, ...] = ()
-    if is_classifier(hf_config):
-        several_hold = score_head_of(hf_config) == "sigmoids"
-        check_classifier(request, score_columns(hf_config), several_hold)
-        labels = score_labels(hf_config)
-        request = replace(request, labels=tuple(label.name for label in labels))
-    check_options(request, holds_requests and not labels, bool(labels))
-    if not holds_requests and not labels:
+    output: AnyOutput = Tokens(candidates="shortlist" if options.max_tokens > 1 else "full")
+    classifies = (head := score_head_of(hf_config)) is not None
+    if head is not None:
+        check_classifier(request, score_columns(hf_config), head == "sigmoids")
+        names = tuple(label.name for label in score_labels(hf_config))
+        output, request = Scores(score_head=head, classes=names), replace(request, labels=names)
+    check_options(request, holds_requests and not classifies, classifies)
+    if not holds_requests and not classifies:
         check_rows(Split.halves(len(rows)), options, data)
     examples = read_examples(
         rows,
@@ -121,13 +117,14 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
         request.label_field,
         most,
     )
-    choices = None
-    if labels:
-        check_labels_known(examples, labels)
+    if classifies:
+        check_labels_known(examples, output.labels)
     else:
-        examples, labels, choices = _answers(
+        examples, answers = _answers(
             request, examples, tokenizer, hf_config.vocab_size, holds_requests
         )
+        output = answers or output
+    labels = output.labels
     check_labels(options, labels)
     examples, split = split_examples(examples, options, data)
     fitting = [examples[index] for index in split.fit]
@@ -155,12 +152,11 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
         student = load_student_base(request.student, examples, tokenizer, shared)
     return Prompts(
         examples,
-        labels,
+        output,
         split,
         hf_config,
         probe,
         right,
-        choices,
         pooled_from(fitting, len(shortest.token_ids)) if probe == "pooled-label-head" else None,
         student,
         shared,
@@ -192,8 +188,8 @@ def _answers(
     tokenizer: Any,
     vocabulary: int,
     are_requests: bool,
-) -> tuple[list[Example], tuple[Label, ...], Choices | None]:
-    """The prompts whose answers are calibrated, their labels if any, and choices if any."""
+) -> tuple[list[Example], AnyOutput | None]:
+    """The prompts whose answers are calibrated, and what they ask for; None for any token."""
     texts = () if request.label_pool else request.choices
     if are_requests and request.label_pool:
         examples = [example for example in examples if example.choices is None]
@@ -208,16 +204,16 @@ def _answers(
     if are_requests and request.options.by_question:
         check_questions(examples, request.options, str(request.data))
     if request.label_pool:
-        return examples, pool_of(request.label_pool, examples, tokenizer), None
+        return examples, LabelPool(labels=pool_of(request.label_pool, examples, tokenizer))
     if texts:
-        choices = find_choices(texts, tokenizer, vocabulary)
-        return with_labels(examples, texts), choices.labels, choices
+        return with_labels(examples, texts), find_choices(texts, tokenizer, vocabulary)
     if are_requests:
-        return examples, common_labels(examples, tokenizer), None
-    labels = find_labels(request.labels, examples[0], tokenizer) if request.labels else ()
-    if labels:
-        check_labels_known(examples, labels)
-    return examples, labels, None
+        return examples, Labels(labels=common_labels(examples, tokenizer))
+    if not request.labels:
+        return examples, None
+    labels = find_labels(request.labels, examples[0], tokenizer)
+    check_labels_known(examples, labels)
+    return examples, Labels(labels=labels)
 
 
 def right_tokens(

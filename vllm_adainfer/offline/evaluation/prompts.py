@@ -63,7 +63,7 @@ def load_examples(
     if choices:
         if holds_requests:
             examples, _ = common_choices(examples, choices)
-        if find_choices(choices, tokenizer, config.vocab_size).texts != config.choices:
+        if find_choices(choices, tokenizer, config.vocab_size).choices != config.choices:
             raise AdaInferError(
                 "this model's tokenizer writes the choices with other tokens than at calibration: "
                 "use the model of the calibration"

@@ -4,50 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from vllm_adainfer.arrays import Ints
-from vllm_adainfer.artifact.fields import Choice, Label
+from vllm_adainfer.artifact.fields import Choice
+from vllm_adainfer.artifact.outputs import Choices
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.policy.first_tokens import FirstTokens
-
-UNDECIDED = "undecided"
-
-
-@dataclass(frozen=True)
-class Choices:
-    """The texts, and first tokens that decide none; see `ArtifactConfig`."""
-
-    texts: tuple[Choice, ...]
-    undecided: tuple[int, ...]
-
-    @property
-    def labels(self) -> tuple[Label, ...]:
-        """The choices that a first token decides, each answered with the first of its tokens."""
-        found = [
-            Label(name=choice.text, token_id=choice.first_tokens[0])
-            for choice in self.texts
-            if choice.first_tokens
-        ]
-        if self.undecided:
-            found.append(Label(name=UNDECIDED, token_id=self.undecided[0]))
-        return tuple(found)
-
-    @cached_property
-    def first_tokens(self) -> FirstTokens:
-        """The tokens of each label."""
-        return FirstTokens.of(self.texts, self.undecided)
-
-    def decided_by(self, tokens: Ints) -> Ints:
-        """int64 [rows], the token of the label that each of the first `tokens` stands for."""
-        first, ids = self.first_tokens, np.array([label.token_id for label in self.labels])
-        found: Ints = ids[first.labels[np.searchsorted(first.token_ids, tokens)]]
-        return found
 
 
 def find_choices(texts: Sequence[str], tokenizer: Any, vocabulary: int) -> Choices:
@@ -86,7 +49,7 @@ def find_choices(texts: Sequence[str], tokenizer: Any, vocabulary: int) -> Choic
             f"no first token of the choices {', '.join(map(repr, texts))} decides one: let them "
             "begin with different words, or with a blank"
         )
-    return Choices(tuple(found), tuple(sorted(undecided)))
+    return Choices(choices=tuple(found), undecided=tuple(sorted(undecided)))
 
 
 def _is_finished(text: str, first: int, tokenizer: Any) -> bool:

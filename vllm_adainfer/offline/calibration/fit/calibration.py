@@ -13,8 +13,7 @@ from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.fields import Label, SharedTokens
-from vllm_adainfer.artifact.kinds import ScoreHead
-from vllm_adainfer.offline.calibration.data.choices import Choices
+from vllm_adainfer.artifact.outputs import AnyOutput, Tokens
 from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.probes import Target
@@ -25,6 +24,9 @@ from vllm_adainfer.policy.questions import End
 from vllm_adainfer.promise.accuracy import RightTokens
 
 TOGETHER = 64  # prompts whose states are in memory at once
+
+
+ANY_TOKEN = Tokens(candidates="full")
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,13 @@ class Calibration:
         target: the probes' target.
         split: the prompts that fit, and those that certify.
         options: the options asked for.
-        labels: the answers, if there is a fixed set of them.
+        output: what requests ask for that the policy is to serve.
         right: the right tokens by prompt, if the risk is of accuracy.
-        choices: the texts and their first tokens, if requests choose from texts.
         pooled_from: see `ArtifactConfig.pooled_from`; None unless the probes are pooled.
         questions: the question of each prompt, if prompts are requests; else empty.
         ends: question -> the tokens that its prompts end with, if it can be recognised by them.
         trained: a student, which decides before the first layer, and branches, which decide in
             place of heads, each after another layer.
-        score_head: see `ArtifactConfig.score_head`.
         shared: see `ArtifactConfig.shared`; empty for a policy that serves any prompt.
 
     """
@@ -95,15 +95,18 @@ class Calibration:
     target: Target
     split: Split
     options: PolicyOptions
-    labels: tuple[Label, ...] = ()
+    output: AnyOutput = ANY_TOKEN
     right: RightTokens | None = None
-    choices: Choices | None = None
     pooled_from: int | None = None
     questions: Sequence[str] = ()
     ends: Mapping[str, tuple[End, ...]] = field(default_factory=dict)
     trained: tuple[TrainedProbe, ...] = ()
-    score_head: ScoreHead | None = None
     shared: SharedTokens = field(default_factory=SharedTokens)
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """The answers, if there is a fixed set of them."""
+        return self.output.labels
 
     @cached_property
     def fitted(self) -> Ints:

@@ -14,14 +14,6 @@ from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.fields import Adapter, LastToken, Level, Question
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.kinds import LABEL_HEADS
-from vllm_adainfer.artifact.outputs import (
-    AnyOutput,
-    Choices,
-    LabelPool,
-    Labels,
-    Scores,
-    Tokens,
-)
 from vllm_adainfer.offline.calibration.certify.path import PathPoint, held_out_path, threshold_grid
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy
@@ -87,7 +79,7 @@ def policy_config(
         shared=calibration.shared,
         pooled_from=calibration.pooled_from if calibration.target.is_pooled else None,
         last_token=None if policy.last_token is None else _last_token(policy.last_token),
-        output=output_of(calibration),
+        output=calibration.output,
         features=calibration.target.promise.feature_names,
         classifier=options.classifier,
         epsilon=options.epsilon,
@@ -102,19 +94,6 @@ def policy_config(
         by_question=options.by_question,
         levels=_levels(policy),
     )
-
-
-def output_of(calibration: Calibration) -> AnyOutput:
-    """What requests ask for that the policy serves."""
-    labels, choices, answers = calibration.labels, calibration.choices, calibration.target.label_ids
-    if choices is not None:
-        return Choices(choices=choices.texts, undecided=choices.undecided)
-    if calibration.score_head is not None:
-        classes = tuple(label.name for label in labels)
-        return Scores(score_head=calibration.score_head, classes=classes)
-    if not labels:
-        return Tokens(candidates="full" if answers is None else "shortlist")
-    return Labels(labels=labels) if calibration.target.subsets is None else LabelPool(labels=labels)
 
 
 def _last_token(policy: FittedPolicy) -> LastToken:
