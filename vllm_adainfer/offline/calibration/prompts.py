@@ -206,7 +206,8 @@ def _answers(
     if request.label_pool:
         return examples, LabelPool(labels=pool_of(request.label_pool, examples, tokenizer))
     if texts:
-        return with_labels(examples, texts), find_choices(texts, tokenizer, vocabulary)
+        output = find_choices(texts, tokenizer, vocabulary)
+        return with_labels(examples, texts), output
     if are_requests:
         return examples, Labels(labels=common_labels(examples, tokenizer))
     if not request.labels:
