@@ -17,7 +17,7 @@ BELOW = {
     "arrays": set(),
     "errors": set(),
     "files": {"errors"},
-    "settings": {"errors"},
+    "settings": {"strict", "errors"},
     "strict": set(),
     "artifact": {"promise", "strict", "files", "errors"},
     "auto": {"watch", "files", "errors"},

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.settings.instruments import Keys, SwitchInstruments
+from vllm_adainfer.settings.instruments import SwitchInstruments
+from vllm_adainfer.strict import Strict
 
 CONFIG_KEY = "adainfer"
 KILL_SWITCH = "VLLM_ADAINFER"
@@ -22,7 +23,7 @@ AUTO_POINTS = 6  # evenly from 40 to 85 % of the layers
 PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 
-class Capture(Keys):
+class Capture(Strict):
     """A sample of the requests, kept on disk; see `vllm_adainfer.engine.scheduler.capture`."""
 
     directory: str = Field(
@@ -34,7 +35,7 @@ class Capture(Keys):
     )
 
 
-class Audit(Keys):
+class Audit(Strict):
     """A line for each request that ends; see `vllm_adainfer.engine.scheduler.audit`."""
 
     directory: str = Field(
@@ -47,7 +48,7 @@ class Audit(Keys):
     )
 
 
-class Auto(Keys):
+class Auto(Strict):
     """A server that calibrates itself; see `vllm_adainfer.auto`."""
 
     directory: str = Field(
@@ -74,7 +75,7 @@ class Auto(Keys):
     )
 
 
-class Switch(Keys):
+class Switch(Strict):
     """The documented keys of the engine switch; an unknown key is an error."""
 
     artifact: str | dict[PolicyName, str] | None = Field(
@@ -287,7 +288,7 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join([CONFIG_KEY, *map(str, problem["loc"])])
     if problem["type"] == "extra_forbidden":
-        owners: dict[str, type[Keys]] = {"capture": Capture, "audit": Audit, "auto": Auto}
+        owners: dict[str, type[Strict]] = {"capture": Capture, "audit": Audit, "auto": Auto}
         owner = owners.get(str(problem["loc"][0]), Switch)
         known = ", ".join(sorted(owner.model_fields))
         return f"additional_config: {where} is not a known key; known keys: {known}"

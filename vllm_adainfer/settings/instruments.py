@@ -6,26 +6,22 @@ message offers them.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
+
+from vllm_adainfer.strict import Strict
 
 ROW_ARG = "adainfer_row"
 SCRIPT_ARG = "adainfer_exit"
 
 
-class Keys(BaseModel):
-    """Keys of a mapping that a user writes; an unknown one is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LensRecord(Keys):
+class LensRecord(Strict):
     """The sums to keep for a tuned lens; see `exits.recording.recorder.TunedLensSums`."""
 
     folds: int = Field(ge=2)
     prompts: int = Field(ge=1, description="Those with lower rows; the others are held out.")
 
 
-class StatesRecord(Keys):
+class StatesRecord(Strict):
     """The states to keep of whole prompts, in files; see `exits.recording.recorder`."""
 
     layers: tuple[int, ...] = Field(min_length=1)

@@ -9,14 +9,15 @@ from pydantic import Field, ValidationError
 
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import CONFIG_KEY
-from vllm_adainfer.settings.instruments import Keys, RequestInstruments
+from vllm_adainfer.settings.instruments import RequestInstruments
+from vllm_adainfer.strict import Strict
 
 # Keys of a request's extra_args.
 EXIT_ARG = "adainfer"
 EPSILON_ARG = "adainfer_epsilon"
 
 
-class RequestKeys(Keys):
+class RequestKeys(Strict):
     """The documented keys in ``extra_args`` (HTTP: ``vllm_xargs``); an unknown key is an error."""
 
     adainfer: bool | None = Field(
