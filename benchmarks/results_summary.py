@@ -23,7 +23,7 @@ def summary() -> str:
         evaluation("one label, 6 examples in the prompt (SST-2)", "one-label", "sst2_six_shot"),
         server("one label over HTTP, all at once (SST-2)", "a-servers-latency"),
         choices("a choice of sentences (SST-2)", "choices"),
-        questions("eight decision questions", "decision-questions"),
+        evaluation("eight decision questions", "decision-questions", "questions"),
         promise("P(positive) on its side of 0.9", "promises"),
         promise("each probability within 0.05", "promises"),
         classifier("a classifier (SST-2)", "classifiers"),
@@ -52,8 +52,9 @@ def one_task(what: str, section: str, name: str) -> list[str]:
 
 
 def evaluation(what: str, section: str, name: str) -> list[str]:
-    """A report of `vllm-adainfer evaluate`."""
+    """A report of `vllm-adainfer evaluate`, the first if there are several."""
     report = load(name)
+    report = report[0] if isinstance(report, list) else report
     rows = report["n"]
     saved = share_of(report["layers_saved"], rows)
     changed = f"{share_of(report['disagreement'], rows)} of the answers"
@@ -94,15 +95,6 @@ def ratio_of(case: Mapping[str, Any], key: str) -> float:
 def middle(case: Mapping[str, Any], engine: str, key: str) -> float:
     """The median over rounds."""
     return statistics.median(one[key] for one in case[engine])
-
-
-def questions(what: str, section: str) -> list[str]:
-    """One policy for the label of all questions."""
-    report, *_ = load("questions")
-    rows = report["n"]
-    changed = f"{share_of(report['disagreement'], rows)} of the answers"
-    saved = share_of(report["layers_saved"], rows)
-    return row(what, section, report["speedup"], saved, changed, report)
 
 
 def promise(what: str, section: str) -> list[str]:
