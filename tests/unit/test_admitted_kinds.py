@@ -38,13 +38,6 @@ def request(number: int) -> Running:
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> AutoDirectory:
-    directory = AutoDirectory(tmp_path / "auto")
-    directory.create()
-    return directory
-
-
-@pytest.fixture
 def kinds(directory: AutoDirectory) -> AdmittedKinds:
     return AdmittedKinds(Auto(directory=str(directory.root)), directory)
 

@@ -32,13 +32,6 @@ from vllm_adainfer.watch.ledger import Ledger
 Usage = namedtuple("Usage", "total used free")
 
 
-@pytest.fixture
-def directory(tmp_path: Path) -> AutoDirectory:
-    found = AutoDirectory(tmp_path / "auto")
-    found.create()
-    return found
-
-
 def put(rows: RowFiles, *kinds: str) -> None:
     state = torch.zeros(len(kinds), 4)
     columns = {"layer.1": state, "final": state, "computed": torch.zeros(len(kinds))}

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from vllm_adainfer.auto.directory import AutoDirectory
 from vllm_adainfer.engine.worker import self_calibration
 from vllm_adainfer.engine.worker.self_calibration import SelfCalibration
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Auto
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> AutoDirectory:
-    made = AutoDirectory(tmp_path / "auto")
-    made.create()
-    return made
 
 
 def test_a_start_is_refused_with_the_id_of_the_process_that_has_the_directory(

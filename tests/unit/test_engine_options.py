@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +11,7 @@ from tests.families import FAMILIES, SHAPE
 from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.artifact.files import load_artifact_config
-from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
+from vllm_adainfer.auto.directory import read_json, write_json
 from vllm_adainfer.engine.compat.config import _changed_values
 from vllm_adainfer.engine.worker.model_facts import forget_others
 from vllm_adainfer.errors import AdaInferError
@@ -127,13 +126,6 @@ def test_what_changes_the_computation_is_kept_for_every_family_and_nothing_else(
     assert EngineOptions.model_validate_json(
         EngineOptions(hf_config=changed).model_dump_json()
     ) == EngineOptions(hf_config=changed)
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> AutoDirectory:
-    found = AutoDirectory(tmp_path)
-    found.create()
-    return found
 
 
 @pytest.mark.parametrize(

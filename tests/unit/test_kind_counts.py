@@ -94,37 +94,30 @@ def counting(directory: AutoDirectory) -> KindCounts:
     return KindCounts(str(directory.root), "raw_logprobs", model="m")
 
 
-def test_two_servers_in_one_directory_do_not_overwrite_each_others_counts(own, monkeypatch):
+def test_two_servers_in_one_directory_do_not_overwrite_each_others_counts(directory, monkeypatch):
     monkeypatch.setattr(kinds, "WRITE_SECONDS", 0.01)
-    first = counting(own)
+    first = counting(directory)
     first.arrived(request("a", max_tokens=9))
-    wait_for(own.kinds.exists)
-    second = counting(own)
+    wait_for(directory.kinds.exists)
+    second = counting(directory)
     for _ in range(9):
         second.arrived(request("a", max_tokens=9))
     second.close()
     first.close()
-    assert read_json(own.kinds)["requests"] == 1
-    third = counting(own)
+    assert read_json(directory.kinds)["requests"] == 1
+    third = counting(directory)
     third.arrived(request("a", max_tokens=9))
     third.close()
-    assert read_json(own.kinds)["requests"] == 2
+    assert read_json(directory.kinds)["requests"] == 2
 
 
-@pytest.fixture
-def own(tmp_path) -> AutoDirectory:
-    found = AutoDirectory(tmp_path / "own")
-    found.create()
-    return found
-
-
-def test_a_disk_that_is_full_stops_nothing_and_is_said_once(own, monkeypatch, caplog_vllm):
+def test_a_disk_that_is_full_stops_nothing_and_is_said_once(directory, monkeypatch, caplog_vllm):
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(kinds, "write_json", full)
     monkeypatch.setattr(kinds, "WRITE_SECONDS", 0.01)
-    counts = counting(own)
+    counts = counting(directory)
     for _ in range(5):
         counts.arrived(request("a", max_tokens=9))
         counts._closed.wait(0.03)
