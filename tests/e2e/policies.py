@@ -23,17 +23,15 @@ def artifact_of(
     candidates: str,
     threshold: float,
     classifier: str = "threshold",
+    **more: Any,
 ) -> Artifact:
     """Random lenses and a threshold on the score that some rows pass and some do not."""
     labels = tiny_config(model_path).labels if candidates == "labels" else ()
-    config = tiny_config(
-        model_path, probe=probe, candidates=candidates, labels=labels, classifier=classifier
-    )
+    kind = {"probe": probe, "candidates": candidates, "classifier": classifier}
+    config = tiny_config(model_path, labels=labels, **kind, **more)
     thresholds = torch.full((len(config.levels), len(EXIT_POINTS)), threshold)
     tensors = tiny_tensors(config, thresholds)
     generator = torch.Generator().manual_seed(2)
-    if probe != "label-head":
-        tensors = {name: t for name, t in tensors.items() if ".head_" not in name}
     if labels and probe != "label-head":
         tensors["head_rows"] = model.lm_head.weight.data[list(config.label_ids)]
     if candidates == "shortlist":

@@ -13,7 +13,7 @@ from vllm import SamplingParams
 
 from tests.e2e.asking import tokens
 from tests.e2e.policies import artifact_of, expected
-from tests.tiny import EXIT_POINTS
+from tests.tiny import EXIT_POINTS, tiny_config
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.artifact.files import save_artifact
@@ -38,9 +38,9 @@ def three_tasks(model_path: Path, reference: Any) -> dict[str, Artifact]:
             ("head_bias", torch.zeros(len(labels))),
         )
     }
-    topic = Artifact(mood.config.model_copy(update={"labels": labels}), {**mood.tensors, **heads})
-    text = artifact_of(model_path, reference, "lens", "full", 0.1)
-    text = replace(text, config=text.config.model_copy(update={"max_tokens": 32}))
+    config = tiny_config(model_path, labels=labels, classifier="threshold")
+    topic = Artifact(config, {**mood.tensors, **heads})
+    text = artifact_of(model_path, reference, "lens", "full", 0.1, max_tokens=32)
     tasks = {"mood": mood, "topic": topic, "next": text}
     return {name: stricter_first(only_at(task, POINTS[name])) for name, task in tasks.items()}
 

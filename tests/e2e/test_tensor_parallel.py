@@ -47,8 +47,6 @@ def artifacts(tiny_model: Path, tmp_path: Path) -> Artifacts:
         config = tiny_config(tiny_model, probe=probe, candidates=candidates, **more)
         thresholds = torch.full((len(config.levels), len(EXIT_POINTS)), threshold)
         tensors = tiny_tensors(config, thresholds, thresholds.clone())
-        if candidates == "full":
-            tensors = {name: t for name, t in tensors.items() if ".head_" not in name}
         trained = (student.encoder(), student.tokenizer()) if config.student else ()
         save_artifact(tmp_path / probe, config, tensors, {}, "card\n", *trained)
         return tmp_path / probe
