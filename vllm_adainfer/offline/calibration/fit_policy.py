@@ -126,8 +126,14 @@ def fit_policy(
             say("the student costs more time than it saves, and is left out")
         else:
             policy = with_student
-    asked = probe == "branch" or (probe == "auto" and branches_could_pay(policy.calibration))
-    if states_after is None or not asked:
+    target = policy.calibration.target
+    wanted = probe == "branch" or (
+        probe == "auto"
+        and target.is_pooled
+        and target.promise.link.one_holds  # branches learn which label holds
+        and untrained_branch_layers(policy.calibration) < BRANCH_WORTH
+    )
+    if states_after is None or not wanted:
         return policy
     layers = layers_to_branch(policy.exits)
     if not layers:
@@ -190,17 +196,6 @@ def layers_to_branch(exits: Sequence[FittedExit]) -> list[int]:
     return [
         exit.layer for exit in exits if exit.layer > 0 and exit.fitted.agrees.mean() < AGREES_ENOUGH
     ]
-
-
-def branches_could_pay(calibration: Calibration) -> bool:
-    """Whether a branch takes little time beside a layer of the model, in a pooled policy.
-
-    Branches learn which label holds, if one does.
-    """
-    target = calibration.target
-    if not target.is_pooled or not target.promise.link.one_holds:
-        return False
-    return untrained_branch_layers(calibration) < BRANCH_WORTH
 
 
 def fit_candidates(
