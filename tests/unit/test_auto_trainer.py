@@ -29,8 +29,7 @@ from vllm_adainfer.auto.tries import State
 from vllm_adainfer.cli import app
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.auto import trainer as training
-from vllm_adainfer.offline.auto.fit import Served
-from vllm_adainfer.offline.auto.trainer import Trainer
+from vllm_adainfer.offline.auto.trainer import Served, Trainer
 from vllm_adainfer.offline.calibration.calibrate import fit_and_certify
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.split import Split
