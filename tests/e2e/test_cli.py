@@ -136,7 +136,8 @@ def test_a_policy_for_generated_text_is_calibrated_and_evaluated_per_token(
     )  # fmt: skip
     assert "1200 tokens of 240 prompts" in done.stdout
     config = json.loads((output / "config.json").read_text())
-    assert (config["candidates"], config["max_tokens"], config["bound"]) == ("shortlist", 5, "wsr")
+    assert config["output"] == {"kind": "tokens", "candidates": "shortlist"}
+    assert (config["max_tokens"], config["bound"]) == (5, "wsr")
     command(
         "evaluate", "--model", str(tiny_model), "--artifact", str(output), "--data", str(rows),
         "--template", TEMPLATE, "--repeat", "1", "--report", str(report_file),
@@ -186,7 +187,7 @@ def test_a_label_pool_is_calibrated_on_requests(pool):
     assert "1 of 321 lines were left out: /v1/embeddings" in done.stderr
     assert "two or more of bad, good, negative, positive" in done.stdout
     assert "mood :" in done.stdout
-    assert json.loads((output / "config.json").read_text())["label_pool"]
+    assert json.loads((output / "config.json").read_text())["output"]["kind"] == "label-pool"
 
 
 @pytest.mark.full
