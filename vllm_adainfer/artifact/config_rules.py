@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vllm_adainfer.artifact.config_fields import ConfigFields
-from vllm_adainfer.artifact.fields import MOST_CHOICE_CHARACTERS, token_columns
+from vllm_adainfer.artifact.fields import MOST_CHOICE_CHARACTERS
+from vllm_adainfer.artifact.outputs import Choices
 from vllm_adainfer.promise.promise import Unit
 
 
@@ -23,8 +24,9 @@ def broken_rules(config: ConfigFields) -> list[str]:
     labels, choices, promise = config.labels, bool(config.choices), config.promise
     head, pooled = config.has_label_heads, config.is_pooled
     special = promise.reads_probabilities or config.label_pool or choices
-    columns = token_columns(config.choices, config.undecided)
-    tokens = [t for column in columns for t in column] if choices else config.label_ids
+    tokens: Sequence[int] = config.label_ids
+    if isinstance(config.output, Choices):
+        tokens = [token for _, own in config.output.columns for token in own]
     epsilons = {level.epsilon for level in config.levels}
     certified = [question.certified for question in config.questions]
     names = {label.name for label in labels}

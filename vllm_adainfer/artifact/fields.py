@@ -41,14 +41,6 @@ class Choice(Strict):
     )
 
 
-def token_columns(choices: Sequence[Choice], undecided: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The first tokens of each label; the `undecided` tokens come last, if there are any.
-
-    A choice without first tokens has no label.
-    """
-    return [tokens for tokens in (*(one.first_tokens for one in choices), undecided) if tokens]
-
-
 class LabelBound(Strict):
     """A promise about one label, beside epsilon's about all answers.
 

@@ -72,16 +72,15 @@ class Choices(Asked):
     )
 
     @cached_property
+    def columns(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """The name and the first tokens of each label; a choice without these has no label."""
+        named = [(choice.text, choice.first_tokens) for choice in self.choices]
+        return tuple(one for one in (*named, (UNDECIDED, self.undecided)) if one[1])
+
+    @cached_property
     def labels(self) -> tuple[Label, ...]:
         """The choices that a first token decides, and the undecided tokens."""
-        found = [
-            Label(name=choice.text, token_id=choice.first_tokens[0])
-            for choice in self.choices
-            if choice.first_tokens
-        ]
-        if self.undecided:
-            found.append(Label(name=UNDECIDED, token_id=self.undecided[0]))
-        return tuple(found)
+        return tuple(Label(name=name, token_id=tokens[0]) for name, tokens in self.columns)
 
 
 class Scores(Asked):

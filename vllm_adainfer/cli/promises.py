@@ -9,9 +9,8 @@ from vllm_adainfer.artifact.fields import LabelBound
 from vllm_adainfer.artifact.kinds import LabelBoundKind
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.promise.changed import Changed
-from vllm_adainfer.promise.gates import labelled
 from vllm_adainfer.promise.kinds import PROMISES
-from vllm_adainfer.promise.promise import Promise
+from vllm_adainfer.promise.promise import Promise, labelled
 
 
 def promise_of(asked: Mapping[str, Any]) -> Promise:

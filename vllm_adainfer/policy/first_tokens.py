@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.arrays import Ints
-from vllm_adainfer.artifact.fields import token_columns
 from vllm_adainfer.artifact.outputs import AnyOutput, Choices
 
 
@@ -39,9 +38,8 @@ class FirstTokens:
         """Those of choices, and those that decide none; None of another output."""
         if not isinstance(output, Choices):
             return None
-        undecided = output.undecided
-        columns = token_columns(output.choices, undecided)
-        pairs = sorted((token, label) for label, tokens in enumerate(columns) for token in tokens)
+        undecided, columns = output.undecided, output.columns
+        pairs = sorted((token, place) for place, (_, own) in enumerate(columns) for token in own)
         token_ids, labels = torch.tensor(pairs, device=device).unbind(dim=1)
         return cls(token_ids, labels, len(columns), len(columns) - 1 if undecided else None)
 

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.promise.promise import Outcome, Promise, Unit
+from vllm_adainfer.promise.promise import Outcome, Promise, Unit, labelled
 
 
 class FirstDocuments(Promise):
@@ -19,7 +19,6 @@ class FirstDocuments(Promise):
 
     How far a score may move depends on those of the query's other documents, which no row knows.
     Thresholds are those that lose few documents in calibration.
-
     """
 
     kind: Literal["first-documents"] = "first-documents"
@@ -47,14 +46,11 @@ class FirstDocuments(Promise):
     @classmethod
     @override
     def asked(cls, value: str) -> FirstDocuments:
-        k, _, margin = value.partition(":")
-        try:
-            return cls(k=int(k), margin=float(margin))
-        except ValueError:
-            raise AdaInferError(
-                f"--top {value!r:.80} must be a number of documents and a margin between 0 and 1, "
-                "such as 5:0.05"
-            ) from None
+        must_be = "a number of documents and a margin between 0 and 1, such as 5:0.05"
+        [found] = labelled(
+            "--top", [value], lambda k, margin: cls(k=int(k), margin=margin), must_be
+        )
+        return found
 
     @override
     def admits(self) -> dict[str, object]:

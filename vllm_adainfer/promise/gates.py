@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field
@@ -12,14 +12,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.promise.promise import Outcome, Promise
+from vllm_adainfer.promise.promise import Outcome, Promise, labelled
 from vllm_adainfer.strict import Strict
 
 GATE_FEATURES = ("gate_distance", "gate_margin")
 MOST_GATES = 64
 DIGITS = 4  # of the probabilities in a report
-
-T = TypeVar("T")
 FURTHEST = 20.0  # from a gate, in log-odds: beyond it, and without one, all answers are alike
 
 
@@ -183,22 +181,3 @@ class Gates(Promise):
                 "where full depth's is above"
             )
         return f"the probability of {gate.label} among the labels {side}"
-
-
-def labelled(
-    option: str, asked: Sequence[str], make: Callable[[str, float], T], must_be: str
-) -> tuple[T, ...]:
-    """Each LABEL:NUMBER of an option, as `make` builds it.
-
-    Raises:
-        AdaInferError: one has another form, or its number is out of range.
-
-    """
-    found = []
-    for text in asked:
-        label, _, number = text.rpartition(":")
-        try:
-            found.append(make(label, float(number)))
-        except ValueError:
-            raise AdaInferError(f"{option} {text!r:.80} must be {must_be}") from None
-    return tuple(found)

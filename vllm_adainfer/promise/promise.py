@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor
 
 from vllm_adainfer.arrays import Floats, Ints
+from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.promise.links import SOFTMAX, Link
 from vllm_adainfer.promise.probabilities import (
     PROBABILITY_FEATURES,
@@ -19,6 +20,8 @@ from vllm_adainfer.promise.probabilities import (
     features_of,
 )
 from vllm_adainfer.strict import Strict
+
+T = TypeVar("T")
 
 
 class Unit(Enum):
@@ -143,7 +146,7 @@ class Promise(Strict, ABC):
     @property
     def vocabulary(self) -> int | None:
         """Its size, where it shares what the label mass leaves; None where labels are all."""
-        return None
+        return self._vocabulary if self.covers_mass else None
 
     @property
     def covers_mass(self) -> bool:
@@ -240,3 +243,22 @@ class Promise(Strict, ABC):
     @abstractmethod
     def words(self) -> str:
         """Which answers are wrong, as a phrase."""
+
+
+def labelled(
+    option: str, asked: Sequence[str], make: Callable[[str, float], T], must_be: str
+) -> tuple[T, ...]:
+    """Each LABEL:NUMBER of an option, as `make` builds it.
+
+    Raises:
+        AdaInferError: one has another form, or its number is out of range.
+
+    """
+    found = []
+    for text in asked:
+        label, _, number = text.rpartition(":")
+        try:
+            found.append(make(label, float(number)))
+        except ValueError:
+            raise AdaInferError(f"{option} {text!r:.80} must be {must_be}") from None
+    return tuple(found)

@@ -38,11 +38,6 @@ class Tolerance(Promise):
 
     @property
     @override
-    def vocabulary(self) -> int | None:
-        return self._vocabulary if self.label_mass else None
-
-    @property
-    @override
     def covers_mass(self) -> bool:
         return self.label_mass
 
