@@ -95,10 +95,7 @@ class ArtifactConfig(ConfigFields):
     def threshold_row(self, level: int, question: int | None) -> int | None:
         """The row of the thresholds for a level and a question; None if it is not certified.
 
-        Args:
-            level: index among the levels.
-            question: index among the questions; None if the question is unknown.
-
+        Both are indices; None is an unknown question.
         """
         if not self.by_question:
             return level
@@ -111,12 +108,8 @@ class ArtifactConfig(ConfigFields):
     def level_of(self, epsilon: float | None) -> int:
         """The index of the loosest level within `epsilon`; None is the artifact's own epsilon.
 
-        Returns:
-            -1, never exit, if `epsilon` is 0.
-
-        Raises:
-            AdaInferError: no level is certified for an epsilon this small.
-
+        It is -1, never exit, if `epsilon` is 0.
+        An AdaInferError if no level is certified for an epsilon this small.
         """
         wanted = self.epsilon if epsilon is None else epsilon
         if wanted == 0:
@@ -135,9 +128,7 @@ class ArtifactConfig(ConfigFields):
 
         For a multimodal model, depth, width and vocabulary are those of its language model.
 
-        Raises:
-            AdaInferError: its architecture, depth, width or vocabulary differs.
-
+        An AdaInferError if its architecture, depth, width or vocabulary differs.
         """
         text_config = hf_config.get_text_config()
         served = {
@@ -160,9 +151,7 @@ class ArtifactConfig(ConfigFields):
         Only the last row of a prompt goes on below the `own_kv_layers`, the first ones, which write
         keys and values.
 
-        Raises:
-            AdaInferError: it does not.
-
+        An AdaInferError if it does not.
         """
         if self.is_pooled and self.exit_points[-1] > own_kv_layers:
             raise AdaInferError(
@@ -175,9 +164,7 @@ class ArtifactConfig(ConfigFields):
     def check_options(self, served: EngineOptions) -> None:
         """Compare with the options of the engine about to serve.
 
-        Raises:
-            AdaInferError: it computes something else of the weights; the message names the option.
-
+        An AdaInferError if it computes something else of the weights; the message names the option.
         """
         if reason := self.engine_options.why_not_served_by(served):
             raise AdaInferError(f"the artifact for {self.base_model} was calibrated {reason}")
@@ -185,9 +172,7 @@ class ArtifactConfig(ConfigFields):
     def check_weights(self, fingerprint: str | None) -> None:
         """Compare with the fingerprint of the loaded weights.
 
-        Raises:
-            AdaInferError: the weights or their dtype are not those of the calibration.
-
+        An AdaInferError if the weights or their dtype are not those of the calibration.
         """
         if fingerprint != self.weights_fingerprint:
             raise AdaInferError(

@@ -56,9 +56,7 @@ def load_artifact_config(source: str) -> ArtifactConfig:
 
     The names, shapes and types of the tensors are checked against it, without reading the tensors.
 
-    Raises:
-        AdaInferError: it is missing or damaged, or it is not an artifact.
-
+    An AdaInferError if it is missing or damaged, or it is not an artifact.
     """
     with unchanged(source) as directory:
         return _read_config(directory)
@@ -100,9 +98,7 @@ def _read_encoder(directory: Path, student: Student) -> Encoder:
 def _largest_token(path: Path, student: Student) -> int:
     """The largest id that a student's tokenizer gives a token of a text.
 
-    Raises:
-        AdaInferError: it is no tokenizer, or leaves no room for a text.
-
+    An AdaInferError if it is no tokenizer, or leaves no room for a text.
     """
     try:
         tokenizer = Tokenizer.from_str(_read_text(path))
@@ -166,9 +162,7 @@ def _read_config(directory: Path) -> ArtifactConfig:
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
-    Raises:
-        AdaInferError: it cannot be read, or holds something else.
-
+    An AdaInferError if it cannot be read, or holds something else.
     """
     try:
         found = json.loads(_read_text(path))
@@ -182,9 +176,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_text(path: Path) -> str:
     """The text of a file of at most `MAX_JSON` bytes.
 
-    Raises:
-        AdaInferError: it is larger, or it cannot be read.
-
+    An AdaInferError if it is larger, or it cannot be read.
     """
     try:
         if path.stat().st_size > MAX_JSON:
@@ -197,9 +189,7 @@ def _read_text(path: Path) -> str:
 def load_details(source: str) -> dict[str, Any]:
     """``calibration.json`` of an artifact: how it was made, and what each exit point does.
 
-    Raises:
-        AdaInferError: it is missing or damaged.
-
+    An AdaInferError if it is missing or damaged.
     """
     path = locate(source, (CALIBRATION_FILE,)) / CALIBRATION_FILE
     details = _read_json(path)
@@ -222,9 +212,7 @@ def save_artifact(
     An artifact that is already there is replaced; anything else in its place is an error.
     `encoder` and `tokenizer`, the text of its file, are those of a student.
 
-    Raises:
-        AdaInferError: `directory` exists and is not an artifact, or cannot be written.
-
+    An AdaInferError if `directory` exists and is not an artifact, or cannot be written.
     """
     check_writable(directory)
     try:
@@ -245,9 +233,7 @@ def save_artifact(
 def check_writable(directory: Path) -> None:
     """Check, before the work starts, that an artifact can be written to `directory`.
 
-    Raises:
-        AdaInferError: something else is there, or the nearest parent is not writable.
-
+    An AdaInferError if something else is there, or the nearest parent is not writable.
     """
     # A model checkpoint has a config.json too, so only both files together mark an artifact.
     there = {path.name for path in directory.iterdir()} if directory.is_dir() else {"a file"}

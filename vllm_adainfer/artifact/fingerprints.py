@@ -61,9 +61,7 @@ class WeightsFingerprint:
 def adapter_fingerprint(directory: Path) -> str:
     """SHA-256, in hex digits, of an adapter's weights and of the settings that scale them.
 
-    Raises:
-        AdaInferError: the directory holds no adapter.
-
+    An AdaInferError if the directory holds no adapter.
     """
     config = directory / ADAPTER_CONFIG
     weights = next((directory / n for n in ADAPTER_WEIGHTS if (directory / n).is_file()), None)

@@ -41,9 +41,7 @@ def locate(source: str, names: tuple[str, ...] = SERVED_FILES) -> Path:
 
     An id may end in ``@`` and a branch, tag or commit.
 
-    Raises:
-        AdaInferError: one of the files `names` is missing, or a link that leads elsewhere.
-
+    An AdaInferError if one of the files `names` is missing, or a link that leads elsewhere.
     """
     directory = Path(source)
     if not directory.exists() and source.count("/") == 1 and not source.startswith((".", "/")):
@@ -68,9 +66,7 @@ def locate(source: str, names: tuple[str, ...] = SERVED_FILES) -> Path:
 def check_files(source: str, directory: Path, names: tuple[str, ...]) -> None:
     """Check that the files `names` of the artifact `source` are in its `directory`.
 
-    Raises:
-        AdaInferError: one of them is missing, or a link that leads elsewhere.
-
+    An AdaInferError if one of them is missing, or a link that leads elsewhere.
     """
     home = directory.resolve()
     blobs = home.parent.parent / "blobs"  # the target of links in the hub's snapshots
@@ -92,9 +88,7 @@ def check_files(source: str, directory: Path, names: tuple[str, ...]) -> None:
 def unchanged(source: str) -> Iterator[Path]:
     """The directory of an artifact, whose served files must not change while they are read.
 
-    Raises:
-        AdaInferError: there is no artifact, or it was overwritten.
-
+    An AdaInferError if there is no artifact, or it was overwritten.
     """
     directory = locate(source)
     before = _stamps(directory)

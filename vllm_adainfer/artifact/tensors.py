@@ -25,9 +25,7 @@ def served_shape(kind: str, features: int) -> tuple[int]:
 def check_tensors(path: Path, config: ArtifactConfig) -> None:
     """Compare the header of `path` with `config`, before any tensor is read.
 
-    Raises:
-        AdaInferError: a tensor is missing, unknown, or has another shape or type.
-
+    An AdaInferError if a tensor is missing, unknown, or has another shape or type.
     """
     try:
         with safe_open(path, framework="pt") as file:

@@ -14,9 +14,7 @@ FIELDS = (
 def tagged(values: Mapping[str, Any]) -> dict[str, Any]:
     """A config of version 2 that says the same; one that says two things at once is refused.
 
-    Raises:
-        ValueError: it is no config of version 1.
-
+    A ValueError if it is no config of version 1.
     """
     kept = {name: value for name, value in values.items() if name not in FIELDS}
     flat = {name: values.get(name) for name in FIELDS}

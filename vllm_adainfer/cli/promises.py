@@ -16,9 +16,7 @@ from vllm_adainfer.promise.promise import Promise, labelled
 def promise_of(asked: Mapping[str, Any]) -> Promise:
     """The promise that is asked for by the values of options, by name.
 
-    Raises:
-        AdaInferError: two are asked for, or a value is of another form than its option's.
-
+    An AdaInferError if two are asked for, or a value is of another form than its option's.
     """
     given = [one for one in PROMISES if asked.get(one.option) is not None]
     if len(given) > 1:
@@ -32,9 +30,7 @@ def promise_of(asked: Mapping[str, Any]) -> Promise:
 def label_bounds(kind: LabelBoundKind, asked: Sequence[str]) -> tuple[LabelBound, ...]:
     """The promises of ``--recall`` or ``--precision``.
 
-    Raises:
-        AdaInferError: one is not of the form LABEL:EPSILON.
-
+    An AdaInferError if one is not of the form LABEL:EPSILON.
     """
 
     def promise(label: str, epsilon: float) -> LabelBound:
@@ -47,9 +43,7 @@ def label_bounds(kind: LabelBoundKind, asked: Sequence[str]) -> tuple[LabelBound
 def choice_texts(text: str) -> tuple[str, ...]:
     """The texts of ``--choices``, as they are written between the commas.
 
-    Raises:
-        AdaInferError: some begin with a blank and others do not, which is probably a mistake.
-
+    An AdaInferError if some begin with a blank and others do not, which is probably a mistake.
     """
     texts = tuple(text.split(",")) if text else ()
     if len({one.startswith(" ") for one in texts}) > 1:
@@ -63,9 +57,7 @@ def choice_texts(text: str) -> tuple[str, ...]:
 def layers_of(text: str) -> tuple[int, ...] | None:
     """The layers of ``--exit-points``; None for auto.
 
-    Raises:
-        AdaInferError: they are no numbers.
-
+    An AdaInferError if they are no numbers.
     """
     if text == "auto":
         return None

@@ -22,10 +22,7 @@ def bits_of(asked: Collection[int], label_ids: Sequence[int]) -> int:
 def mask_of(bits: Tensor, columns: Tensor) -> Tensor:
     """bool [rows, labels], True for the labels in the subset of each row.
 
-    Args:
-        bits: int64 [rows], the subsets.
-        columns: int64 [labels], 0, 1, ..., on the same device.
-
+    `bits` are int64 [rows]; `columns` int64 [labels], 0, 1, ..., on the same device.
     """
     return (bits.unsqueeze(1) >> columns) & 1 == 1
 
@@ -33,10 +30,8 @@ def mask_of(bits: Tensor, columns: Tensor) -> Tensor:
 def restrict(scores: Tensor, subsets: Tensor | None) -> Tensor:
     """`scores` with -inf for the labels outside each row's subset.
 
-    Args:
-        scores: [rows, labels or more]; columns after the labels stay as they are.
-        subsets: bool [rows, labels]; None for all labels.
-
+    Scores are [rows, labels or more]; columns after the labels stay as they are. Subsets are bool
+    [rows, labels]; None for all labels.
     """
     if subsets is None:
         return scores

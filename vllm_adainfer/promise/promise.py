@@ -132,9 +132,7 @@ class Promise(Strict, ABC):
     def asked(cls, value: Any) -> Self:
         """The promise that is asked for with the `value` of its option.
 
-        Raises:
-            AdaInferError: the value has another form.
-
+        An AdaInferError if the value has another form.
         """
         return cls()
 
@@ -203,9 +201,7 @@ class Promise(Strict, ABC):
     def check_groups(self, groups: Ints, data: str) -> None:
         """Check that there are groups it can be broken in; `groups` [prompts] number them.
 
-        Raises:
-            AdaInferError: there are none.
-
+        An AdaInferError if there are none.
         """
 
     def with_mass(self) -> Promise | None:
@@ -250,9 +246,7 @@ def labelled(
 ) -> tuple[T, ...]:
     """Each LABEL:NUMBER of an option, as `make` builds it.
 
-    Raises:
-        AdaInferError: one has another form, or its number is out of range.
-
+    An AdaInferError if one has another form, or its number is out of range.
     """
     found = []
     for text in asked:

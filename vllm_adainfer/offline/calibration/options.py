@@ -61,14 +61,8 @@ class CalibrationRequest:
 def check_classifier(request: CalibrationRequest, columns: int, several_hold: bool) -> None:
     """Check that the options go with a classifier, whose labels are the columns of its scores.
 
-    Args:
-        request: the options.
-        columns: the number of its scores.
-        several_hold: whether any number of its labels may hold at once.
-
-    Raises:
-        AdaInferError: they do not; the message says which to drop.
-
+    It gives `columns` scores; `several_hold`: any number of its labels may hold at once.
+    An AdaInferError if they do not; the message says which to drop.
     """
     answers = {
         "--labels": request.labels,
@@ -109,9 +103,7 @@ def check_options(
 ) -> None:
     """Check that the options go together, and with data that holds requests or rows.
 
-    Raises:
-        AdaInferError: they do not; the message says which to drop.
-
+    An AdaInferError if they do not; the message says which to drop.
     """
     options, choices, labels = request.options, bool(request.choices), bool(request.labels)
     generated, exact = options.max_tokens > 1, options.bound == "exact"

@@ -46,17 +46,11 @@ def promised_rows(
 ) -> dict[str, Any]:
     """What a report has of the policy's promise, beside the rate at which answers change.
 
-    Args:
-        config: the artifact's config.
-        examples: the prompts.
-        groups: [prompts], the group of each prompt; groups are independent.
-        rounds: the runs, all with log-probabilities if the promise is about probabilities.
+    `groups` [prompts] are independent; runs have log-probabilities if these are promised.
 
-    Returns:
-        ``risk``, and under the promise's `section` a row for `stock`, whose differences are
-        rounding, one for `never_exit`, and `levels`, with a row for each epsilon and the share that
-        is ``wrong``; empty for a promise about answers alone.
-
+    ``risk``, and under the promise's `section` a row for `stock`, whose differences are rounding,
+    one for `never_exit`, and `levels`, with a row for each epsilon and the share that is ``wrong``;
+    empty for a promise about answers alone.
     """
     promise = config.promise
     if not promise.section:
