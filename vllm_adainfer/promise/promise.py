@@ -74,7 +74,7 @@ class Promise(Strict, ABC):
         measure: "%", or the points of a difference.
         broken: what shadow requests do where it is broken.
         unit: what counts once in the bound.
-        reads_right: whether its loss needs the right answers: it is -1 where full depth's is wrong.
+        reads_right: whether its loss, from -1 to 1, needs the right answers.
         feature_names: what the classifiers read.
         reads_probabilities: whether it is about probabilities, so that heads have one more row, for
             the log-odds of the label mass, and answers are logits of an exact distribution.
