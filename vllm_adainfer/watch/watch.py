@@ -31,18 +31,9 @@ ANSWERS_ALONE = Changed()
 
 @dataclass(frozen=True)
 class Reading:
-    """The results of the shadow requests at one level so far.
+    """The results of the shadow requests at one level, whose bound is `epsilon`, so far.
 
-    Attributes:
-        epsilon: the level's bound.
-        checked: number of answers compared with full depth.
-        disagreed: number of those that differed.
-        low: lower end of the confidence interval of the rate.
-        high: upper end of the interval, which is [0, 1] before the first answer.
-        latest_checked: those of the answers that are in the latest `LATEST` units.
-        latest_disagreed: number of these that differed.
-        tightened: whether requests at this level must run to full depth.
-
+    The other numbers are those of `vllm_adainfer.stats.ShadowChecks`.
     """
 
     epsilon: float
