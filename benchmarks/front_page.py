@@ -44,27 +44,15 @@ def headlines() -> str:
 def of_evaluation(name: str, title: str) -> list[str]:
     """A report of `vllm-adainfer evaluate`."""
     report = load(name)
-    return [
-        title,
-        "AMX" if name.endswith("amx") else processor(report),
-        f"**{report['speedup']:.2f}x**",
-        share_of(report["layers_saved"], report["n"], 0),
-        of_bound(report["disagreement"], report["n"], report["epsilon"]),
-        shares_of(report["stock"]["accuracy"], report["adainfer"]["accuracy"], report["n"]),
-    ]
+    accuracies = {"stock_accuracy": report["stock"]["accuracy"], **report["adainfer"]}
+    cells = row(title, report, report | accuracies, report["n"], report["disagreement"])
+    return [title, "AMX", *cells[2:]] if name.endswith("amx") else cells
 
 
 def of_suite_task(task: dict[str, Any]) -> list[str]:
     """A task of the model that `fine_tune.py` makes."""
-    report, run, rows = load("suite_fine_tuned"), task["measured"], task["test"]
-    return [
-        f"{task['title']}, {FINE_TUNED}",
-        processor(report),
-        f"**{run['speedup']:.2f}x**",
-        share_of(run["layers_saved"], rows, 0),
-        of_bound(run["disagreement"], rows, report["epsilon"]),
-        shares_of(run["stock_accuracy"], run["accuracy"], rows),
-    ]
+    run, title = task["measured"], f"{task['title']}, {FINE_TUNED}"
+    return row(title, load("suite_fine_tuned"), run, task["test"], run["disagreement"])
 
 
 def of_policy(name: str, task: str, policy: str) -> list[str]:
@@ -72,12 +60,19 @@ def of_policy(name: str, task: str, policy: str) -> list[str]:
     [report] = [one for one in load(name) if one["task"] == task and one["slow"] == 1]
     [run] = [one for one in report["policies"] if one["name"] == policy]
     rows = report["test"]
+    return row(f"{task}, zero-shot, another fine-tuning", report, run, rows, run["changed"] / rows)
+
+
+def row(
+    title: str, report: dict[str, Any], run: dict[str, Any], rows: int, changed: float
+) -> list[str]:
+    """The cells of a run on so many rows, of whose answers a share has changed."""
     return [
-        f"{task}, zero-shot, another fine-tuning",
+        title,
         processor(report),
         f"**{run['speedup']:.2f}x**",
         share_of(run["layers_saved"], rows, 0),
-        of_bound(run["changed"] / rows, rows, report["epsilon"]),
+        of_bound(changed, rows, report["epsilon"]),
         shares_of(run["stock_accuracy"], run["accuracy"], rows),
     ]
 
