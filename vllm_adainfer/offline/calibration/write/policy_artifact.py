@@ -62,6 +62,14 @@ def policy_config(
     model, options = calibration.rows.model, calibration.options
     head_size = model.logit_lens.head.hidden_size
     base = None if policy.student is None else policy.student.base
+    last_token = None
+    if (last := policy.last_token) is not None:
+        last_token = LastToken(
+            exit_points=tuple(exit.layer for exit in last.exits),
+            levels=_levels(last),
+            certified={name: tuple(points) for name, points in last.questions.items()},
+            one_bound=True,
+        )
     return ArtifactConfig(
         base_model=name,
         architecture=hf_config.architectures[0],
@@ -78,7 +86,7 @@ def policy_config(
         branches=policy.branches,
         shared=calibration.shared,
         pooled_from=calibration.pooled_from if calibration.target.is_pooled else None,
-        last_token=None if policy.last_token is None else _last_token(policy.last_token),
+        last_token=last_token,
         output=calibration.output,
         features=calibration.target.promise.feature_names,
         classifier=options.classifier,
@@ -96,41 +104,31 @@ def policy_config(
     )
 
 
-def _last_token(policy: FittedPolicy) -> LastToken:
-    """The part of a pooled policy that reads the last token alone."""
-    return LastToken(
-        exit_points=tuple(exit.layer for exit in policy.exits),
-        levels=_levels(policy),
-        certified={name: tuple(points) for name, points in policy.questions.items()},
-        one_bound=True,
-    )
-
-
 def _levels(policy: FittedPolicy) -> tuple[Level, ...]:
-    tests = policy.terms.tests
-    return tuple(
-        Level(
+    """What is certified at each epsilon; where each question has its own bound, the largest."""
+    terms, found = policy.terms, []
+    for epsilon, point in policy.points.items():
+        bounds = _question_bounds(policy, epsilon).values()
+        level = Level(
             epsilon=epsilon,
             disagreement=point.disagreement,
             risk=point.risk,
-            bound=_bound(policy, epsilon),
+            bound=max(bounds) if bounds else terms.bound.within(epsilon, point.losses),
             layers_saved=point.layers_saved,
-            label_risks=tuple(test.risk(point.answers, point.full) for test in tests),
+            label_risks=tuple(test.risk(point.answers, point.full) for test in terms.tests),
         )
-        for epsilon, point in policy.points.items()
-    )
+        found.append(level)
+    return tuple(found)
 
 
-def _bound(policy: FittedPolicy, epsilon: float) -> float:
-    """Upper confidence bound of the risk; the largest, where each question has its own."""
+def _question_bounds(policy: FittedPolicy, epsilon: float) -> dict[str, float]:
+    """Upper confidence bound of the risk of each question that is certified on its own."""
     bound, rows = policy.terms.bound, policy.terms.rows_by_question()
-    if not policy.questions:
-        return bound.within(epsilon, policy.points[epsilon].losses)
-    return max(
-        bound.of_rows(rows[name]).within(epsilon, own[epsilon].losses)
+    return {
+        name: bound.of_rows(rows[name]).within(epsilon, own[epsilon].losses)
         for name, own in policy.questions.items()
         if epsilon in own
-    )
+    }
 
 
 def _questions(policy: FittedPolicy) -> tuple[Question, ...]:
@@ -237,15 +235,12 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
 
 def question_rows(policy: FittedPolicy, point: PathPoint) -> list[dict[str, Any]]:
     """The risk and savings of each question of a mixture, held out; the commonest comes first."""
-    calibration, bound = policy.calibration, policy.terms.bound
-    epsilon, questions = calibration.options.epsilon, policy.terms.rows_by_question()
+    calibration, questions = policy.calibration, policy.terms.rows_by_question()
     if len(questions) < 2:
         return []
     depth = calibration.rows.model.depth
     saved = 1 - np.array([*(exit.layer for exit in policy.exits), depth])[point.exits] / depth
-    # Of each question alone, where each is certified on its own.
-    alone = {name: own[epsilon] for name, own in policy.questions.items() if epsilon in own}
-    bounds = {n: bound.of_rows(questions[n]).within(epsilon, p.losses) for n, p in alone.items()}
+    bounds = _question_bounds(policy, calibration.options.epsilon)
     return [
         {
             "question": name,
