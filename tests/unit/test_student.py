@@ -24,7 +24,7 @@ from vllm_adainfer.artifact.files import load_artifact, load_artifact_config
 from vllm_adainfer.artifact.source import STUDENT_FILES, STUDENT_TOKENIZER, STUDENT_WEIGHTS
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.scheduler import prompt_texts
-from vllm_adainfer.engine.scheduler.prompt_texts import PromptTexts
+from vllm_adainfer.engine.scheduler.prompt_texts import texts_for_students
 from vllm_adainfer.engine.worker.gpu_worker import warm_up
 from vllm_adainfer.engine.worker.served_policies import check_replaces
 from vllm_adainfer.errors import AdaInferError
@@ -308,7 +308,7 @@ def arrival(
     admission = Admission(switch)
     served = tokenizer or word_tokenizer()
     monkeypatch.setattr(prompt_texts, "cached_tokenizer_from_config", lambda _: served)
-    texts = PromptTexts(SimpleNamespace(model_config=None), switch, admission)
+    texts = texts_for_students(SimpleNamespace(model_config=None), switch, admission)
     config = admission.policies.configs["reviews"]
     return admission, texts, config
 
@@ -347,7 +347,7 @@ def test_the_text_is_read_once_if_a_policy_may_ask_the_student(
     admission, texts, config = arrival(tiny_model, tmp_path, monkeypatch)
     prompt = [1, 2, *words(5)]
     resolved = admission.arrival.resolve("id", params(config, **changes))
-    found = texts.of(arrived(prompt, **request_changes), resolved)
+    found = texts(arrived(prompt, **request_changes), resolved)
     assert found == ({"reviews": tuple(prompt[2:])} if asked else {})
 
 

@@ -41,9 +41,7 @@ def pin_artifacts(vllm_config: VllmConfig, settings: Settings) -> dict[str, Arti
 def served_configs(vllm_config: VllmConfig, settings: Settings) -> dict[str, ArtifactConfig]:
     """The configs of the pinned artifacts, by policy name, for a process that starts.
 
-    Raises:
-        AdaInferError: an artifact cannot be read, or is no longer the one that was pinned.
-
+    An AdaInferError if an artifact is no longer the one that was pinned.
     """
     found = {name: load_config_and_digest(source) for name, source in settings.artifacts.items()}
     _check_pins(vllm_config, settings, {name: digest for name, (_, digest) in found.items()})

@@ -20,13 +20,10 @@ def choices_of(choice: Sequence[str] | None, grammar: str | None) -> list[str] |
     """The texts that a request chooses from, by two fields of its ``structured_outputs``.
 
     vLLM 0.32's frontend replaces ``choice`` by a grammar, in place, if the backend is xgrammar
-    (`validate_xgrammar_grammar`), so choices are also recovered from such a grammar.
-
-    Returns:
-        the texts; None if the request is restricted in another way, or by more than `MOST_CHOICES`
-        texts, or more than `MOST_CHOICE_CHARACTERS` in all. Such a request runs as in stock vLLM.
-        The time is linear in these limits, whatever a client sends.
-
+    (`validate_xgrammar_grammar`), so choices are also recovered from such a grammar. None if the
+    request is restricted in another way, or by more than `MOST_CHOICES` texts, or more than
+    `MOST_CHOICE_CHARACTERS` in all: it runs as in stock vLLM then. The time is linear in these
+    limits, whatever a client sends.
     """
     choices = _choices_in(grammar or "") if choice is None else choice
     if choices is None or len(choices) > MOST_CHOICES:

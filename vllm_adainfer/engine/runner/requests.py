@@ -140,12 +140,9 @@ class RunningRequests:
         yields_token: Bools,
         device: torch.device,
     ) -> StepContext:
-        """The context of the step that is about to run; `request_ids` are in batch order.
+        """The context of the step that is about to run, whose requests are in batch order.
 
-        Args:
-            request_ids, query_lens, yields_token, device: see `StepContext` and `RowLayout`.
-            computed: [requests], the tokens of each request that earlier steps have computed.
-
+        `computed` [requests] are the tokens of each that earlier steps have computed.
         """
         if self.adapters.take_changed():
             self.use_admission(self.admission)

@@ -58,10 +58,8 @@ class PrefixCacheGuard:
     def step_ended(self, complete: Mapping[str, int]) -> None:
         """Cache withheld blocks.
 
-        Args:
-            complete: by request id, how many of the first tokens have the keys and values of full
-                depth.
-
+        `complete` says by request id how many of the first tokens have the keys and values of full
+        depth.
         """
         for request_id, tokens in complete.items():
             request, cached = self._unfinished.get(request_id, (None, 0))

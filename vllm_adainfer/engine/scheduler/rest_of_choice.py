@@ -141,10 +141,6 @@ def check_tokenizer(tokenizer: Any, name: str, choices: Sequence[Choice]) -> Non
     """Check that an engine's tokenizer encodes a policy's choices as in calibration.
 
     Otherwise early answers could be tokens that the grammar rejects.
-
-    Raises:
-        AdaInferError: it does not.
-
     """
     for choice in choices:
         answer = tokenizer.decode(choice.first_tokens[:1])

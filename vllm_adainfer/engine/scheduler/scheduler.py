@@ -9,7 +9,7 @@ of the workers, choices that end early, the audit, the counts of kinds, the capt
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.admission.running import attach_resolved, params_of, resolved_of
+from vllm_adainfer.engine.admission.running import Running, attach_resolved, params_of, resolved_of
 from vllm_adainfer.engine.compat.processes import end_with_starter
 from vllm_adainfer.engine.compat.runner import attached_note
 from vllm_adainfer.engine.compat.scheduler import (
@@ -39,7 +39,7 @@ from vllm_adainfer.engine.scheduler.capture import Capture
 from vllm_adainfer.engine.scheduler.kinds import KindCounts
 from vllm_adainfer.engine.scheduler.observer import Counters, Observer, Step, report_of
 from vllm_adainfer.engine.scheduler.prefix_cache import PrefixCacheGuard, refuse_kv_connector
-from vllm_adainfer.engine.scheduler.prompt_texts import PromptTexts
+from vllm_adainfer.engine.scheduler.prompt_texts import texts_for_students
 from vllm_adainfer.engine.scheduler.rest_of_choice import RestOfChoice, check_tokenizer
 from vllm_adainfer.settings.engine import Settings, read_settings
 
@@ -58,18 +58,12 @@ class ObservedScheduler(_Scheduler):
     kv_cache_manager: Any  # vLLM's KVCacheManager, or the guard around it
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Make what the engine switch asks for.
-
-        Raises:
-            AdaInferError: a directory cannot be written to, or a policy does not go with this
-                engine's tokenizer.
-
-        """
+        """Make what the engine switch asks for."""
         super().__init__(*args, **kwargs)
         settings = settings_of(self.vllm_config)
         self.admission: Admission | None = None
         self._guard: PrefixCacheGuard | None = None
-        self._prompt_texts: PromptTexts | None = None
+        self._texts: Callable[[Request, Running], Mapping[str, tuple[int, ...]]] | None = None
         if not settings.runs_stock:
             self._make_exits(settings)
         self.observers = observers_of(self.vllm_config, settings, self)
@@ -79,7 +73,7 @@ class ObservedScheduler(_Scheduler):
     def _make_exits(self, settings: Settings) -> None:
         self.admission = Admission.from_config(self.vllm_config, settings)
         if self.admission.has_students:
-            self._prompt_texts = PromptTexts(self.vllm_config, settings, self.admission)
+            self._texts = texts_for_students(self.vllm_config, settings, self.admission)
             tell_scheduler_of_arrivals()
         if self.cache_config.enable_prefix_caching and not self.admission.is_recording:
             self.kv_cache_manager = self._guard = PrefixCacheGuard(self.kv_cache_manager)
@@ -94,8 +88,8 @@ class ObservedScheduler(_Scheduler):
         resolved = self.admission.arrival.resolve(
             request.request_id, params_of(request), request.lora_request, request.resumable
         )
-        if self._prompt_texts is not None:
-            resolved = resolved.changed(texts=self._prompt_texts.of(request, resolved))
+        if self._texts is not None:
+            resolved = resolved.changed(texts=self._texts(request, resolved))
         attach_resolved(request, resolved)
 
     @override
@@ -230,10 +224,8 @@ def observers_of(
 ) -> list[Observer]:
     """What the engine switch asks to watch.
 
-    Raises:
-        AdaInferError: a directory cannot be written to, or this engine's tokenizer does not write
-            the choices of a policy as in calibration.
-
+    An AdaInferError if a directory cannot be written to, or this engine's tokenizer does not write
+    the choices of a policy as in calibration.
     """
     model, engine = vllm_config.model_config, vllm_config.parallel_config.data_parallel_index
     observers: list[Observer] = [] if settings.runs_stock else [Counters()]

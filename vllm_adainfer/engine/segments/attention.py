@@ -31,11 +31,8 @@ def with_own_builders(
 
     The groups must hold every layer of `kv_cache`: vLLM treats a layer without metadata as being
     profiled, and returns garbage. vLLM's own model that runs some layers on a subset of rows does
-    the same (`models/deepseek_v41/nvidia/model_state.py`).
-
-    Raises:
-        AdaInferError: a backend writes keys and values only for rows that attend.
-
+    the same (`models/deepseek_v41/nvidia/model_state.py`). An AdaInferError if a backend writes
+    keys and values only for rows that attend.
     """
     held = {name for group in itertools.chain.from_iterable(groups) for name in group.layer_names}
     cached = {name for group in kv_cache.kv_cache_groups for name in group.layer_names}
@@ -175,12 +172,9 @@ class StepAttention:
         return StepAttention([[kept]], [table], [size], self.device)
 
     def metadata(self, layout: RowLayout) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
-        """What layers need to run the rows of `layout`.
+        """Positions of the rows of `layout`, and by layer name cache slots and attention metadata.
 
-        Returns:
-            int64 [rows], the position of each in its sequence; int64 [rows] by layer name, the
-            cache slot of its keys and values; and attention metadata by layer name.
-
+        Positions and slots are int64 [rows].
         """
         requests, positions, sizes = layout.present, layout.positions, self.block_sizes
         lens = layout.query_lens[requests]

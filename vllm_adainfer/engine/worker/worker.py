@@ -22,7 +22,7 @@ from vllm_adainfer.engine.worker.model_facts import facts_of
 from vllm_adainfer.engine.worker.self_calibration import SelfCalibration
 from vllm_adainfer.engine.worker.served_policies import Built, ServedPolicies
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.exits.recording.recorder import ServedRecorder
+from vllm_adainfer.exits.recording.recorder import served_recorder
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -64,7 +64,7 @@ class ExitWorker(_Worker):
             self._self_calibration = SelfCalibration(model.settings.auto, self._served)
             self._running.kinds = self._self_calibration.kinds
             layers = model.loop.policies.exit_points
-            model.loop.keep_states = ServedRecorder(layers, self._self_calibration.put)
+            model.loop.keep_states = served_recorder(layers, self._self_calibration.put)
         manager = lora_manager_of(self.model_runner)
         self._running.lora_manager = manager
         if manager is not None:
@@ -191,11 +191,8 @@ class ExitWorker(_Worker):
     def adainfer_take_record(self, directory: str) -> dict[str, Any]:
         """Add what was recorded to the files of `directory`: rows, sums, and the model.
 
-        Returns:
-            `facts_of` the served model, ``threads`` that computed, ``states`` (layer -> the
-            file of the states of whole prompts after it), and the times of
-            `vllm_adainfer.exits.recording.recording_loop.Timings`.
-
+        Returns `facts_of` the served model, ``threads`` that computed, ``states`` (layer -> the
+        file of the states of whole prompts after it), and the times of `Timings`.
         """
         model: Any = self.model_runner.model
         recorder = model.loop.recorder

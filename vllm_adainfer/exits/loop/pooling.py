@@ -76,12 +76,8 @@ class PooledPrompts:
         """The input of pooled policies for `requests`, complete prompts, at an exit point.
 
         The sums of `chunks`, prompts with more chunks to come, are carried on. All rows of all
-        these are still in the batch, which has `layout` and `states`.
-
-        Returns:
-            fp32 [requests, 2 x hidden size]: the normed state of the last token, then the mean of
-            the normed states.
-
+        these are still in the batch, which has `layout` and `states`. Returns fp32 [requests, 2 x
+        hidden size]: the normed state of the last token, then the mean of the normed states.
         """
         pooled = np.union1d(requests, chunks)
         ends, lens, counts = layout.ends[pooled], self._lens[pooled], self._counts[pooled]
@@ -114,11 +110,7 @@ class PooledPrompts:
         """The input of branches for `requests`: the last `MOST_BRANCH_TOKENS` tokens of each.
 
         Arguments as for `read`; `project` maps states [rows, hidden size] to what is kept of them,
-        [rows, width].
-
-        Returns:
-            [tokens of all requests, width], and the tokens of each, [requests].
-
+        [rows, width]. Returns [tokens of all requests, width], and the tokens of each, [requests].
         """
         wanted = np.union1d(requests, chunks)
         lens = np.minimum(self._lens[wanted], MOST_BRANCH_TOKENS)

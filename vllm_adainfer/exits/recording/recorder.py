@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.loop.loop import StateKeeper
 from vllm_adainfer.exits.loop.step import RecordedRequests
 from vllm_adainfer.exits.recording.moments import TunedLensSums
 
@@ -92,22 +93,23 @@ class RowRecorder:
 ChunkReader = Callable[[Sequence[str], Mapping[str, Tensor]], None]
 
 
-class ServedRecorder:
-    """A `StateKeeper`: keeps the states of some requests beside serving, a chunk at a time."""
+def served_recorder(layers: Sequence[int], put: ChunkReader) -> StateKeeper:
+    """What keeps the states of some requests beside serving, a chunk at a time.
 
-    def __init__(self, layers: Sequence[int], put: ChunkReader) -> None:
-        """`put` gets each chunk, in the thread of the step: it must not block."""
-        self._layers, self._put = layers, put
-        self._kinds: list[str] = []
-        self._rows = RowRecorder()
+    `put` gets each chunk, in the thread of the step: it must not block.
+    """
+    kinds: list[str] = []
+    rows = RowRecorder()
 
-    def __call__(self, requests: RecordedRequests, states: Sequence[Tensor]) -> None:
-        """Keep the `states` of `requests`, and pass on a chunk once it is complete."""
-        self._kinds += requests.kinds
-        self._rows.add(self._layers, states, computed=torch.from_numpy(requests.computed))
-        if len(self._kinds) >= CHUNK:
-            self._put(self._kinds, self._rows.take())
-            self._kinds = []
+    def keep(requests: RecordedRequests, states: Sequence[Tensor]) -> None:
+        nonlocal kinds
+        kinds += requests.kinds
+        rows.add(layers, states, computed=torch.from_numpy(requests.computed))
+        if len(kinds) >= CHUNK:
+            put(kinds, rows.take())
+            kinds = []
+
+    return keep
 
 
 class Recorder:
