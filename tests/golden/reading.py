@@ -21,6 +21,7 @@ from adainfer_kernels import Head, Norm
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.scored import scored as rows_of
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact
@@ -341,18 +342,10 @@ def kept(scores: Mapping[str, Tensor]) -> dict[str, list[Scored]]:
         name, place, what = key.split("/")
         if what != "score":
             continue
-        one = {
-            what: scores[f"{name}/{place}/{what}"].numpy() for what in ("tokens", "full", "loss")
-        }
-        relevance = scores.get(f"{name}/{place}/relevance")
-        found.setdefault(name, []).append(
-            Scored(
-                torch.zeros(2 * HALF, 1),
-                one["tokens"].astype(np.int64),
-                one["full"].astype(np.int64),
-                one["loss"].astype(np.float64),
-                scores[key],
-                relevance=None if relevance is None else relevance.double().numpy(),
-            )
+        tokens, full, loss = (
+            scores[f"{name}/{place}/{what}"].numpy() for what in ("tokens", "full", "loss")
         )
+        relevance = scores.get(f"{name}/{place}/relevance")
+        shown = None if relevance is None else relevance.double().numpy()
+        found.setdefault(name, []).append(rows_of(scores[key], tokens, full, loss, shown))
     return found

@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
+from tests.scored import fitted_exits, scored
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import certify
 from vllm_adainfer.offline.calibration.certify.path import (
@@ -18,7 +19,7 @@ from vllm_adainfer.offline.calibration.certify.path import (
     threshold_grid,
     threshold_path,
 )
-from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored
+from vllm_adainfer.offline.calibration.fit.exits import Scored
 
 OUTCOMES = [(0, 1), (0, 50), (1, 50), (3, 300), (150, 300), (299, 300), (300, 300)]
 EPSILONS = [0.01, 0.02, 0.05, 0.1, 0.5]
@@ -167,21 +168,7 @@ SIMULATED = [(risk, kind) for risk, kinds in CERTIFYING.items() for kind in kind
 
 
 def disagreement(score, agrees) -> Scored:
-    rows = len(agrees)
-    return Scored(
-        features=torch.zeros(rows, 2),
-        tokens=(~agrees).astype(np.int64),
-        full=np.zeros(rows, dtype=np.int64),
-        loss=(~agrees).astype(float),
-        score=torch.as_tensor(score).float(),
-    )
-
-
-def fitted_exits(held_out: Sequence[Scored], fitted: Sequence[Scored]) -> list[FittedExit]:
-    return [
-        FittedExit(layer, None, torch.zeros(3), ours, theirs)
-        for layer, ours, theirs in zip(LAYERS, fitted, held_out, strict=True)
-    ]
+    return scored(torch.as_tensor(score).float(), ~agrees)
 
 
 def population(rows: int, seed: int, risk: str = "disagreement") -> list[Scored]:
@@ -205,7 +192,7 @@ def violations(risk: str) -> dict[str, float]:
     """How often each kind of bound lets the population's mean loss exceed epsilon."""
     lowest, epsilon, rows = RISKS[risk]
     everyone, fitted = population(20_000, 0, risk), population(rows, 1, risk)
-    grid = threshold_grid(fitted_exits(everyone, fitted))
+    grid = threshold_grid(fitted_exits(LAYERS, fitted, everyone))
     true = {point.threshold: point.risk for point in threshold_path(LAYERS, everyone, DEPTH, grid)}
     generator = np.random.default_rng(2)
     bad = dict.fromkeys([*CERTIFYING[risk], "naive"], 0)
@@ -244,7 +231,7 @@ def test_the_certified_point_is_the_last_whose_bounds_up_to_there_are_all_within
     risk, kind
 ):
     lowest, epsilon, rows = RISKS[risk]
-    exits = fitted_exits(population(rows, 5, risk), population(rows, 6, risk))
+    exits = fitted_exits(LAYERS, population(rows, 6, risk), population(rows, 5, risk))
     path = list(held_out_path(exits, DEPTH, threshold_grid(exits)))
     point = certify(path, [epsilon], Bound(kind, DELTA, lowest))[epsilon]
     bounds = [Bound(kind, DELTA, lowest).of(each.losses) for each in path]
@@ -377,7 +364,7 @@ def test_thresholds_fall_among_the_scores_that_rows_can_have():
     score = torch.linspace(0, 1, 100)
     score[::2], score[1] = -torch.inf, torch.nan
     exits = [disagreement(score, np.ones(100, dtype=np.bool_))] * 2
-    first, *grid = threshold_grid(fitted_exits(exits, exits))
+    first, *grid = threshold_grid(fitted_exits(LAYERS, exits, exits))
     assert first == math.inf
     assert len(grid) > 40
     assert grid == sorted(grid, reverse=True)
@@ -386,4 +373,4 @@ def test_thresholds_fall_among_the_scores_that_rows_can_have():
 
 def test_where_no_row_is_ever_settled_nothing_leaves():
     exits = [disagreement(torch.full((10,), -torch.inf), np.ones(10, dtype=np.bool_))] * 2
-    assert threshold_grid(fitted_exits(exits, exits)) == [math.inf]
+    assert threshold_grid(fitted_exits(LAYERS, exits, exits)) == [math.inf]

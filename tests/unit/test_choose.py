@@ -10,6 +10,7 @@ import pytest
 import torch
 from adainfer_kernels import Head
 
+from tests.scored import scored
 from vllm_adainfer.offline.calibration.fit import choose
 from vllm_adainfer.offline.calibration.fit.choose import (
     choose_exits,
@@ -17,7 +18,7 @@ from vllm_adainfer.offline.calibration.fit.choose import (
     expected_seconds,
 )
 from vllm_adainfer.offline.calibration.fit.cost import Costs, shares_of_time
-from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit
 from vllm_adainfer.policy.probe import Probe
 
 DEPTH, ROWS = 12, 80
@@ -26,14 +27,8 @@ PROBE = Probe(Head(torch.zeros(2, 4)))
 
 
 def exit_after(layer: int, score: np.ndarray, loss: np.ndarray) -> FittedExit:
-    scored = Scored(
-        features=torch.zeros(len(score), 2),
-        tokens=(loss != 0).astype(np.int64),
-        full=np.zeros(len(score), dtype=np.int64),
-        loss=loss.astype(np.float64),
-        score=torch.tensor(score).float(),
-    )
-    return FittedExit(layer, PROBE, torch.zeros(3), scored, scored)
+    rows = scored(torch.tensor(score).float(), loss != 0, loss=loss)
+    return FittedExit(layer, PROBE, torch.zeros(3), rows, rows)
 
 
 def candidates_of(seed: int, lowest: int = 0, ties: bool = False) -> list[FittedExit]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
+from tests.scored import SAFE, UNSAFE, fitted_exits, safe_or_not
 from vllm_adainfer.artifact.fields import LabelBound
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import LabelTest, certify
@@ -29,7 +29,6 @@ from vllm_adainfer.offline.calibration.certify.path import (
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored
 from vllm_adainfer.promise.first_documents import FirstDocuments
 
-SAFE, UNSAFE = 3, 7
 DEPTH, LAYERS, ROWS, EVERYONE = 10, (3, 6), 600, 6000
 EPSILON, DELTA, RESAMPLES = 0.05, 0.1, 100
 RECALL = LabelBound(kind="recall", label="unsafe", epsilon=0.04)
@@ -42,27 +41,16 @@ def population(seed: int = 0) -> tuple[list[Scored], list[Scored]]:
     full = np.where(generator.random(EVERYONE) < 1 / 6, UNSAFE, SAFE)
 
     def exit_point(worst: float) -> Scored:
-        score = generator.random(EVERYONE)
-        errs = generator.random(EVERYONE) < worst * (1 - score) * np.where(full == UNSAFE, 1.5, 0.7)
-        tokens = np.where(errs, SAFE + UNSAFE - full, full)
-        features = torch.zeros(EVERYONE, 2)
-        return Scored(features, tokens, full, errs * 1.0, torch.from_numpy(score))
+        return safe_or_not(generator, full, worst)
 
     return [exit_point(0.4), exit_point(0.2)], [exit_point(0.6), exit_point(0.3)]
-
-
-def fitted(held_out: Sequence[Scored], fit: Sequence[Scored]) -> list[FittedExit]:
-    return [
-        FittedExit(layer, None, torch.zeros(3), ours, theirs)  # type: ignore[arg-type]
-        for layer, ours, theirs in zip(LAYERS, fit, held_out, strict=True)
-    ]
 
 
 def drawn(rows: Any) -> list[list[FittedExit]]:
     """Both parts, certified on `rows` of the population; other rows of it have been fitted on."""
     fit = np.random.default_rng(5).integers(0, EVERYONE, ROWS)
     return [
-        fitted([one.of_rows(rows) for one in part], [one.of_rows(fit) for one in part])
+        fitted_exits(LAYERS, *([one.of_rows(some) for one in part] for some in (fit, rows)))
         for part in population()
     ]
 
@@ -134,7 +122,7 @@ def test_a_promise_about_a_label_holds_with_epsilon_whichever_part_decides():
 def test_the_last_token_adds_no_more_than_its_share_of_the_losses_and_thresholds_never_rise():
     parts = drawn(np.arange(ROWS))
     pairs = pairs_of_thresholds(*parts, DEPTH)
-    again = [fitted([one.fitted for one in part], [one.fitted for one in part]) for part in parts]
+    again = [fitted_exits(LAYERS, *[[one.fitted for one in part]] * 2) for part in parts]
     before = math.inf
     for pair in pairs_on(again, pairs):
         if pair.last.threshold < before:  # it has just been lowered

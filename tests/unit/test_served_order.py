@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vllm import PoolingParams, SamplingParams
 
 from tests.running import new_request, running_requests
+from tests.scored import scored
 from tests.tiny import LAYERS, tiny_artifact, tiny_config
 from vllm_adainfer.arrays import Bools, Floats
 from vllm_adainfer.artifact.fields import Label
@@ -27,7 +28,6 @@ from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.exits.loop.step import CPU, StepContext
 from vllm_adainfer.offline.calibration.certify.path import Queries, threshold_path
-from vllm_adainfer.offline.calibration.fit.exits import Scored
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.promise.first_documents import FirstDocuments
@@ -136,18 +136,15 @@ class Server:
 def certified_losses(states: Tensor) -> Floats:
     """[queries], as calibration counts them at the policy's threshold."""
     full = states[:, :, 0].flatten().sigmoid().double().numpy()
-    scored = [
-        Scored(
-            features=torch.empty(len(full), 0),
-            tokens=np.zeros(len(full), dtype=np.int64),
-            full=np.zeros(len(full), dtype=np.int64),
-            loss=np.zeros(len(full)),
-            score=states[:, :, 1 + place].flatten().abs(),
+    exits = [
+        scored(
+            states[:, :, 1 + place].flatten().abs(),
+            np.zeros(len(full)),
             relevance=states[:, :, 1 + place].flatten().sigmoid().double().numpy(),
         )
         for place in range(len(EXIT_POINTS))
     ]
-    [point] = threshold_path(EXIT_POINTS, scored, LAYERS, [SURE])
+    [point] = threshold_path(EXIT_POINTS, exits, LAYERS, [SURE])
     groups = np.repeat(np.arange(len(states)), DOCUMENTS)
     return Queries.of_groups(TOP, groups, full).losses(point)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from adainfer_kernels import Head
 
+from tests.scored import scored
 from vllm_adainfer.arrays import Floats
 from vllm_adainfer.engine.admission import traffic_sample
 from vllm_adainfer.engine.admission.traffic_sample import GroupSample
@@ -88,17 +89,7 @@ def population(queries: int, seed: int) -> tuple[list[Scored], Floats, Any]:
         early = np.clip(full + moves, 0, 1)
         score = torch.from_numpy(-np.abs(moves) + draw.normal(0, 0.05, len(full)))
         loss = (np.abs(early - full) > TOP.margin / 2).astype(np.float64)
-        tokens = (early > 0.5).astype(np.int64)
-        exits.append(
-            Scored(
-                torch.zeros(len(full), 1),
-                tokens,
-                (full > 0.5).astype(np.int64),
-                loss,
-                score,
-                relevance=early,
-            )
-        )
+        exits.append(scored(score, early > 0.5, full > 0.5, loss, early))
     return exits, full, np.repeat(np.arange(queries), DOCUMENTS)
 
 
