@@ -225,3 +225,13 @@ def test_a_document_is_markdown():
         "A sentence.\n\n- **model**: tiny\n\n"
         "| label | share |\n|-------|-------|\n| a\\|b  |   5 % |"
     )
+
+
+@pytest.mark.parametrize("lay_out", [as_text, as_markdown])
+def test_nothing_in_a_table_is_wrapped_cut_coloured_or_read_as_markup(monkeypatch, lay_out):
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    cell = f"{'word ' * 60}[bold]:smile: [0, 1]"
+    [*_, last] = lay_out([Table([{"a": "1", "b": cell}])]).splitlines()
+    assert cell in last
+    assert "\x1b" not in last

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +10,7 @@ import pytest
 from tests.tiny import tiny_config
 from tests.unit.test_choice_policy import YES_NO
 from vllm_adainfer.engine.admission.admission import why_choices_run_on
-from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.options import (
-    CalibrationRequest,
-    PolicyOptions,
-    check_options,
-)
 from vllm_adainfer.offline.evaluation.requests import chosen, request_params
-from vllm_adainfer.promise.tolerance import Tolerance
 from vllm_adainfer.settings.engine import Settings
 
 CHOICES = YES_NO["choices"]
@@ -39,22 +31,6 @@ def test_answers_are_compared_as_texts_whatever_tokens_wrote_them():
         SimpleNamespace(outputs=[SimpleNamespace(text=text)]) for text in ("no", "yes", "no")
     ]
     assert chosen(outputs, CHOICES) == [[20], [10, 11], [20]]
-
-
-@pytest.mark.parametrize(
-    ("request_of", "sentence"),
-    [
-        ({"labels": ("a", "b")}, "--choices and --labels are two kinds"),
-        ({"label_pool": ("letters",)}, "--choices and --label-pool are two kinds"),
-        ({"options": PolicyOptions(max_tokens=4)}, "drop --max-tokens"),
-        ({"options": PolicyOptions(promise=Tolerance(tolerance=0.1))}, "drop --tolerance"),
-        ({"probe": "lens"}, "drop --probe lens"),
-    ],
-)
-def test_what_does_not_go_with_choices_is_refused(request_of, sentence):
-    asked = CalibrationRequest("m", Path("d"), Path("o"), choices=("yes", "no"), **request_of)
-    with pytest.raises(AdaInferError, match=sentence):
-        check_options(asked, holds_requests=True)
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,8 @@ def sentence_of(place: Place, command: str) -> str:
             "the tokenizer does not give the choice 'excellent' back",
         ),
         (f"{LABELS} --choices bad,good", "--choices and --labels are two kinds"),
+        ("calibrate --choices bad,good --max-tokens 4", "drop --max-tokens"),
+        ("calibrate --choices bad,good --probe lens", "drop --probe lens"),
         (
             "calibrate --choices bad,good --tolerance 0.1",
             "that read probabilities run at full depth",
@@ -328,6 +330,11 @@ def test_an_option_that_does_not_fit_is_one_sentence_and_leaves_nothing_behind(
             "--label-pool moods is not known",
         ),
         (requests(read_of(5, 6)), "evaluate", "which this policy does not serve: calibrate"),
+        (
+            requests(read_of(5, 6)),
+            "calibrate --choices bad,good --label-pool letters",
+            "--choices and --label-pool are two kinds",
+        ),
         (OF_CLASSIFIER, AS_CLASSIFIER, "too few rows for the bound"),
         (
             OF_CLASSIFIER,

@@ -169,13 +169,6 @@ def test_a_row_says_how_good_the_probabilities_are(report):
     assert all((one["rows"], one["accuracy"]) == (1, 1) for one in never["bins"])
 
 
-def test_stock_has_a_row_for_its_own_rounding(report):
-    stock = report["probabilities"]["stock"]
-    assert stock["move_max"] == pytest.approx(2 / 90, abs=1e-6)
-    assert stock["move_mean"] == pytest.approx(2 / 360, abs=1e-6)
-    assert (stock["label_differs"], stock["wrong"]) == (0, 0)
-
-
 def test_each_level_is_compared_with_never_exiting(report):
     strict, ours = report["probabilities"]["levels"]
     assert (strict["epsilon"], ours["epsilon"]) == (STRICT, OURS)
