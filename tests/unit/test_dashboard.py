@@ -93,3 +93,17 @@ def test_data_source_model_engine_and_epsilon_are_chosen_by_variables(dashboard)
         for part in (panel, *panel["targets"])
     }
     assert sources == {"${datasource}"}
+
+
+def test_panels_have_unique_ids_and_do_not_overlap(dashboard):
+    panels = dashboard["panels"]
+    assert dashboard["schemaVersion"] >= 36
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = [
+        (column, line)
+        for place in (panel["gridPos"] for panel in panels)
+        for column in range(place["x"], place["x"] + place["w"])
+        for line in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(set(cells)) == len(cells)
+    assert all(column < 24 for column, _ in cells)

@@ -123,3 +123,12 @@ def test_ci_calls_targets_that_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in " ".join(map(" ".join, found)).split():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_hosted_ci_skips_nothing_for_want_of_a_browser():
+    assert any("command -v chromium" in one for one in commands_of(workflow_of_hosted_ci()["run"]))
+
+
+def test_the_nightly_run_needs_an_index_that_is_set():
+    job = workflow_of_hosted_ci()["nightly"]
+    assert "vars.VLLM_NIGHTLY_INDEX != ''" in job["if"]

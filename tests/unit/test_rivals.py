@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.common.intervals import mean_interval, share_of
+from benchmarks.rivals.classifiers import Words
 from benchmarks.rivals.judged import Unseen, certified_threshold
 from benchmarks.rivals.task import ends_of
 from vllm_adainfer.offline.calibration.certify.bound import Bound
@@ -50,3 +51,17 @@ def test_intervals_hold_the_value_and_narrow_with_rows():
     few, many = (mean_interval(draw.uniform(size=rows)) for rows in (100, 10_000))
     assert few[0] < 0.5 < few[1]
     assert many[1] - many[0] < 0.2 * (few[1] - few[0])
+
+
+def test_a_classifier_that_is_wrong_where_it_is_surest_answers_nothing():
+    sure = np.ones(2000)
+    assert certified_threshold(np.full(2000, True), sure, BOUND, EPSILON) == np.inf
+
+
+def test_words_learn_the_answers_of_the_model():
+    texts = ["a warm and clever film", "a thin and dull plot"] * 20
+    classifier = Words()
+    classifier.fit(texts, np.array([7, 3] * 20))
+    answers, sure = classifier.answer(["clever", "dull"])
+    assert answers.tolist() == [7, 3]
+    assert ((sure > 0.5) & (sure <= 1)).all()

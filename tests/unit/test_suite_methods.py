@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.common.intervals import mean_interval
 from benchmarks.suite import methods
+from benchmarks.suite.report import METHODS, markdown, suite_report
 from tests.calibrations import DEPTH, LABEL_IDS, LAYERS, PROMPTS, SPLIT, recording_of
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import certify
@@ -127,3 +128,26 @@ def test_adainfer_leaves_by_its_rules_and_pays_for_a_head_at_every_layer(monkeyp
         classifiers = [exit.classifier for exit in exits]
         expected = by_prompt(recording, exits, classifiers, point.threshold, paid)
         assert flat(found[name]) == expected
+
+
+def test_means_are_over_tasks_above_chance_that_have_an_outcome():
+    def row(accuracy: float, at_chance: bool, saved: float | None, ours: float = 0.0) -> Any:
+        outcome = {"accuracy": ours, "disagreement": 0.01, "layers_run": 5, "expected_speedup": 1.5}
+        methods = dict.fromkeys(METHODS)
+        if saved is not None:
+            methods["ours"] = {**outcome, "layers_saved": saved}
+        facts = {"title": f"task of {accuracy}", "shots": 0, "test": 10, "chance": 0.5}
+        more = {"prompt_tokens_mean": 20.0, "exit_points": [2], "measured": None}
+        full = {"full_depth": {"accuracy": accuracy}, "at_chance": at_chance}
+        return {**facts, **more, **full, "methods": methods}
+
+    rows = [row(0.9, False, 0.4, 0.88), row(0.8, False, 0.2, 0.8), row(0.7, False, None)]
+    report = suite_report("models/tiny", PolicyOptions(), DEPTH, [*rows, row(0.5, True, 0.9, 0.4)])
+    mean = report["averages"]["ours"]
+    assert (report["averages"].keys(), mean["tasks"]) == ({"ours"}, 2)
+    assert mean["layers_saved"] == pytest.approx(0.3)
+    assert mean["accuracy_lost"] == pytest.approx(0.01)
+    table = " ".join(markdown(report).split())
+    assert "task of 0.5 (at chance)" in table
+    assert "no exit point is worth its cost" in table
+    assert "| mean of 2 | vllm-adainfer | | -1.0 | 1.0% | | 30.0% |" in table

@@ -203,14 +203,32 @@ def test_a_row_that_does_not_fit_the_task_is_an_error_that_names_its_line(
     assert "test.jsonl, line 2" in str(raised.value)
 
 
+def test_what_is_not_there_is_an_error_that_names_it(load, tokenizer, tmp_path):
+    rows = [{**BEES, "label": label} for label in ("negative", "positive", "positive")]
+    with pytest.raises(AdaInferError, match=r"--shots 3: the task cr .* only 2 balanced shots"):
+        load("cr", rows, rows, shots=3)
+    with pytest.raises(AdaInferError, match=r"no prompt of the task sst2 .* the model's 3 tokens"):
+        load("sst2", rows[:1], max_tokens=3)
+    with pytest.raises(AdaInferError, match=f"--data-dir {tmp_path} has no file rte/train.jsonl"):
+        load_task(SUITE.select(["rte"])[0], tmp_path, tokenizer, 0, None, None, 100)
+    with pytest.raises(AdaInferError, match=f"no task 'sst' in this suite; it has {NAMES[0]}, "):
+        SUITE.select(["cr", "sst"])
+
+
 # What is published on the hub: a row, and the prompt and the answer that it makes.
-PUBLISHED = {
+LONG = "x" * 701  # of passages, 700 characters are read
+HUM = {"text": "bees hum", "label": 1}
+FIVE = {"label": list("ABCDE"), "text": ["hum", "is", "it", "no", "{x}"]}
+PUBLISHED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "sst2": ({"sentence": "bees hum", "label": 1}, "Review: bees hum\nSentiment:", "positive"),
+    "ag_news": ({**HUM, "label": 3}, "Article: bees hum\nTopic:", "technology"),
+    "mmlu": (
+        {"question": "what", "choices": ["hum", "is", "it", "no"], "answer": 2},
+        "Question: what\nA. hum\nB. is\nC. it\nD. no\nAnswer:",
+        "C",
+    ),
     "csqa": (
-        {
-            "question": "what",
-            "choices": {"label": list("ABCDE"), "text": ["hum", "is", "it", "no", "{x}"]},
-            "answerKey": "E",
-        },
+        {"question": "what", "choices": FIVE, "answerKey": "E"},
         "Question: what\nA. hum\nB. is\nC. it\nD. no\nE. {x}\nAnswer:",
         "E",
     ),
@@ -223,20 +241,27 @@ PUBLISHED = {
         "Context: oaks grow\nQuestion: what grow\nAnswer:",
         "oaks",
     ),
+    "cr": ({**HUM, "label_text": "negative"}, "Review: bees hum\nSentiment:", "negative"),
     "trec": (
-        {"text": "bees hum", "label": 1, "label_coarse_original": "NUM"},
+        {**HUM, "label_coarse_original": "NUM"},
         "Question: bees hum\nAnswer type:",
         "number",
     ),
+    "subj": ({**HUM, "label_text": "subjective"}, "Text: bees hum\nType:", "subjective"),
     "boolq": (
-        {"question": "do oaks grow", "answer": True, "passage": "oaks grow"},
-        "Passage: oaks grow\nQuestion: do oaks grow?\nAnswer:",
+        {"question": "do oaks grow", "answer": True, "passage": LONG},
+        f"Passage: {LONG[:700]}\nQuestion: do oaks grow?\nAnswer:",
+        "yes",
+    ),
+    "rte": (
+        {"sentence1": LONG, "sentence2": "bees hum", "label": 0},
+        f"Premise: {LONG[:700]}\nHypothesis: bees hum\nEntailed:",
         "yes",
     ),
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", NAMES)
 def test_rows_of_the_hub_as_they_are_published_make_prompts(monkeypatch, tokenizer, name):
     row, prompt, answer = PUBLISHED[name]
     asked = []
