@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.common.intervals import mean_interval, share_of
-from benchmarks.rivals.classifiers import Words
+from benchmarks.rivals.classifiers import words
 from benchmarks.rivals.judged import Unseen, certified_threshold
 from benchmarks.rivals.task import ends_of
 from vllm_adainfer.offline.calibration.certify.bound import Bound
@@ -60,8 +60,6 @@ def test_a_classifier_that_is_wrong_where_it_is_surest_answers_nothing():
 
 def test_words_learn_the_answers_of_the_model():
     texts = ["a warm and clever film", "a thin and dull plot"] * 20
-    classifier = Words()
-    classifier.fit(texts, np.array([7, 3] * 20))
-    answers, sure = classifier.answer(["clever", "dull"])
+    answers, sure = words()(texts, np.array([7, 3] * 20))(["clever", "dull"])
     assert answers.tolist() == [7, 3]
     assert ((sure > 0.5) & (sure <= 1)).all()
