@@ -12,7 +12,7 @@ from tests.admitted import admitted
 from tests.tiny import tiny_config, word_tokenizer
 from tests.unit.test_pooled_policy import POOLED, QUESTIONS
 from vllm_adainfer.artifact.fields import SharedTokens
-from vllm_adainfer.artifact.served_prompts import served_prompts
+from vllm_adainfer.artifact.scope import served_prompts
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.exits.loop.step import FULL_DEPTH

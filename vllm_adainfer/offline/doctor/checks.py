@@ -206,7 +206,7 @@ def examine_model(
     """Load a model's config and tokenizer, if it is supported, and check that `config` fits it."""
     if path is None:
         return None, [skip("model: pass --model with the directory or hub id you serve")]
-    from vllm_adainfer.artifact.served_prompts import served_prompts
+    from vllm_adainfer.artifact.scope import served_prompts
     from vllm_adainfer.offline.pretrained import Model, load_config_and_tokenizer
 
     try:

@@ -10,9 +10,9 @@ from vllm_adainfer.artifact.scope import (
     after_which_text,
     each_for_itself,
     not_seen_whole,
+    served_prompts,
     student_in_words,
 )
-from vllm_adainfer.artifact.served_prompts import served_prompts
 from vllm_adainfer.artifact.words import (
     at_most,
     outputs_in_words,

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_adainfer.artifact.files import load_artifact
-from vllm_adainfer.artifact.served_prompts import served_prompts
+from vllm_adainfer.artifact.scope import served_prompts
 from vllm_adainfer.offline.adapter import NamedAdapter
 from vllm_adainfer.offline.calibration.data.examples import Row, make_examples, read_template
 from vllm_adainfer.offline.facts.document import Table, as_text
