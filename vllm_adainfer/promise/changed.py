@@ -14,6 +14,7 @@ from vllm_adainfer.promise.promise import Outcome, Promise
 class BestAnswer(Promise):
     """A promise about the best token or label alone."""
 
+    broken: ClassVar[str] = "early answers of shadow requests differ from full depth"
     feature_names: ClassVar[tuple[str, ...]] = FEATURES
     reads_probabilities: ClassVar[bool] = False
     right_about: ClassVar[str] = "probabilities are right about which is largest, not in value"
@@ -42,7 +43,6 @@ class Changed(BestAnswer):
     lost: ClassVar[str] = "disagreement"
     measured: ClassVar[str] = "disagreement"
     bounded: ClassVar[str] = "of the {answers} changed"
-    broken: ClassVar[str] = "early answers of shadow requests differ from full depth"
 
     @override
     def words(self) -> str:
