@@ -30,6 +30,7 @@ from tests.calibrations import (
 )
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.artifact.kinds import ProbeInput
+from vllm_adainfer.artifact.outputs import Choices
 from vllm_adainfer.offline.calibration.fit import training
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, fit_policy, make_policy
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
@@ -44,7 +45,7 @@ WITH_MASS = {"promise": Tolerance(tolerance=0.1, label_mass=True)}
 FIRST, BEST = Gate(label=LABELS[0].name, probability=0.3), Gate(probability=0.6)
 OF_POOL = {"promise": Gates(gates=(Gate(label="label 9", probability=0.4), BEST))}
 NEVER = {"never_early": ("label 17", "label 2")}
-ALL_DECIDE = CHOICES.model_copy(update={"undecided": ()})
+ALL_DECIDE = Choices(choices=CHOICES.choices)
 ENDS = {f"question {place}": ((place,),) for place in range(2)}  # the third is not recognised
 
 
