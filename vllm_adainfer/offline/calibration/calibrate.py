@@ -38,9 +38,7 @@ UNDECIDED_IS_WHY = 0.5
 def calibrate(request: CalibrationRequest) -> ArtifactConfig:
     """Calibrate a policy and write its artifact.
 
-    Raises:
-        AdaInferError: the input, the model or the bound does not allow it; nothing is written.
-
+    An AdaInferError if the input, the model or the bound does not allow it; nothing is written.
     """
     prompts = load_prompts(request)
     rows = record_prompts(request, prompts)
@@ -94,9 +92,7 @@ def say_what_they_share(prompts: Prompts) -> None:
 def fit_and_certify(request: CalibrationRequest, prompts: Prompts, rows: Rows) -> ArtifactConfig:
     """Make the policy and write its artifact.
 
-    Raises:
-        AdaInferError: no policy keeps the bound and is worth its cost; nothing is written.
-
+    An AdaInferError if no policy keeps the bound and is worth its cost; nothing is written.
     """
     calibration = calibration_of(request, prompts, rows)
     policy = fit_policy(

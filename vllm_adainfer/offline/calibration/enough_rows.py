@@ -32,9 +32,7 @@ def split_examples(
 ) -> tuple[list[Example], Split]:
     """The prompts in random order, and which of them fit and certify.
 
-    Raises:
-        AdaInferError: they are too few, or no groups as the promise is about.
-
+    An AdaInferError if they are too few, or no groups as the promise is about.
     """
     groups = groups_of(examples)
     options.promise.check_groups(groups, data)
@@ -72,9 +70,7 @@ def split_of(groups: Ints, options: PolicyOptions, alike: Ints | None = None) ->
 def check_rows(split: Split, options: PolicyOptions, data: str) -> None:
     """Check that the held-out rows could certify the bound if not one answer differed.
 
-    Raises:
-        AdaInferError: it has too few rows; the message says how many are needed.
-
+    An AdaInferError if it has too few rows; the message says how many are needed.
     """
     together, rows = split.most_together(split.groups), len(split.certify)
     counts_queries = options.promise.unit is Unit.QUERY
@@ -102,9 +98,7 @@ def check_rows(split: Split, options: PolicyOptions, data: str) -> None:
 def check_questions(examples: Sequence[Example], options: PolicyOptions, data: str) -> None:
     """Check that a question could be certified on its own if not one answer differed.
 
-    Raises:
-        AdaInferError: none can be recognised, or none has prompts enough.
-
+    An AdaInferError if none can be recognised, or none has prompts enough.
     """
     known = ends_of(examples)
     if not known:
@@ -132,9 +126,7 @@ def check_questions(examples: Sequence[Example], options: PolicyOptions, data: s
 def check_labels(options: PolicyOptions, labels: Sequence[Label]) -> None:
     """Check that the promises are about `labels`.
 
-    Raises:
-        AdaInferError: one names another label, or no label is left that may leave early.
-
+    An AdaInferError if one names another label, or no label is left that may leave early.
     """
     names = [label.name for label in labels]
     asked = [(f"--{one.kind}", one.label) for one in options.label_bounds]

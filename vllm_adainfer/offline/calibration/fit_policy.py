@@ -112,9 +112,7 @@ def fit_policy(
     Which one that is, the part that fits decides; likewise whether a student of `base` and branches
     are worth the time that they take. `states_after` gives the states that branches read.
 
-    Raises:
-        AdaInferError: the held-out rows are too few for a promise about a label.
-
+    An AdaInferError if the held-out rows are too few for a promise about a label.
     """
     for test in Terms(calibration).tests:
         test.check(calibration.rows.tokens[calibration.held_out])

@@ -79,16 +79,12 @@ class Bound:
     ) -> Bound:
         """The bound that the options ask for.
 
-        Args:
-            options: checked by `check_options`.
-            groups: [held-out rows], the group of each; None if each row stands alone. An order is
-                promised of queries, which are the rows then, and stand alone.
-            together: the most prompts in a group of the part that fits.
-            repeats: [held-out rows], whether each repeats an earlier one; needs `groups`.
+        `groups` [held-out rows] is the group of each; None if each row stands alone. An order is
+        promised of queries, which are the rows then, and stand alone. `together` is the most
+        prompts in a group of the part that fits. `repeats` [held-out rows], whether each repeats an
+        earlier one, needs `groups`.
 
-        Raises:
-            AdaInferError: the exact bound is asked for prompts that are not independent.
-
+        An AdaInferError if the exact bound is asked for prompts that are not independent.
         """
         if options.promise.unit is Unit.QUERY:
             if repeats is not None and groups is not None:
@@ -116,9 +112,7 @@ class Bound:
 
         The same as ``of(losses) <= epsilon``, but faster.
 
-        Raises:
-            ValueError: a loss is out of range, or the bound is exact and one is neither 0 nor 1.
-
+        A ValueError if a loss is out of range, or the bound is exact and one is neither 0 nor 1.
         """
         mean = (epsilon - self.lowest) / (1 - self.lowest)
         return all(
@@ -215,9 +209,7 @@ class Bound:
     def groups_needed(self, rows: int, epsilon: float) -> int:
         """The fewest groups like those of `rows` rows that certify `epsilon` if nothing is lost.
 
-        Raises:
-            ValueError: `epsilon` is not positive, or the bound is exact and `lowest` is not 0.
-
+        A ValueError if `epsilon` is not positive, or the bound is exact and `lowest` is not 0.
         """
         if epsilon <= 0:
             raise ValueError(

@@ -78,9 +78,7 @@ class LabelTest:
 
         `full` is int64 [held-out rows], the full model's answers.
 
-        Raises:
-            AdaInferError: they are too few; the message says how many it needs.
-
+        An AdaInferError if they are too few; the message says how many it needs.
         """
         if self.holds(full, full):
             return

@@ -33,9 +33,7 @@ def candidate_layers(
 
     Only a pooled probe finds something to read before the first layer.
 
-    Raises:
-        AdaInferError: a model of this depth has no such exit points.
-
+    An AdaInferError if a model of this depth has no such exit points.
     """
     first = 0 if kind == "pooled-label-head" else 1
     if asked is None:

@@ -73,9 +73,7 @@ def recorded(
 ) -> Rows:
     """Run `examples` through an engine of their own, perhaps with an adapter; see `start_engine`.
 
-    Raises:
-        AdaInferError: the engine cannot start, or a token was not recorded.
-
+    An AdaInferError if the engine cannot start, or a token was not recorded.
     """
     switch: dict[str, Any] = {"record": [*plan.layers, hf_config.num_hidden_layers]}
     if plan.lens_prompts:
@@ -148,9 +146,7 @@ def record(
 
     Rows in the prefix cache are not run again, so a shared prefix counts once.
 
-    Raises:
-        AdaInferError: a token was not recorded.
-
+    An AdaInferError if a token was not recorded.
     """
     engine.reset_prefix_cache()
     classifies = engine.llm_engine.model_config.runner_type == "pooling"
@@ -240,9 +236,7 @@ def rows_of_tokens(
     twice, because of a preemption, the second run counts. `tags` and `positions` [rows] are the
     text of each recorded row and its place there, in the order they were run.
 
-    Raises:
-        AdaInferError: a token has no row.
-
+    An AdaInferError if a token has no row.
     """
     row_at = {
         place: row for row, place in enumerate(zip(tags.tolist(), positions.tolist(), strict=True))

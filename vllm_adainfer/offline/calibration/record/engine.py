@@ -43,9 +43,7 @@ def start_engine(
     of fixed size. Stock vLLM, too, keeps the memory that it has freed and compiles as ours does, so
     that a comparison shows the savings of exits alone.
 
-    Raises:
-        AdaInferError: vLLM cannot start; the message ends with the reason it gave.
-
+    An AdaInferError if vLLM cannot start; the message ends with the reason it gave.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")

@@ -69,9 +69,7 @@ class ServedModel:
     def of_facts(cls, facts: Mapping[str, Any], logit_lens: Probe) -> ServedModel:
         """The model that its worker has described; see `model_facts` of the worker.
 
-        Raises:
-            LookupError, TypeError, ValueError: the facts are not those of a model.
-
+        A LookupError, TypeError or ValueError if the facts are not those of a model.
         """
         own = {one.name: facts[one.name] for one in fields(cls) if one.name in facts}
         options = EngineOptions.model_validate(facts["engine_options"])
@@ -236,9 +234,7 @@ def _shard(path: Path, written: int, size: int) -> Shard | None:
 def load_shards(shards: Sequence[Shard]) -> dict[str, Tensor]:
     """The rows of at least one shard, by name; with `Shard.number` of each row as ``shards``.
 
-    Raises:
-        OSError, RuntimeError, SafetensorError: a file cannot be read.
-
+    An OSError, RuntimeError or SafetensorError if a file cannot be read.
     """
     parts = [load_file(shard.path) for shard in shards]
     [whole, *others] = parts

@@ -34,9 +34,7 @@ def write_artifact(
 
     `model` is a directory or hub id, `hf_config` its config; `template` is as it was given.
 
-    Raises:
-        AdaInferError: `directory` cannot be written.
-
+    An AdaInferError if `directory` cannot be written.
     """
     name = Path(model).name if Path(model).is_dir() else model
     config = policy_config(policy, name, hf_config, adapter)
