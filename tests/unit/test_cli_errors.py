@@ -138,10 +138,9 @@ def read_of(*label_ids: int) -> dict[str, Any]:
     return {"url": "/v1/completions", "body": body}
 
 
-# The tiny model as a classifier of one column, on 100 rows, of which 113 would do.
+# The tiny model as a classifier of one column.
 CLASSIFIER = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
 AS_CLASSIFIER = f"calibrate --hf-overrides '{json.dumps(CLASSIFIER)}'"
-OF_CLASSIFIER = rows(100, labels=("no", "no"))
 ONE_TOKEN = rows(text="good")  # the prompt of the last row, without a template
 LABELS = "calibrate --labels bad,good"
 TOLERANCE = f"{LABELS} --tolerance 0.05"
@@ -181,22 +180,10 @@ def sentence_of(place: Place, command: str) -> str:
         ("calibrate --exit-points 3,6", "--exit-points must ascend between 1 and 5"),
         ("calibrate --exit-points 3,2", "--exit-points must ascend between 1 and 5"),
         (
-            f"{LABELS} --probe label-head --exit-points 0,3",
-            "must ascend between 1 and 5 for this model of 6 layers and this probe, got 0,3",
-        ),
-        (
-            f"{LABELS} --probe pooled-label-head --exit-points 0,6",
-            "--exit-points must ascend between 0 and 5",
-        ),
-        (
             "calibrate --probe pooled-label-head",
             "--probe pooled-label-head needs --labels, such as",
         ),
         ("calibrate --probe branch", "--probe branch needs --labels, such as"),
-        (
-            f"{LABELS} --probe branch --max-tokens 4",
-            "--labels are one-token answers: drop --max-tokens or --labels",
-        ),
         ("calibrate --labels good", "--labels needs at least two different names"),
         ("calibrate --labels 'good,good Review'", "'good' and 'good Review' both begin with"),
         (
@@ -225,37 +212,12 @@ def sentence_of(place: Place, command: str) -> str:
             f"{TOLERANCE} --epsilon 0.01",
             "too few rows for the bound: epsilon 0.01 at delta 0.1 needs at least 459 rows",
         ),
-        (f"{LABELS} --never-early fine", "--never-early fine: there is no such label: name one of"),
-        (f"{LABELS} --recall fine:0.1", "--recall fine: there is no such label: name one of bad"),
-        (f"{LABELS} --precision good", "--precision 'good' must be a label and a share between"),
         ("calibrate --recall good:0.1", "are about the labels of one-token answers: give"),
         (
             "calibrate --never-early good --max-tokens 8",
             "are about the labels of one-token answers: give --labels",
         ),
-        (f"{LABELS} --recall good:0.1 --risk accuracy", "compare with full depth, --risk accuracy"),
-        (f"{LABELS} --gate fine:0.5", "--gate fine: there is no such label: name one of bad, good"),
-        (
-            f"{LABELS} --gate good",
-            "--gate 'good' must be a label, or best, and a probability between",
-        ),
         ("calibrate --gate good:0.5", "--gate is for the probabilities of labels: give"),
-        (f"{LABELS} --gate good:0.5 --tolerance 0.1", "drop all but one of --tolerance, --gate"),
-        (
-            f"{LABELS} --top 5:0.1",
-            "--top ranks the documents of a reranker, and this model generates",
-        ),
-        (f"{LABELS} --top 0:0.1", "--top '0:0.1' must be a number of documents and a margin"),
-        (f"{LABELS} --top 5", "--top '5' must be a number of documents and a margin"),
-        (
-            f"{LABELS} --top 5:0.1 --risk accuracy",
-            "--top bounds how often queries lose a document, ",
-        ),
-        (
-            f"{LABELS} --gate good:0.5 --risk accuracy",
-            "are on the wrong side, and a policy has one",
-        ),
-        (f"{LABELS} --gate good:0.5 --probe lens", "--gate needs the scores of a label-head, and"),
         (
             "calibrate --choices bad,good --gate good:0.5",
             "read probabilities run at full depth: drop --gate",
@@ -273,8 +235,6 @@ def sentence_of(place: Place, command: str) -> str:
             f"{STUDENT} --classifier crf",
             "and a student is not asked about prompts without text: drop",
         ),
-        (f"{LABELS} --student no/such/encoder", "--student no/such/encoder is neither a directory"),
-        (f"{LABELS} --student .", "--student . is not an encoder that transformers loads from"),
         ("inspect HERE", "has no config.json"),
         ("inspect nobody/nothing", "neither a directory nor a hub id"),
         (
@@ -288,7 +248,6 @@ def sentence_of(place: Place, command: str) -> str:
             "calibrate --choices good,excellent",
             "the tokenizer does not give the choice 'excellent' back",
         ),
-        (f"{LABELS} --choices bad,good", "--choices and --labels are two kinds"),
         ("calibrate --choices bad,good --max-tokens 4", "drop --max-tokens"),
         ("calibrate --choices bad,good --probe lens", "drop --probe lens"),
         (
@@ -305,6 +264,60 @@ def test_an_option_that_does_not_fit_is_one_sentence_and_leaves_nothing_behind(
     place, command, message
 ):
     assert message in sentence_of(place, command)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--probe label-head --exit-points 0,3",
+            "must ascend between 1 and 5 for this model of 6 layers and this probe, got 0,3",
+        ),
+        (
+            "--probe pooled-label-head --exit-points 0,6",
+            "--exit-points must ascend between 0 and 5",
+        ),
+        (
+            "--probe branch --max-tokens 4",
+            "--labels are one-token answers: drop --max-tokens or --labels",
+        ),
+        ("--never-early fine", "--never-early fine: there is no such label: name one of"),
+        ("--recall fine:0.1", "--recall fine: there is no such label: name one of bad"),
+        ("--precision good", "--precision 'good' must be a label and a share between"),
+        ("--recall good:0.1 --risk accuracy", "compare with full depth, --risk accuracy"),
+        ("--gate fine:0.5", "--gate fine: there is no such label: name one of bad, good"),
+        ("--gate good", "--gate 'good' must be a label, or best, and a probability between"),
+        ("--gate good:0.5 --tolerance 0.1", "drop all but one of --tolerance, --gate"),
+        ("--top 5:0.1", "--top ranks the documents of a reranker, and this model generates"),
+        ("--top 0:0.1", "--top '0:0.1' must be a number of documents and a margin"),
+        ("--top 5", "--top '5' must be a number of documents and a margin"),
+        ("--top 5:0.1 --risk accuracy", "--top bounds how often queries lose a document, "),
+        ("--gate good:0.5 --risk accuracy", "are on the wrong side, and a policy has one"),
+        ("--gate good:0.5 --probe lens", "--gate needs the scores of a label-head, and"),
+        ("--student no/such/encoder", "--student no/such/encoder is neither a directory"),
+        ("--student .", "--student . is not an encoder that transformers loads from"),
+        ("--choices bad,good", "--choices and --labels are two kinds"),
+    ],
+)
+def test_an_option_that_does_not_go_with_labels_is_one_sentence(place, options, message):
+    assert message in sentence_of(place, f"{LABELS} {options}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", "too few rows for the bound"),
+        ("--labels bad,good", "a classifier brings its labels, the columns of its scores"),
+        ("--choices bad,good", "the columns of its scores: drop --choices"),
+        ("--max-tokens 4", "a classifier answers with scores, not with tokens"),
+        ("--probe lens", "exit points of a classifier have label-heads: drop --probe"),
+        ("--chat-template '{{ x }}'", "the data hold none: drop it"),
+        ("--gate bad:0.5", "--gate bad: there is no such label: name one of no, yes"),
+    ],
+)
+def test_an_option_that_does_not_go_with_a_classifier_is_one_sentence(place, options, message):
+    place.write_rows(100, labels=("no", "no"))  # of which 113 would do
+    assert message in sentence_of(place, f"{AS_CLASSIFIER} {options}")
 
 
 @pytest.mark.parametrize(
@@ -334,37 +347,6 @@ def test_an_option_that_does_not_fit_is_one_sentence_and_leaves_nothing_behind(
             requests(read_of(5, 6)),
             "calibrate --choices bad,good --label-pool letters",
             "--choices and --label-pool are two kinds",
-        ),
-        (OF_CLASSIFIER, AS_CLASSIFIER, "too few rows for the bound"),
-        (
-            OF_CLASSIFIER,
-            f"{AS_CLASSIFIER} --labels bad,good",
-            "a classifier brings its labels, the columns of its scores",
-        ),
-        (
-            OF_CLASSIFIER,
-            f"{AS_CLASSIFIER} --choices bad,good",
-            "the columns of its scores: drop --choices",
-        ),
-        (
-            OF_CLASSIFIER,
-            f"{AS_CLASSIFIER} --max-tokens 4",
-            "a classifier answers with scores, not with tokens",
-        ),
-        (
-            OF_CLASSIFIER,
-            f"{AS_CLASSIFIER} --probe lens",
-            "exit points of a classifier have label-heads: drop --probe",
-        ),
-        (
-            OF_CLASSIFIER,
-            f"{AS_CLASSIFIER} --chat-template '{{{{ x }}}}'",
-            "the data hold none: drop it",
-        ),
-        (
-            OF_CLASSIFIER,
-            f"{AS_CLASSIFIER} --gate bad:0.5",
-            "--gate bad: there is no such label: name one of no, yes",
         ),
         (no_data, "calibrate", "cannot read --data"),
         (no_data, "evaluate --report HERE/report.json", "cannot read --data"),
