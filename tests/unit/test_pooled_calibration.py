@@ -32,8 +32,10 @@ from vllm_adainfer.offline.calibration.fit.choose import candidate_layers, layer
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fit_policy import fit_candidates, fit_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
+from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_config,
+    policy_details,
     policy_tensors,
 )
 from vllm_adainfer.offline.reports import views
@@ -129,6 +131,8 @@ def test_one_bound_covers_both_parts_whichever_decides_a_request(by_question):
     assert found.last_token.points[0.1].layers_saved > 0
     config = policy_config(found, "tiny", HF_CONFIG)
     assert config.last_token.one_bound
+    card = model_card(config, policy_details(found))
+    assert all(f"{level.layers_saved:.1%}" in card for level in config.last_token.levels)
     assert [one.epsilon for one in config.levels] == [
         one.epsilon for one in config.last_token.levels
     ]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -95,6 +96,7 @@ def test_a_task_asks_for_every_class_equally_often_each_by_a_token_of_its_own(
     assert [label.name for label in data.labels] == words
     assert [label.token_id for label in data.labels] == tokenizer.convert_tokens_to_ids(words)
     assert len({label.token_id for label in data.labels}) == len(words)
+    assert not words or data.answers == [{data.labels[0].token_id}]
 
 
 def test_shots_are_the_first_training_rows_of_each_class_in_turn(load):
@@ -213,6 +215,15 @@ def test_what_is_not_there_is_an_error_that_names_it(load, tokenizer, tmp_path):
         load_task(SUITE.select(["rte"])[0], tmp_path, tokenizer, 0, None, None, 100)
     with pytest.raises(AdaInferError, match=f"no task 'sst' in this suite; it has {NAMES[0]}, "):
         SUITE.select(["cr", "sst"])
+    assert [task.name for task in SUITE.select(["rte", "cr"])] == ["rte", "cr"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"lables": {}}, {"template": "Review: {text} "}, {"shots": -1}, {"cut": {"text": 0}}]
+)
+def test_a_mistake_in_a_suite_file_is_an_error(change):
+    with pytest.raises(ValidationError):
+        Task.model_validate({**SUITE.tasks[0].model_dump(), **change})
 
 
 # What is published on the hub: a row, and the prompt and the answer that it makes.
