@@ -202,7 +202,8 @@ def test_the_policy_is_the_one_that_calibrate_makes_of_these_rows(place, tmp_pat
     place.trainer().look()
     ours = load_artifact(str(place.directory.policy(name, 1)))
 
-    labels = place.served.output(place.kinds[name]).labels
+    output = place.served.output(place.kinds[name])
+    labels = output.labels
     tokens = torch.tensor([label.token_id for label in labels])
     logits = 2 * 30 * (lens.readout(residual) @ place.head[tokens].T / 30).tanh()
     recording = Rows(
@@ -223,7 +224,7 @@ def test_the_policy_is_the_one_that_calibrate_makes_of_these_rows(place, tmp_pat
     )
     split, config = Split.halves(rows), place.served.hf_config
     fit_and_certify(
-        request, Prompts(examples, labels, split, config, "label-head", None), recording
+        request, Prompts(examples, output, split, config, "label-head", None), recording
     )
     theirs = load_artifact(str(tmp_path / "theirs"))
     assert ours.config == theirs.config
