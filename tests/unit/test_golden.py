@@ -79,6 +79,15 @@ def test_a_config_of_version_1_is_written_in_version_2_and_says_the_same(artifac
     assert ArtifactConfig.model_validate(written) == config
 
 
+@pytest.mark.parametrize("key", ["choices", "score_head"])
+def test_a_config_of_version_1_whose_labels_are_other_tokens_is_refused(key):
+    flats = (json.loads((HERE / case / CONFIG_FILE).read_text()) for case in CASES)
+    flat = next(flat for flat in flats if flat.get(key))
+    flat["labels"].reverse()
+    with pytest.raises(ValueError, match=r"in (their )?order"):
+        ArtifactConfig.model_validate(flat)
+
+
 def test_it_decides_and_answers_as_it_did(artifact):
     case, found = artifact[0], decisions(artifact[1], INPUTS)
     wanted = tensors_of(case, DECISIONS)

@@ -51,9 +51,18 @@ def _output(flat: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("choices, score_head and label_pool rule each other out")
     if flat["undecided"] and not choices:
         raise ValueError("undecided needs choices")
+    ids = [dict(label)["token_id"] for label in labels]
     if choices:
-        return {"kind": "choices", "choices": choices, "undecided": flat["undecided"] or ()}
+        undecided = flat["undecided"] or ()
+        columns = [*(dict(choice)["first_tokens"] for choice in choices), undecided]
+        if ids != [column[0] for column in columns if column]:
+            raise ValueError(
+                "labels must be the first of the choices' first tokens, in their order"
+            )
+        return {"kind": "choices", "choices": choices, "undecided": undecided}
     if head:
+        if ids != list(range(len(ids))):
+            raise ValueError("labels of a score_head are its columns, in order")
         classes = [dict(label)["name"] for label in labels]
         return {"kind": "scores", "score_head": head, "classes": classes}
     if not labels:
