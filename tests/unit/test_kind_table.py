@@ -22,6 +22,7 @@ from vllm_adainfer.auto.table import (
     KindTable,
     pools,
 )
+from vllm_adainfer.promise import label_subsets
 
 SALT = b"salt"
 YES_NO, LETTERS = Kind("label", (7, 11)), Kind("choice", choices=("a", "b", "c"))
@@ -193,3 +194,7 @@ def test_pools_of_another_adapter_or_with_too_many_labels_are_others():
     found = pools_of([*kinds, *lora])
     assert [requests for _, _, requests in found] == [60, 30]
     assert all(labels <= MOST_LABELS for labels, _, _ in pools_of(subsets(250, 20, of=500)))
+
+
+def test_a_pool_that_is_found_is_one_that_a_policy_can_be_for():
+    assert MOST_LABELS == label_subsets.MOST_LABELS

@@ -17,7 +17,7 @@ from vllm_adainfer.auto.kinds import Kind
 KINDS = 256  # kept at a time
 RECURRING_KINDS = 192  # of these; the rest is left to new kinds, which may come to recur
 RECURS = 20  # requests from which on a kind recurs; a list unique to a request never does
-MOST_LABELS = 64  # of a pool
+MOST_LABELS = 62  # of a pool, as policies take them
 FEWEST_SETS = 8  # of labels, before they are more than several questions
 NAMED = 16  # kinds that ever get series of their own, so that no client can make more
 OTHERS = "others"  # all other one-answer requests
