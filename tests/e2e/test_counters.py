@@ -43,7 +43,7 @@ class CountingStack(Stack):
     largest = 0
 
     def run(self, index: int, positions: Tensor, states: HiddenStates) -> HiddenStates:
-        self._count(states.num_rows, self.segments[index].num_layers)
+        self._count(states.num_rows, len(self.segments[index].layers))
         return super().run(index, positions, states)
 
     def write_last_kv(
