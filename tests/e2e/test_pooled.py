@@ -141,6 +141,27 @@ def test_a_request_that_leaves_before_the_first_layer_runs_none_and_caches_nothi
     assert [one.num_cached_tokens for one in (first, second, third)] == [0, 0, 96]
 
 
+def test_what_is_read_of_a_prompt_is_the_same_alone_among_others_and_in_other_chunks(
+    llm, artifacts
+):
+    """Bit for bit, where the layers before give the same states bit for bit; else nearly so."""
+    generator = np.random.default_rng(3)
+    prompts = [random_prompt(generator, n) for n in (300, 41, 90, 129, 64, 200)]
+    params = request("whole", NEVER, artifacts)
+    llm.reset_prefix_cache()
+    with traced(llm) as (_, among):
+        outputs_of(llm, prompts, params)
+    for prompt in prompts:
+        llm.reset_prefix_cache()
+        with traced(llm) as (_, read):
+            outputs_of(llm, [prompt], params)
+        for (policy, exit_index), [alone] in read.items():
+            others = [one for one in among[policy, exit_index] if one.shape == alone.shape]
+            distances = [float((one - alone).abs().max()) for one in others]
+            assert policy == "whole"
+            assert min(distances) <= (0 if exit_index == 0 else 1e-4)
+
+
 def test_what_never_leaves_has_the_states_of_what_may_not(llm, artifacts):
     prompts = mixed_load(4)
     states = []
