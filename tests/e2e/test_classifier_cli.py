@@ -68,8 +68,12 @@ def test_a_classifiers_policy_is_for_the_columns_of_its_scores(calibrated, model
     names = ["no", "yes"] if model.name == "sigmoid" else ["c0", "c1", "c2"]
     assert (config.score_head, [label.name for label in config.labels]) == (model.name, names)
     assert f"of a classifier ({model.name})" in said
-    what = "classes" if model.name == "sigmoids" else "class"
-    assert f"requests for the {what} of a prompt among {', '.join(names)}" in said
+    asked = {
+        "sigmoid": "the score of a prompt, its probability of yes",
+        "sigmoids": f"the classes of a prompt among {', '.join(names)}",
+    }
+    default = f"the class of a prompt among {', '.join(names)}"
+    assert f"requests for {asked.get(model.name, default)}" in said
     right = "probabilities are right about which is largest"
     if model.name == "sigmoids":
         right = "probabilities are right about their side of the gates"
