@@ -46,7 +46,7 @@ def main(
     """Write the rows with answers; print rows/s and, if they have a `label`, the accuracy."""
     if output.exists():
         raise typer.BadParameter(f"{output} exists already: choose another --output")
-    labels = json.loads((artifact / "config.json").read_text())["output"]["labels"]
+    labels = json.loads((artifact / "config.json").read_text())["labels"]
     names = {label["token_id"]: label["name"] for label in labels}
     sampling = {"temperature": 0.0, "max_tokens": 1, "allowed_token_ids": list(names)}
     switch = {"additional_config": {"adainfer": {"artifact": str(artifact.absolute())}}}

@@ -34,7 +34,7 @@ def config(tiny_model) -> ArtifactConfig:
 
 
 def changed(config: ArtifactConfig, **changes: Any) -> ArtifactConfig:
-    return ArtifactConfig(**{**config.model_dump(), **changes})
+    return ArtifactConfig(**{**dict(config), **changes})
 
 
 def save(directory: Path, config: ArtifactConfig, tensors: dict[str, Tensor] | None = None) -> Path:
@@ -340,6 +340,7 @@ ONE_LABEL = {"kind": "labels", "labels": [{"name": "good", "token_id": 7}]}
         (edit_config(output=NOTHING), CONFIG_FILE, "labels"),
         (edit_config(output=ONE_LABEL), CONFIG_FILE, "among fewer than two labels"),
         (edit_config(vocab_size=1), CONFIG_FILE, "vocab_size"),
+        (edit_config(labels=[]), CONFIG_FILE, "must be those of output"),
     ],
 )
 def test_damage_is_an_error_that_names_the_file(tmp_path, config, damage, file, problem):

@@ -73,9 +73,14 @@ def test_there_is_one_of_each_output_and_promise():
 
 def test_a_config_of_version_1_is_written_in_version_2_and_says_the_same(artifact):
     config = artifact[1].config
-    assert json.loads((HERE / artifact[0] / CONFIG_FILE).read_text())["schema_version"] == 1
+    before = json.loads((HERE / artifact[0] / CONFIG_FILE).read_text())
     written = json.loads(config.model_dump_json())
-    assert (written["schema_version"], written["promise"]["kind"]) == (2, config.promise.kind)
+    assert (before["schema_version"], written["schema_version"]) == (1, 2)
+    assert written["promise"]["kind"] == config.promise.kind
+    # What programs read from the file stands where it stood.
+    assert written["candidates"] == before["candidates"]
+    ids = [[label["token_id"] for label in one["labels"]] for one in (written, before)]
+    assert ids[0] == ids[1]
     assert ArtifactConfig.model_validate(written) == config
 
 

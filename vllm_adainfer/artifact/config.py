@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import model_serializer, model_validator
 
 from vllm_adainfer.artifact.config_fields import ConfigFields
 from vllm_adainfer.artifact.config_rules import broken_rules
@@ -14,17 +15,12 @@ from vllm_adainfer.artifact.version_1 import tagged
 from vllm_adainfer.errors import AdaInferError
 
 LAST_TOKEN = "last-token"  # the part of a pooled policy for prompts it cannot see as a whole
+REPEATED = ("candidates", "labels")  # of the output
 UNKNOWN_GROUP = 16  # answers of a group that are watched where no one knows how large groups were
 
 
 class ArtifactConfig(ConfigFields):
     """The model and requests that a policy is for, and the bounds it was certified for."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_this_version(cls, values: Any) -> Any:
-        is_older = isinstance(values, dict) and values.get("schema_version") == 1
-        return tagged(values) if is_older else values
 
     @model_validator(mode="after")
     def _consistent(self) -> ArtifactConfig:
@@ -34,6 +30,29 @@ class ArtifactConfig(ConfigFields):
         self.__dict__["promise"] = self.promise.about(names, self.output.link, self.vocab_size)
         self.parts("")  # which validates them
         return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_any_version(cls, values: Any, read: Callable[[Any], ArtifactConfig]) -> ArtifactConfig:
+        if not isinstance(values, dict):
+            return read(values)
+        if values.get("schema_version") == 1:
+            return read(tagged(values))
+        said = {name: values[name] for name in REPEATED if name in values}
+        config = read({name: one for name, one in values.items() if name not in said})
+        if any(one != config._repeated[name] for name, one in said.items()):
+            raise ValueError("labels and candidates must be those of output")
+        return config
+
+    @model_serializer(mode="wrap")
+    def _with_repeated(self, written: Callable[[ArtifactConfig], dict[str, Any]]) -> dict[str, Any]:
+        return written(self) | self._repeated
+
+    @property
+    def _repeated(self) -> dict[str, Any]:
+        """What programs read from the file by its names of version 1."""
+        labels = [label.model_dump() for label in self.labels]
+        return dict(zip(REPEATED, (self.candidates, labels), strict=True))
 
     @property
     def probe_inputs(self) -> tuple[ProbeInput, ...]:
