@@ -149,7 +149,7 @@ def test_each_leaves_where_the_oracle_does_and_full_depth_answers_shadows_and_co
 @pytest.mark.parametrize("seed", needed(1, of=range(3)))
 def test_shadows_in_mixed_batches_with_prompts_longer_than_a_step(small, reference, seed):
     generator = np.random.default_rng(seed)
-    lengths = generator.choice([1, 2, 9, 31, 64, 100, 170, 300], 14)
+    lengths = generator.choice([1, 2, 9, 31, 64, 100, 170, 300], 28)
     prompts = [generator.integers(5, 1000, length).tolist() for length in lengths]
     exits = generator.integers(-1, len(FROM_ZERO), len(prompts)).tolist()
     tokens = [1 if e >= 0 else int(generator.integers(1, 4)) for e in exits]
