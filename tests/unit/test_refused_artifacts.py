@@ -12,6 +12,7 @@ from tests import student
 from tests.tiny import EXIT_POINTS, tiny_config, tiny_tensors
 from tests.unit.test_choice_policy import YES_NO
 from tests.unit.test_pooled_policy import POOLED, QUESTIONS, last_token, levels
+from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import (
     Label,
     LabelBound,
@@ -117,8 +118,10 @@ CONFIGS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 @pytest.mark.parametrize(
     "base", [POOLED, BRANCHED, WITH_STUDENT, GATES, BY_QUESTION, recall("bad")]
 )
-def test_the_configs_that_the_table_spoils_are_taken(tiny_model, base):
-    tiny_config(tiny_model, **base)
+def test_the_configs_that_the_table_spoils_are_taken_and_say_what_was_asked(tiny_model, base):
+    config = tiny_config(tiny_model, **base)
+    assert config == ArtifactConfig.model_validate_json(config.model_dump_json())
+    assert config != tiny_config(tiny_model)
 
 
 @pytest.mark.parametrize(("base", "changes", "sentence"), CONFIGS)

@@ -87,7 +87,7 @@ LAST_TOKEN: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 """Calibrations of heads that read the state of the last token, and their options."""
 
 
-def decided_as_certified(policy: FittedPolicy, path: Path, most: float = 0.0) -> None:
+def assert_decided_as_certified(policy: FittedPolicy, path: Path, most: float = 0.0) -> None:
     """`most` is the share of requests that batches of another size may round otherwise."""
     config = write_artifact(policy, "tiny", HF_CONFIG, None, path)
     parts = load_artifact(str(path)).parts("").values()
@@ -161,12 +161,12 @@ def decided(serving: Policy, policy: FittedPolicy, rows: Any, level: int) -> tup
 @pytest.mark.parametrize(("calibration", "options"), LAST_TOKEN.values(), ids=LAST_TOKEN)
 def test_heads_that_read_the_last_token(tmp_path, calibration, options, classifier):
     made = calibration(classifier=classifier, **options)
-    decided_as_certified(make_policy(made), tmp_path / "policy")
+    assert_decided_as_certified(make_policy(made), tmp_path / "policy")
 
 
 @pytest.mark.parametrize("classifier", ["logreg", "threshold"])
 def test_other_classifiers(tmp_path, classifier):
-    decided_as_certified(make_policy(of_labels(classifier=classifier)), tmp_path / "policy")
+    assert_decided_as_certified(make_policy(of_labels(classifier=classifier)), tmp_path / "policy")
 
 
 @pytest.fixture
@@ -187,4 +187,4 @@ def test_heads_that_read_prompts_and_what_is_trained(tmp_path, quick, trained):
     assert bool(found.branches) == (trained == "branch")
     assert (found.student is not None) == (trained == "student")
     assert found.last_token is not None
-    decided_as_certified(found, tmp_path / "policy", most=0.01 if trained else 0.0)
+    assert_decided_as_certified(found, tmp_path / "policy", most=0.01 if trained else 0.0)
