@@ -37,7 +37,8 @@ class ConfigHook(VerifyAndUpdateConfig):
             admission = configure(vllm_config, settings, cls.model_class)
             if vllm_config.model_config.runner_type == "generate":  # others take no processors
                 vllm_config.model_config.logits_processors = [use_check(admission)]
-        if settings.finishes_choices or settings.auto is not None or not settings.runs_stock:
+        tells = settings.finishes_choices or settings.drafts_structure or settings.auto is not None
+        if tells or not settings.runs_stock:
             use_stat_loggers(WithExitStats)
         configure_scheduler(vllm_config, settings)
 

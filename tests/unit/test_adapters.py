@@ -198,7 +198,7 @@ def test_adapters_are_mapped_to_the_rows_that_are_left(monkeypatch):
     layout = RowLayout(np.array([2, 3, 1, 2]), np.array([1, 2, 0, 1]))
     step.of_rows(layout)()
     step.of_rows(layout.only(np.array([1, 2])))()
-    step.of_rows(layout.last_only())()
+    step.of_rows(layout.last_only()[0])()
     step.use_for_logits(np.array([3, 1]))
     step.use_for_logits(np.array([], dtype=np.int64))
     assert told == [

@@ -21,6 +21,7 @@ BELOW = {
     "strict": set(),
     "artifact": {"promise", "strict", "files", "errors"},
     "auto": {"watch", "files", "errors"},
+    "drafts": set(),
     "promise": {"strict", "arrays", "errors"},
     "policy": {"promise", "artifact", "settings", "kernels", "arrays", "errors"},
     "watch": {"promise", "artifact", "arrays", "errors"},
@@ -36,6 +37,7 @@ BELOW = {
     },
     "engine": {
         "auto",
+        "drafts",
         "files",
         "exits",
         "watch",

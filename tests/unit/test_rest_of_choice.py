@@ -283,6 +283,8 @@ def test_only_running_requests_whose_output_counts_are_looked_at():
     )
     found = list(sampled_tokens(scheduled, output, requests))
     assert found == [(requests["fine"], [1])]
+    ours = list(sampled_tokens(scheduled, output, requests, with_drafts=True))
+    assert ours == [*found, (requests["drafted"], [1])]
     found[0][1].append(5)
     assert output.sampled_token_ids[0] == [1, 5]
     scheduled.has_structured_output_requests = False
@@ -306,11 +308,14 @@ def test_what_was_appended_in_a_step_is_reported_once():
     assert finder.report() == {}
 
 
-@pytest.mark.parametrize(("scheduler", "more"), [(Scheduler, 0), (AsyncScheduler, 3)])
-def test_the_asynchronous_scheduler_expects_what_is_appended(scheduler, more):
-    request: Any = SimpleNamespace(num_output_placeholders=1)
-    sampled = [1]
-    append_tokens(scheduler.__new__(scheduler), request, sampled, [2, 3, 4])
+@pytest.mark.parametrize(
+    ("scheduler", "drafts", "more"),
+    [(Scheduler, {}, 0), (AsyncScheduler, {}, 3), (AsyncScheduler, {"a": [1, 2]}, 0)],
+)
+def test_the_asynchronous_scheduler_expects_what_is_appended(scheduler, drafts, more):
+    request: Any = SimpleNamespace(num_output_placeholders=1, request_id="a")
+    scheduled, sampled = SimpleNamespace(scheduled_spec_decode_tokens=drafts), [1]
+    append_tokens(scheduler.__new__(scheduler), scheduled, request, sampled, [2, 3, 4])
     assert request.num_output_placeholders == 1 + more
     assert sampled == [1, 2, 3, 4]
 

@@ -225,11 +225,12 @@ def test_the_audit_has_a_line_of_each_request_once_it_has_ended(scheduler, obser
 
 SCRIPT = {"exit_script": [2]}
 WATCHES: list[tuple[dict[str, Any], list[str]]] = [
-    (SCRIPT, ["Counters", "RestOfChoice"]),
-    ({**SCRIPT, "finish_choices": False}, ["Counters"]),
+    (SCRIPT, ["Counters", "Drafts", "RestOfChoice"]),
+    ({**SCRIPT, "finish_choices": False, "draft_structure": False}, ["Counters"]),
     ({"finish_choices": True}, ["RestOfChoice"]),
+    ({"draft_structure": True}, ["Drafts"]),
     ({"capture": {}}, ["Capture"]),
-    ({"artifact": "policy", "audit": {}}, ["Counters", "RestOfChoice", "Audit"]),
+    ({"artifact": "policy", "audit": {}}, ["Counters", "Drafts", "RestOfChoice", "Audit"]),
     ({"auto": {"watch": True}, "capture": {}}, ["KindCounts", "Capture"]),
 ]
 
@@ -237,6 +238,7 @@ WATCHES: list[tuple[dict[str, Any], list[str]]] = [
 @pytest.mark.parametrize(("switch", "names"), WATCHES)
 def test_the_switch_says_who_watches(tmp_path, monkeypatch, switch, names):
     monkeypatch.setattr(scheduler_module, "served_configs", lambda *_: {})
+    monkeypatch.setattr(scheduler_module, "why_nothing_is_drafted", lambda _: None)
     model = SimpleNamespace(
         served_model_name="name",
         tokenizer="tokenizer",

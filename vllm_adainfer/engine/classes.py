@@ -6,6 +6,8 @@ from typing import Any
 
 CPU_WORKER = "vllm_adainfer.engine.worker.cpu_worker.AdaInferCPUWorker"
 GPU_WORKER = "vllm_adainfer.engine.worker.gpu_worker.AdaInferGPUWorker"
+DRAFTING_CPU_WORKER = "vllm_adainfer.engine.worker.stock_workers.DraftingCPUWorker"
+DRAFTING_GPU_WORKER = "vllm_adainfer.engine.worker.stock_workers.DraftingGPUWorker"
 SCHEDULER = "vllm_adainfer.engine.scheduler.scheduler.build_scheduler"
 # vLLM's classes that have exit points.
 STOCK_CLASSES = (
@@ -67,8 +69,11 @@ def own_kv_layers(text_config: Any) -> int | None:
     return text_config.num_hidden_layers - sharing if sharing else None
 
 
-def worker_class() -> str:
-    """Our worker class for vLLM's platform."""
+def worker_class(has_exits: bool = True) -> str:
+    """Our worker class for vLLM's platform; without exits, for vLLM's own models."""
     from vllm.platforms import current_platform
 
-    return CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
+    on_cpu, on_gpu = DRAFTING_CPU_WORKER, DRAFTING_GPU_WORKER
+    if has_exits:
+        on_cpu, on_gpu = CPU_WORKER, GPU_WORKER
+    return on_cpu if current_platform.is_cpu() else on_gpu

@@ -24,6 +24,7 @@ ADAPTER = [*POLICY, "adapter"]
 REASON = [*POLICY, "reason"]
 PART = [*ENGINE, "part"]
 KIND = [*ENGINE, "kind"]
+GRAMMAR = [*ENGINE, "grammar"]
 # Name, help and labels of each counter, by its kind in reports. A token-layer is one token in one
 # layer.
 EXIT_COUNTERS = {
@@ -72,6 +73,18 @@ CHOICE_COUNTERS = {
         ENGINE,
     ),
 }
+GRAMMAR_COUNTERS = {
+    "structure_drafted": (
+        "structure_tokens_drafted",
+        "Tokens of structured answers that were drafted, by a digest of their grammar.",
+        GRAMMAR,
+    ),
+    "structure_kept": (
+        "structure_tokens_kept",
+        "Those of them that the model wrote, too; each has spared its request a step.",
+        GRAMMAR,
+    ),
+}
 KIND_COUNTERS = {
     "kind_requests": (
         "kind_requests",
@@ -116,14 +129,24 @@ GAUGES = {
 }
 LABELS = {
     kind: labels
-    for specs in (EXIT_COUNTERS, CHOICE_COUNTERS, KIND_COUNTERS, HISTOGRAMS, GAUGES)
+    for specs in (
+        EXIT_COUNTERS,
+        CHOICE_COUNTERS,
+        GRAMMAR_COUNTERS,
+        KIND_COUNTERS,
+        HISTOGRAMS,
+        GAUGES,
+    )
     for kind, (*_, labels) in specs.items()
 }
 _registered: dict[str, MetricWrapperBase] = {}  # by the latest server in this process
 
 
 def register_series(
-    layers: tuple[int, ...] | None, choices: bool = False, kinds: bool = False
+    layers: tuple[int, ...] | None,
+    choices: bool = False,
+    kinds: bool = False,
+    drafts: bool = False,
 ) -> Series:
     """The series of a server; its engines share them and differ in their labels.
 
@@ -147,6 +170,8 @@ def register_series(
         register(Gauge, gauges, multiprocess_mode="mostrecent")
     if choices:
         register(Counter, CHOICE_COUNTERS)
+    if drafts:
+        register(Counter, GRAMMAR_COUNTERS)
     if kinds:
         register(Counter, KIND_COUNTERS)
     return found

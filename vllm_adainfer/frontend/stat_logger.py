@@ -50,6 +50,7 @@ class WithExitStats(_Manager):
             layers,
             choices=has_channel and settings.finishes_choices,
             kinds=has_channel and settings.auto is not None,
+            drafts=has_channel and settings.drafts_structure,
         )
         sees_all = kw.get("client_count", 1) == 1  # otherwise each frontend sees only some counts
         for index in self.engine_indexes:

@@ -16,7 +16,8 @@ CONFIG_KEY = "adainfer"
 KILL_SWITCH = "VLLM_ADAINFER"
 NO_POLICY = "full_depth"  # counts requests that may not exit as if it were a policy
 DEFAULT_POLICY = "default"  # name of the policy where only one directory is given
-STOCK_KEYS = {"auto", "capture", "finish_choices", "enabled"}  # work on vLLM's own model and worker
+# These work on vLLM's own model.
+STOCK_KEYS = {"auto", "capture", "draft_structure", "finish_choices", "enabled"}
 NOT_WITH_AUTO = {"artifact", "exit_points", "epsilon", "requests", "shadow_rate"}
 AUTO_POINTS = 6  # evenly from 40 to 85 % of the layers
 # Policy names appear in requests and in the labels of metrics.
@@ -148,6 +149,12 @@ class Switch(Strict):
         description="Whether a request with structured_outputs.choice ends as soon as its tokens "
         "leave only one choice. None: unless the engine is stock vLLM. True also works alone.",
     )
+    draft_structure: bool | None = Field(
+        None,
+        description="Whether answers to a grammar (JSON schema, regex, tool call, choice) are "
+        "drafted from earlier ones and verified, many tokens a step. No answer changes. None: "
+        "unless the engine is stock vLLM. True also works alone.",
+    )
 
     @field_validator("kv", mode="before")
     @classmethod
@@ -171,7 +178,8 @@ class Settings(Switch, SwitchInstruments):
             raise ValueError(f'"{NO_POLICY}" is a reserved name: give the artifact another one')
         if self.runs_stock:
             watches = self.capture is not None or self.auto is not None
-            if self.enabled and not watches and not self.finish_choices:
+            ends_early = self.finish_choices or self.draft_structure
+            if self.enabled and not watches and not ends_early:
                 raise ValueError('give "artifact": the directory that `calibrate` wrote')
             if others := self.model_dump(exclude_defaults=True).keys() - STOCK_KEYS:
                 raise ValueError(
@@ -218,6 +226,13 @@ class Settings(Switch, SwitchInstruments):
         if self.record is not None:
             return False
         return not self.runs_stock if self.finish_choices is None else self.finish_choices
+
+    @property
+    def drafts_structure(self) -> bool:
+        """Whether structured answers are drafted; never while recording."""
+        if self.record is not None:
+            return False
+        return not self.runs_stock if self.draft_structure is None else self.draft_structure
 
     @property
     def artifacts(self) -> dict[str, str]:

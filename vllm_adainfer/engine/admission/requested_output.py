@@ -98,6 +98,21 @@ def can_end_with_choice(params: SamplingParams) -> bool:
     )
 
 
+def only_grammar_decides(params: SamplingParams) -> bool:
+    """Whether each token depends on the logits at its place, the grammar and the sampling alone.
+
+    So that several tokens can be sampled at once. Log-probabilities may be returned.
+    """
+    return (
+        not changes_scores(params)
+        and not (params.presence_penalty or params.frequency_penalty)
+        and not params.min_p
+        and params.allowed_token_ids is None
+        and params.logprob_token_ids is None
+        and params.logprobs != -1
+    )
+
+
 def changes_scores(params: SamplingParams) -> bool:
     """Whether a request changes the model's scores, or reads those of its prompt.
 

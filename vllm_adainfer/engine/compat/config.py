@@ -37,6 +37,13 @@ def leave_full_graphs_to_segments(vllm_config: VllmConfig) -> None:
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 
+def has_custom_worker(vllm_config: VllmConfig) -> bool:
+    """Whether an engine's worker is neither vLLM 0.32's own for CPUs or CUDA, nor ours."""
+    worker = vllm_config.parallel_config.worker_cls
+    stock = "auto", "vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker"
+    return worker not in stock and not worker.startswith("vllm_adainfer.")
+
+
 def replays_whole_model(vllm_config: VllmConfig) -> bool:
     """Whether vLLM will capture breakable CUDA graphs, and replay them without calling the model.
 

@@ -11,13 +11,16 @@ if TYPE_CHECKING:
 
 
 def sampled_tokens(
-    scheduler_output: Any, runner_output: Any, requests: Mapping[str, Request]
+    scheduler_output: Any,
+    runner_output: Any,
+    requests: Mapping[str, Request],
+    with_drafts: bool = False,
 ) -> Iterator[tuple[Request, list[int]]]:
     """The running requests with a grammar that a step sampled tokens for, and those tokens.
 
     vLLM 0.32's `Scheduler.update_from_output` reads the tokens from these lists, so a token that is
-    appended counts as sampled. Left out are requests whose output it drops, and those with
-    speculative drafts, whose number it compares with the number of tokens.
+    appended counts as sampled. Left out are requests whose output it drops, and those with drafts
+    that vLLM's own statistics compare with the tokens, unless all drafts are ours (`with_drafts`).
     """
     if not scheduler_output.has_structured_output_requests:
         return
@@ -31,17 +34,23 @@ def sampled_tokens(
             and request.use_structured_output
             and not request.is_finished()
             and not has_stale_output(request)
-            and request_id not in scheduler_output.scheduled_spec_decode_tokens
+            and (with_drafts or request_id not in scheduler_output.scheduled_spec_decode_tokens)
         ):
             yield request, tokens
 
 
-def append_tokens(scheduler: Any, request: Request, sampled: list[int], more: list[int]) -> None:
-    """Let `more` count as sampled, too; vLLM 0.32's `AsyncScheduler` counts the tokens to come."""
+def append_tokens(
+    scheduler: Any, scheduled: Any, request: Request, sampled: list[int], more: list[int]
+) -> None:
+    """Let `more` count as sampled, too; vLLM 0.32's `AsyncScheduler` counts the tokens to come.
+
+    Of a request with drafts it counts as many as were sampled; all others count as refused drafts.
+    """
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
     sampled += more
-    if isinstance(scheduler, AsyncScheduler):
+    drafted = scheduled.scheduled_spec_decode_tokens
+    if isinstance(scheduler, AsyncScheduler) and request.request_id not in drafted:
         request.num_output_placeholders += len(more)
 
 

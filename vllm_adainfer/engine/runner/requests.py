@@ -139,16 +139,20 @@ class RunningRequests:
         computed: Ints,
         yields_token: Bools,
         device: torch.device,
+        drafted: Ints | None = None,
     ) -> StepContext:
         """The context of the step that is about to run, whose requests are in batch order.
 
-        `computed` [requests] are the tokens of each that earlier steps have computed.
+        `computed` [requests] are the tokens of each that earlier steps have computed; `drafted` how
+        many of its last rows have a draft, which only requests have that never exit.
         """
         if self.adapters.take_changed():
             self.use_admission(self.admission)
         admission, loop, own = self.admission, self._loop, self._table.of(request_ids)
         last = computed + query_lens - 1
         token = last + 2 - own.prompt_tokens  # that this step samples, the first of a request is 1
+        if drafted is not None:
+            token -= drafted
         continues = token < own.max_tokens  # once this step's token is appended
         rows, pooled_from = own.threshold_row, None
         if admission.has_pooled:
@@ -185,6 +189,7 @@ class RunningRequests:
             continues=continues,
             is_shadow=shadow,
             stays=stays,
+            sampled_lens=None if drafted is None else drafted + 1,
             subsets=own.subset if admission.has_pools else None,
             pooled_from=pooled_from,
             texts=[self._requests[one].text for one in request_ids]

@@ -9,13 +9,15 @@ import numpy as np
 from typing_extensions import override
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.engine.compat.runner import keep_best_tokens, seeds_of_chunks_kept
 from vllm_adainfer.engine.runner.build_loop import build_loop
 from vllm_adainfer.engine.runner.requests import RunningRequests
+from vllm_adainfer.engine.runner.v1_drafts import VerifiesDrafts
 from vllm_adainfer.engine.segments.attention import Groups, StepAttention, with_own_builders
 
 
-class AdaInferCPUModelRunner(CPUModelRunner):
+class AdaInferCPUModelRunner(VerifiesDrafts, CPUModelRunner):
     """Tells the model whose rows the next pass has, and who may exit."""
 
     running: RunningRequests
@@ -60,6 +62,11 @@ class AdaInferCPUModelRunner(CPUModelRunner):
         with seeds_of_chunks_kept(self):
             return super().sample_tokens(*args, **kwargs)
 
+    def _drafted(self, count: int) -> Ints | None:
+        """How many rows of each request have drafts; None if none has."""
+        drafts = self.input_batch.spec_token_ids[:count]
+        return np.array([len(draft) for draft in drafts]) if any(drafts) else None
+
     def _prepare_step(self) -> None:
         batch = self.input_batch
         count = batch.num_reqs
@@ -70,6 +77,7 @@ class AdaInferCPUModelRunner(CPUModelRunner):
             computed=batch.num_computed_tokens_cpu[:count].astype(np.int64),
             yields_token=~self.discard_request_mask.np[:count],
             device=self.device,
+            drafted=self._drafted(count),
         )
         attention = StepAttention.of_step(
             self._own_groups,

@@ -121,6 +121,7 @@ class ExitModelState(_ModelState):
                 computed=computed,
                 yields_token=computed + query_lens >= input_batch.prefill_len_np,
                 device=self.device,
+                drafted=input_batch.num_draft_tokens_per_req,
             )
             attention = StepAttention.of_step(
                 self._own_groups, block_tables, self._block_sizes, step.layout, self.device

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
@@ -22,6 +23,8 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.running import Running, attach_resolved, params_of, resolved_of
+from vllm_adainfer.engine.compat.drafts import masks_for_drafts, why_nothing_is_drafted
+from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.compat.processes import end_with_starter
 from vllm_adainfer.engine.compat.runner import attached_note
 from vllm_adainfer.engine.compat.scheduler import (
@@ -36,6 +39,7 @@ from vllm_adainfer.engine.compat.stats import attach_report
 from vllm_adainfer.engine.pinned_artifacts import served_configs
 from vllm_adainfer.engine.scheduler.audit import Audit
 from vllm_adainfer.engine.scheduler.capture import Capture
+from vllm_adainfer.engine.scheduler.drafts import Drafts
 from vllm_adainfer.engine.scheduler.kinds import KindCounts
 from vllm_adainfer.engine.scheduler.observer import Counters, Observer, Step, report_of
 from vllm_adainfer.engine.scheduler.prefix_cache import PrefixCacheGuard, refuse_kv_connector
@@ -48,11 +52,14 @@ if TYPE_CHECKING:
 else:
     _Scheduler = object
 
+logger = get_logger(__name__)
+
 
 class ObservedScheduler(_Scheduler):
     """Mixin over vLLM's schedulers; must precede them in the MRO.
 
     `admission` resolves requests; None where the engine runs stock vLLM. `observers` watch.
+    `drafts` is the one of them that adds to steps; None where nothing is drafted.
     """
 
     kv_cache_manager: Any  # vLLM's KVCacheManager, or the guard around it
@@ -67,6 +74,7 @@ class ObservedScheduler(_Scheduler):
         if not settings.runs_stock:
             self._make_exits(settings)
         self.observers = observers_of(self.vllm_config, settings, self)
+        self.drafts = next((one for one in self.observers if isinstance(one, Drafts)), None)
         self._running: deque[Any] = deque()  # vLLM's descriptions of the steps that run
         self._leaving: dict[str, Request] = {}  # ended from outside while such a step has them
 
@@ -109,8 +117,23 @@ class ObservedScheduler(_Scheduler):
         if self._guard is not None:
             self._guard.new_step()
         step = super().schedule(*args, **kwargs)
+        if self.drafts is not None:
+            self.drafts.plan(step)
         self._running.append(step)
         return step
+
+    @override
+    def get_grammar_bitmask(self, scheduler_output: Any) -> Any:
+        """The masks of a step, one for each drafted token, too."""
+        with masks_for_drafts(self.structured_output_manager, scheduler_output):
+            return super().get_grammar_bitmask(scheduler_output)
+
+    @override
+    def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """None for our drafts, which vLLM's statistics have no room for."""
+        if self.drafts is not None:
+            return None
+        return super().make_spec_decoding_stats(*args, **kwargs)
 
     @override
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -145,8 +168,14 @@ class ObservedScheduler(_Scheduler):
             rows=rows,
             requests=requests,
             note=attached_note(runner_output),
-            choosing=partial(sampled_tokens, scheduler_output, runner_output, self.requests),
-            append=partial(append_tokens, self),
+            choosing=partial(
+                sampled_tokens,
+                scheduler_output,
+                runner_output,
+                self.requests,
+                with_drafts=self.drafts is not None,
+            ),
+            append=partial(append_tokens, self, scheduler_output),
             scores=partial(pooled_output, runner_output),
         )
 
@@ -201,11 +230,14 @@ class AdaInferAsyncScheduler(ObservedScheduler, AsyncScheduler):
 
     @override
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Schedule a step without requests that their token in flight may end.
+        """Schedule a step without requests that must know their token in flight.
 
-        Otherwise their next token would be running when they end, through all the layers that an
-        exit skipped.
+        It may end them: otherwise their next token would be running when they end, through all the
+        layers that an exit skipped. Or a draft would follow it.
         """
+        if self.drafts is not None:
+            for request in self.drafts.waiting():
+                wait_for_token(self, request)
         if self.admission is not None and self.admission.may_serve_choices:
             for request in self._may_be_ending():
                 wait_for_token(self, request)
@@ -229,6 +261,13 @@ def observers_of(
     """
     model, engine = vllm_config.model_config, vllm_config.parallel_config.data_parallel_index
     observers: list[Observer] = [] if settings.runs_stock else [Counters()]
+    if settings.drafts_structure:  # before other observers append to what was sampled
+        reason = why_nothing_is_drafted(vllm_config)
+        if reason is None:
+            observers.append(Drafts(scheduler, on_gpu=not current_platform.is_cpu()))
+            logger.info("AdaInfer drafts structured answers from earlier ones to the same grammar")
+        else:
+            logger.warning("structured answers are not drafted, because %s", reason)
     if settings.finishes_choices:
         manager = scheduler.structured_output_manager
         for name, config in served_configs(vllm_config, settings).items():

@@ -12,6 +12,7 @@ from vllm_adainfer.engine.classes import GPU_WORKER, SCHEDULER, own_kv_layers, w
 from vllm_adainfer.engine.compat.compilation import find_compiled_code_again
 from vllm_adainfer.engine.compat.config import (
     engine_options_of,
+    has_custom_worker,
     leave_full_graphs_to_segments,
     use_model_class,
 )
@@ -66,7 +67,7 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
 
 
 def configure_scheduler(vllm_config: VllmConfig, settings: Settings) -> None:
-    """Select our scheduler for keys that need no policy: capture, kinds, choices ended early."""
+    """Select our scheduler for keys that need no policy: capture, kinds, answers sped up."""
     if settings.capture is not None:
         _select_scheduler(vllm_config, "capture")
         refuse_torn_captures(vllm_config)
@@ -85,6 +86,10 @@ def configure_scheduler(vllm_config: VllmConfig, settings: Settings) -> None:
         _select_scheduler(vllm_config, "finish_choices")
     if settings.finishes_choices:
         logger.info("AdaInfer ends requests with a choice once only one choice is left")
+    if settings.draft_structure:
+        _select_scheduler(vllm_config, "draft_structure")
+        if settings.runs_stock and not has_custom_worker(vllm_config):
+            vllm_config.parallel_config.worker_cls = worker_class(has_exits=False)
 
 
 def _select_scheduler(vllm_config: VllmConfig, key: str) -> None:

@@ -17,6 +17,7 @@ from vllm_adainfer.engine.compat.lora import lora_manager_of
 from vllm_adainfer.engine.compat.processes import end_with_starter
 from vllm_adainfer.engine.compat.runner import attach_note
 from vllm_adainfer.engine.runner.requests import RunningRequests
+from vllm_adainfer.engine.runner.v2_drafts import verify_drafts
 from vllm_adainfer.engine.worker.adapter_policy import bundled_policy
 from vllm_adainfer.engine.worker.model_facts import facts_of
 from vllm_adainfer.engine.worker.self_calibration import SelfCalibration
@@ -57,6 +58,8 @@ class ExitWorker(_Worker):
     def load_model(self, **kwargs: Any) -> None:
         """Give the running requests the LoRA manager once the model is loaded."""
         super().load_model(**kwargs)
+        if self.use_v2_model_runner:
+            verify_drafts(self.model_runner)
         self._reloads: dict[str, Built] = {}
         model = self.model_runner.model
         self._served = ServedPolicies(model, self.vllm_config, self._running)

@@ -63,9 +63,16 @@ class RowLayout:
         wanted[requests] = True
         return np.flatnonzero(wanted[self.row_requests])
 
-    def last_only(self) -> RowLayout:
-        """The last row of each request that is present."""
-        return RowLayout((self.query_lens > 0).astype(np.int64), self.last_positions)
+    def last_only(self, counts: Ints | None = None) -> tuple[RowLayout, Ints]:
+        """The last rows of each request that is present, and which rows these are.
+
+        `counts` [requests] says how many, if the request has as many; by default one.
+        """
+        wanted = np.ones_like(self.query_lens) if counts is None else counts
+        lens = np.minimum(self.query_lens, wanted)
+        behind = self.ends[self.row_requests] - np.arange(self.num_rows)  # rows from here on
+        rows = np.flatnonzero(behind <= lens[self.row_requests])
+        return RowLayout(lens, self.last_positions), rows
 
     def only(self, requests: Ints) -> RowLayout:
         """`requests` with all of their rows, and no other request."""

@@ -157,23 +157,24 @@ class ForwardPass:
             accounting.skipped(tokens, skipped)
 
     def drop_unsampled(self) -> None:
-        """At the tail, leave only the last row of each request, if that pays.
+        """At the tail, leave only the rows of each request that yield a token, if that pays.
 
         Nobody reads the final states of the others. If the tail is the last layer, they get their
         keys and values there, and are counted as if they had run it.
         """
-        shape, layout, requests = self._shape, self.layout, self.layout.present
-        skipped = (layout.num_rows - len(requests)) * shape.tail_layers
-        if self.step.all_rows_count or skipped < self.compaction_cost:
+        shape, layout = self._shape, self.layout
+        if self.step.all_rows_count:
             return
-        last_rows = layout.last_rows(requests)
+        kept, last_rows = layout.last_only(self.step.sampled_lens)
+        if (layout.num_rows - kept.num_rows) * shape.tail_layers < self.compaction_cost:
+            return
         is_last_layer = shape.own_kv_layers is None
         if not is_last_layer:
             self._keep_track()
             dropped = np.delete(self._row_policies, last_rows)
             self._accounting.skipped(self._accounting.tokens(dropped), shape.tail_layers)
         states, tokens = self.states, self._tokens
-        self._select(layout.last_only(), last_rows)
+        self._select(kept, last_rows)
         if is_last_layer:
             self.batch.write_last_kv(states)
             self._tokens = tokens

@@ -47,6 +47,8 @@ class StepContext:
             stay to full depth; None where there is no monitor.
         stays: [requests], True for those that are decided like others but run all layers, for the
             keys and values that others need; None if there are none.
+        sampled_lens: [requests], how many of its last rows yield a token each, if more than one may
+            (rows of drafts, which run all layers); None for one of each.
         all_rows_count: whether the final states of all rows are read, not only of sampled ones.
         device: the device of the rows.
         subsets: [requests], see `Running.subset`; None if no policy has a label pool.
@@ -69,6 +71,7 @@ class StepContext:
     continues: Bools
     is_shadow: Bools | None = None
     stays: Bools | None = None
+    sampled_lens: Ints | None = None
     all_rows_count: bool = False
     device: torch.device = CPU
     subsets: Ints | None = None

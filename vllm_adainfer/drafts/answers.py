@@ -1,0 +1,101 @@
+"""A language model of the answers to one grammar: what the model wrote before, it will write again.
+
+It counts which token followed the last few tokens, for several numbers of these, and mixes the
+counts by Witten and Bell's rule ("The zero-frequency problem", 1991): a context trusts its own
+counts the more, the fewer different tokens followed it. So the skeleton of an object is sure after
+a few answers, a value has the share that it had, and free text is never sure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+ORDERS = (1, 2, 4, 8)  # numbers of tokens that a context has
+LONGEST_CONTEXT = ORDERS[-1]
+START = (-1,) * LONGEST_CONTEXT  # what comes before an answer
+MOST_CONTEXTS = 2048  # of one grammar; some 0.5 MB
+MOST_NEXT = 16  # tokens counted after one context; the others count as unforeseen
+
+
+@dataclass
+class Followers:
+    """What followed one context: how many tokens, how many different ones, and which how often."""
+
+    total: int = 0
+    kinds: int = 0
+    counts: dict[int, int] = field(default_factory=dict)
+
+    def add(self, token: int) -> None:
+        """Count one more token."""
+        self.total += 1
+        if token in self.counts:
+            self.counts[token] += 1
+            return
+        self.kinds += 1
+        if len(self.counts) < MOST_NEXT:
+            self.counts[token] = 1
+
+    def halve(self) -> bool:
+        """Forget half of all counts; whether some are left."""
+        self.counts = {token: count // 2 for token, count in self.counts.items() if count > 1}
+        self.total, self.kinds = sum(self.counts.values()), len(self.counts)
+        return bool(self.counts)
+
+
+class Answers:
+    """The answers to one grammar, in one tokenizer's tokens. Bounded in memory and in time."""
+
+    def __init__(self) -> None:
+        self._followers: dict[int, Followers] = {}
+
+    def add(self, before: Sequence[int], token: int) -> None:
+        """Count `token`, which followed `before`: the last `LONGEST_CONTEXT` tokens, or `START`."""
+        if len(self._followers) > MOST_CONTEXTS - len(ORDERS):
+            self._forget()
+        for key in _contexts(before):
+            self._followers.setdefault(key, Followers()).add(token)
+
+    def draft(self, before: Sequence[int], least: float, longest: int, end: int) -> list[int]:
+        """What probably follows `before`, without the `end` token, up to `longest` tokens.
+
+        Each is expected to be kept, with all that come before it, with probability `least` or more.
+        """
+        drafted: list[int] = []
+        window = tuple(before)
+        sure = 1.0
+        while len(drafted) < longest:
+            token, probability = self._next(window)
+            sure *= probability
+            if token == end or sure < least:
+                break
+            drafted.append(token)
+            window = (*window[1:], token)
+        return drafted
+
+    def _next(self, before: Sequence[int]) -> tuple[int, float]:
+        """The likeliest next token, and its probability; 0 if nothing is known."""
+        known = [
+            found for key in _contexts(before) if (found := self._followers.get(key)) is not None
+        ]
+        if not known:
+            return -1, 0.0
+        likeliest = max(known[-1].counts, key=known[-1].counts.__getitem__)
+        probability = 0.0
+        for one in known:  # the longest context comes last
+            seen = one.counts.get(likeliest, 0)
+            probability = (seen + one.kinds * probability) / (one.total + one.kinds)
+        return likeliest, probability
+
+    def _forget(self) -> None:
+        """Halve all counts: what came once goes, what keeps coming stays."""
+        while len(self._followers) > MOST_CONTEXTS // 2:
+            self._followers = {key: one for key, one in self._followers.items() if one.halve()}
+
+
+def _contexts(before: Sequence[int]) -> list[int]:
+    """A key for each context at the end of `before`, the shortest first.
+
+    Two contexts with one key would only cost a refused draft.
+    """
+    return [hash(tuple(before[-order:])) for order in ORDERS]

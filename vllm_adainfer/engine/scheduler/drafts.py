@@ -1,0 +1,182 @@
+"""Drafts structured answers: what a grammar's answers always said is verified, not generated.
+
+``{"sentiment": "positive", "negated": false}`` has two decisions between tokens that the model
+writes every time. A step verifies them all at once, like speculative decoding, but without a draft
+model: the draft is what the model itself wrote in earlier answers to the same grammar. The first
+one stands behind the prompt, in the prompt's own step. Wrong drafts cost rows, never an answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from vllm_adainfer.drafts.answers import LONGEST_CONTEXT, START
+from vllm_adainfer.drafts.grammars import Grammar, Grammars
+from vllm_adainfer.drafts.step_costs import StepCosts
+from vllm_adainfer.engine.admission.requested_output import only_grammar_decides
+from vllm_adainfer.engine.admission.running import resolved_of
+from vllm_adainfer.engine.compat.drafts import (
+    LONGEST_DRAFT,
+    MOST_DRAFTED,
+    add_draft,
+    reads_grammar,
+)
+from vllm_adainfer.engine.scheduler.observer import Observer, Step
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+ROWS_PER_STEP_ON_CPU, ROWS_PER_STEP_ON_GPU = 32.0, 256.0  # until they are measured
+
+
+@dataclass
+class Drafting:
+    """A request whose answer is drafted.
+
+    Attributes:
+        request: vLLM's.
+        grammar: the record of its grammar.
+        end: the token that ends the answer.
+        drafted: how many tokens the step that runs verifies.
+
+    """
+
+    request: Request
+    grammar: Grammar
+    end: int
+    drafted: int = 0
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        """The last tokens of the answer so far."""
+        written = self.request.output_token_ids[-LONGEST_CONTEXT:]
+        return (*START, *written)[-LONGEST_CONTEXT:]
+
+
+class Drafts(Observer):
+    """Learns the answers to each grammar, and adds drafts to the steps that vLLM schedules.
+
+    Drafts take what a step has left: of the token budget and of free KV blocks. So vLLM schedules,
+    and preempts, exactly as it would without them.
+    """
+
+    def __init__(self, scheduler: Any, on_gpu: bool) -> None:
+        """`scheduler` is vLLM's."""
+        self._scheduler = scheduler
+        self._manager = scheduler.structured_output_manager
+        self._grammars = Grammars()
+        self._requests: dict[str, Drafting] = {}
+        self._costs = StepCosts(ROWS_PER_STEP_ON_GPU if on_gpu else ROWS_PER_STEP_ON_CPU)
+        self._scheduled_at = self._stepped_at = 0.0
+        self._counted: Counter[tuple[str, str]] = Counter()  # by kind and grammar
+
+    @override
+    def arrived(self, request: Request) -> None:
+        """Look up the grammar; vLLM has its text already, for its own cache."""
+        params, structured = request.sampling_params, request.structured_output_request
+        if params is None or structured is None or request.resumable:
+            return
+        resolved = resolved_of(request)
+        may_exit = resolved is not None and resolved.may_exit
+        if may_exit or params.eos_token_id is None or not only_grammar_decides(params):
+            return
+        adapter = "" if request.lora_request is None else request.lora_request.lora_name
+        kind, text = structured.structured_output_key
+        grammar = self._grammars.arrived(adapter, kind.name, text)
+        if grammar is not None:
+            self._requests[request.request_id] = Drafting(request, grammar, params.eos_token_id)
+
+    def waiting(self) -> Iterator[Request]:
+        """With asynchronous scheduling, the requests that a step scheduled now could not draft for.
+
+        Their token in flight is not known yet, and a draft will probably follow it.
+        """
+        for one in self._requests.values():
+            in_flight = one.request.num_output_placeholders
+            if in_flight and (one.drafted or len(self._draft(one, 2)) == 2):
+                yield one.request
+
+    def plan(self, scheduled: Any) -> None:
+        """Add drafts to a step that vLLM has just scheduled."""
+        self._scheduled_at = time.perf_counter()
+        room = self._scheduler.max_num_scheduled_tokens - scheduled.total_num_scheduled_tokens
+        room = min(room, MOST_DRAFTED)
+        for request_id in list(scheduled.num_scheduled_tokens) if self._requests else ():
+            one = self._requests.get(request_id)
+            if one is None or room <= 0 or not self._may_draft(one):
+                continue
+            draft = self._draft(one, room)
+            draft = draft and self._manager.validate_tokens(one.request, draft)
+            if draft and add_draft(self._scheduler, scheduled, one.request, draft):
+                one.drafted = len(draft)
+                room -= len(draft)
+
+    def _may_draft(self, one: Drafting) -> bool:
+        request = one.request
+        return (
+            not one.grammar.rest
+            and not request.is_prefill_chunk
+            and request.num_output_placeholders <= 1  # that of this step
+            and reads_grammar(self._manager, request)
+        )
+
+    def _draft(self, one: Drafting, room: int) -> list[int]:
+        request, scheduler = one.request, self._scheduler
+        longest = min(
+            room,
+            LONGEST_DRAFT,
+            request.max_tokens - request.num_output_tokens - 1,
+            scheduler.max_model_len - request.num_tokens - 1,
+        )
+        least = self._costs.least_share(len(scheduler.running))
+        return one.grammar.answers.draft(one.before, least, longest, one.end)
+
+    @override
+    def stepped(self, step: Step) -> None:
+        """Learn what was written, and what became of the drafts."""
+        now = time.perf_counter()
+        since = max(self._scheduled_at, self._stepped_at)
+        self._costs.add(sum(step.rows.values()), now - since)
+        self._stepped_at = now
+        if not self._requests:
+            return
+        worth = self._costs.rows_per_step / max(1, len(self._scheduler.running))
+        for request, tokens in step.choosing():
+            one = self._requests.get(request.request_id)
+            if one is None:
+                continue
+            if one.drafted:
+                self._judge(one, len(tokens) - 1, worth)
+            if reads_grammar(self._manager, request):
+                self._learn(one, tokens)
+        for request_id in step.rows:  # of those whose tokens do not count, too
+            if (one := self._requests.get(request_id)) is not None:
+                one.drafted = 0
+
+    def _judge(self, one: Drafting, kept: int, worth: float) -> None:
+        one.grammar.judge(one.drafted, kept, worth)
+        self._counted["structure_drafted", one.grammar.name] += one.drafted
+        self._counted["structure_kept", one.grammar.name] += kept
+
+    def _learn(self, one: Drafting, tokens: list[int]) -> None:
+        before = one.before
+        for token in tokens:
+            one.grammar.answers.add(before, token)
+            if token == one.end:
+                break
+            before = (*before[1:], token)
+
+    @override
+    def ended(self, request: Request, why: str | None) -> None:
+        self._requests.pop(request.request_id, None)
+
+    @override
+    def report(self) -> Mapping[str, Any]:
+        counted, self._counted = self._counted, Counter()
+        return {"added": [(*key, count) for key, count in counted.items()]} if counted else {}
