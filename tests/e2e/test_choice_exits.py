@@ -26,7 +26,7 @@ from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_ten
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer import stats
 from vllm_adainfer.artifact.outputs import UNDECIDED, Choices
-from vllm_adainfer.engine.scheduler.rest_of_choice import RestOfChoice
+from vllm_adainfer.engine.scheduler.rest_of_answer import RestOfAnswer
 from vllm_adainfer.engine.scheduler.scheduler import AdaInferAsyncScheduler, build_scheduler
 from vllm_adainfer.offline.calibration.data.choices import find_choices
 
@@ -185,7 +185,7 @@ def test_a_choice_whose_rest_is_not_appended_goes_on_to_the_same_text(
     engine, decisions, monkeypatch
 ):
     """Which should not happen: then its rows catch up, and the grammar forces what is left."""
-    monkeypatch.setattr(RestOfChoice, "after", lambda *_: [])
+    monkeypatch.setattr(RestOfAnswer, "after", lambda *_: [])
     ours, left, _ = run(engine, [choosing(SETS["mood"])] * len(PROMPTS))
     for one, found in zip(ours, decisions["mood"], strict=True):
         assert one.text in SETS["mood"]

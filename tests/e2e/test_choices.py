@@ -19,7 +19,7 @@ from tests.byte_model import SETS, byte_tokenizer, save_byte_model
 from tests.conftest import tiny_engine
 from tests.e2e.scripted import parts
 from tests.triton_on_cpu import IS_V2
-from vllm_adainfer.engine.scheduler.rest_of_choice import RestOfChoice
+from vllm_adainfer.engine.scheduler.rest_of_answer import RestOfAnswer
 
 pytestmark = pytest.mark.skipif(
     IS_V2 and not torch.cuda.is_available(),
@@ -57,7 +57,7 @@ def stock(model) -> Any:
 def engine(model) -> Any:
     """Stock vLLM, but for the scheduler."""
     found = engine_of(model, {"finish_choices": True})
-    assert [type(one) for one in parts(found)[2].observers] == [RestOfChoice]
+    assert [type(one) for one in parts(found)[2].observers] == [RestOfAnswer]
     return found
 
 

@@ -225,12 +225,12 @@ def test_the_audit_has_a_line_of_each_request_once_it_has_ended(scheduler, obser
 
 SCRIPT = {"exit_script": [2]}
 WATCHES: list[tuple[dict[str, Any], list[str]]] = [
-    (SCRIPT, ["Counters", "Drafts", "RestOfChoice"]),
+    (SCRIPT, ["Counters", "Drafts", "RestOfAnswer"]),
     ({**SCRIPT, "finish_choices": False, "draft_structure": False}, ["Counters"]),
-    ({"finish_choices": True}, ["RestOfChoice"]),
+    ({"finish_choices": True}, ["RestOfAnswer"]),
     ({"draft_structure": True}, ["Drafts"]),
     ({"capture": {}}, ["Capture"]),
-    ({"artifact": "policy", "audit": {}}, ["Counters", "Drafts", "RestOfChoice", "Audit"]),
+    ({"artifact": "policy", "audit": {}}, ["Counters", "Drafts", "RestOfAnswer", "Audit"]),
     ({"auto": {"watch": True}, "capture": {}}, ["KindCounts", "Capture"]),
 ]
 
@@ -264,7 +264,7 @@ def test_the_switch_says_who_watches(tmp_path, monkeypatch, switch, names):
         one.close()
     model.return_sampling_mask = True
     masked = [type(one).__name__ for one in observers_of(config, settings, scheduler)]
-    assert masked == [one for one in names if one != "RestOfChoice"], "they have no mask"
+    assert masked == [one for one in names if one != "RestOfAnswer"], "they have no mask"
 
 
 @pytest.mark.parametrize("is_async", [False, True])

@@ -64,7 +64,7 @@ EXIT_COUNTERS = {
 CHOICE_COUNTERS = {
     "choices_finished": (
         "choices_finished",
-        "Requests with a choice that ended as soon as one choice was left.",
+        "Requests with a grammar (a choice, say) that ended as soon as it left one answer.",
         ENGINE,
     ),
     "choice_tokens_appended": (

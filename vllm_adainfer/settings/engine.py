@@ -146,8 +146,9 @@ class Switch(Strict):
     )
     finish_choices: bool | None = Field(
         None,
-        description="Whether a request with structured_outputs.choice ends as soon as its tokens "
-        "leave only one choice. None: unless the engine is stock vLLM. True also works alone.",
+        description="Whether a request with a grammar (choice, JSON schema, regex, tool call) ends "
+        "as soon as its tokens leave only one answer. None: unless the engine is stock vLLM. True "
+        "also works alone.",
     )
     draft_structure: bool | None = Field(
         None,

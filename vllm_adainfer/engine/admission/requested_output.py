@@ -53,7 +53,7 @@ def _restricted_output(params: SamplingParams, logprobs_mode: str) -> Output | N
     """
     if params.structured_outputs is not None:
         choices = requested_choices(params)
-        if not choices or not can_end_with_choice(params):
+        if not choices or not can_end_with_grammar(params):
             return None
         return Output(Form.CHOICE, None, choices)
     allowed, ids = params.allowed_token_ids, params.logprob_token_ids
@@ -85,7 +85,7 @@ def requested_choices(params: SamplingParams) -> frozenset[str] | None:
     return None if choices is None else frozenset(choices)
 
 
-def can_end_with_choice(params: SamplingParams) -> bool:
+def can_end_with_grammar(params: SamplingParams) -> bool:
     """Whether only the grammar decides what follows, and no log-probabilities are returned."""
     return (
         params.eos_token_id is not None

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+from vllm_adainfer.engine.compat.structured_outputs import can_look_ahead
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.request import Request
@@ -60,20 +62,13 @@ def why_nothing_is_drafted(vllm_config: VllmConfig) -> str | None:
 
 
 def reads_grammar(manager: StructuredOutputManager, request: Request) -> bool:
-    """Whether the grammar of `request` is in force, and can take several tokens back.
-
-    Those of outlines and lm-format-enforcer cannot: in vLLM 0.32 they roll back no further than its
-    own speculative decoding needs.
-    """
-    from vllm.v1.structured_output.backend_guidance import GuidanceGrammar
-    from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
-
+    """Whether the grammar of `request` is in force, and can take several tokens back."""
     structured = request.structured_output_request
     if structured is None:
         return False
     if manager.reasoner_cls is not None and not structured.reasoning_ended:
         return False
-    return isinstance(structured.grammar, XgrammarGrammar | GuidanceGrammar)
+    return can_look_ahead(structured.grammar)
 
 
 def add_draft(scheduler: Any, scheduled: Any, request: Request, draft: Sequence[int]) -> bool:

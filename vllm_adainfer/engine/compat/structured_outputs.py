@@ -1,4 +1,4 @@
-"""Structured outputs: grammars of choices."""
+"""Structured outputs: grammars of choices, and what a grammar leaves open."""
 
 from __future__ import annotations
 
@@ -54,14 +54,79 @@ def _choices_in(grammar: str) -> list[str] | None:
 
 
 def accepts_all(grammar: Any, tokens: list[int]) -> bool:
-    """Whether a request's grammar would accept `tokens` in sequence; its state does not change.
+    """Whether a request's grammar would accept `tokens` in sequence; its state does not change."""
+    if not can_look_ahead(grammar):
+        return False
+    accepted: list[int] = grammar.validate_tokens(tokens)
+    return accepted == tokens
 
-    False for the backends of outlines and lm-format-enforcer: in vLLM 0.32 they roll back no
-    further than speculation needs, and raise beyond that.
+
+def rest_of(grammar: Any, tokens: Sequence[int], end: int) -> str | None:
+    """The only text that can follow `tokens` and end an answer; its state does not change.
+
+    None if several texts can follow, or none, or another token than `end` can end the answer; and
+    within a character of several bytes, as the rest of it is no text.
+    """
+    if not can_look_ahead(grammar):
+        return None
+    try:
+        if hasattr(grammar, "ll_matcher"):
+            return _rest_by_guidance(grammar, tokens)
+        return _rest_by_xgrammar(grammar, tokens, end)
+    except UnicodeDecodeError:
+        return None
+
+
+def can_look_ahead(grammar: Any) -> bool:
+    """Whether a request's grammar can accept any number of tokens and take them back.
+
+    Those of outlines and lm-format-enforcer cannot: in vLLM 0.32 they roll back no further than its
+    own speculative decoding needs, and raise beyond that.
     """
     from vllm.v1.structured_output.backend_guidance import GuidanceGrammar
     from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 
-    if not isinstance(grammar, XgrammarGrammar | GuidanceGrammar):
+    return isinstance(grammar, XgrammarGrammar | GuidanceGrammar)
+
+
+def _rest_by_guidance(grammar: Any, tokens: Sequence[int]) -> str | None:
+    matcher = grammar.ll_matcher.deep_copy()
+    if not matcher.consume_tokens(list(tokens)):
+        return None
+    forced: bytes = matcher.compute_ff_bytes()
+    if forced and not matcher.consume_tokens(grammar.ll_tokenizer.tokenize_bytes(forced)):
+        return None
+    if not (matcher.is_stopped() and matcher.is_accepting()):
+        return None
+    return forced.decode()
+
+
+def _rest_by_xgrammar(grammar: Any, tokens: Sequence[int], end: int) -> str | None:
+    matcher, accepted = grammar.matcher, 0
+    try:
+        for token in tokens:
+            if matcher.is_terminated() or not matcher.accept_token(token):
+                return None
+            accepted += 1
+        forced: str = matcher.find_jump_forward_string()
+        if forced:
+            if not matcher.accept_string(forced):
+                return None
+            accepted += 1
+        return forced if _can_only_end(grammar, end) else None
+    finally:
+        matcher.rollback(accepted)
+
+
+def _can_only_end(grammar: Any, end: int) -> bool:
+    """Whether the `end` token is the only one that an xgrammar matcher allows next."""
+    import torch
+
+    if grammar.matcher.is_terminated() or not grammar.matcher.accept_token(end):
         return False
-    return grammar.validate_tokens(tokens) == tokens
+    grammar.matcher.rollback(1)
+    mask = torch.zeros((1, -(-grammar.vocab_size // 32)), dtype=torch.int32)
+    grammar.fill_bitmask(mask, 0)
+    allowed = mask.nonzero()[:, 1].tolist()
+    bit = 1 << end % 32
+    return allowed == [end // 32] and int(mask[0, end // 32]) & 0xFFFFFFFF == bit

@@ -44,7 +44,7 @@ from vllm_adainfer.engine.scheduler.kinds import KindCounts
 from vllm_adainfer.engine.scheduler.observer import Counters, Observer, Step, report_of
 from vllm_adainfer.engine.scheduler.prefix_cache import PrefixCacheGuard, refuse_kv_connector
 from vllm_adainfer.engine.scheduler.prompt_texts import texts_for_students
-from vllm_adainfer.engine.scheduler.rest_of_choice import RestOfChoice, check_tokenizer
+from vllm_adainfer.engine.scheduler.rest_of_answer import RestOfAnswer, check_tokenizer
 from vllm_adainfer.settings.engine import Settings, read_settings
 
 if TYPE_CHECKING:
@@ -275,7 +275,7 @@ def observers_of(
                 check_tokenizer(manager.tokenizer, name, config.choices)
         # Sampling masks are split by the number of tokens, and appended tokens have none.
         if not model.return_sampling_mask:
-            observers.append(RestOfChoice(manager, scheduler.max_model_len))
+            observers.append(RestOfAnswer(manager, scheduler.max_model_len))
     if settings.audit is not None:
         depth = model.hf_text_config.num_hidden_layers
         observers.append(Audit(settings.audit, engine, depth))

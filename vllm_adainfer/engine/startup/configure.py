@@ -85,7 +85,7 @@ def configure_scheduler(vllm_config: VllmConfig, settings: Settings) -> None:
     if settings.finish_choices:
         _select_scheduler(vllm_config, "finish_choices")
     if settings.finishes_choices:
-        logger.info("AdaInfer ends requests with a choice once only one choice is left")
+        logger.info("AdaInfer ends requests with a grammar once it leaves only one answer")
     if settings.draft_structure:
         _select_scheduler(vllm_config, "draft_structure")
         if settings.runs_stock and not has_custom_worker(vllm_config):

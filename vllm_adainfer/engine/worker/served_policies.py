@@ -18,7 +18,7 @@ from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.runner.build_loop import monitor_of, policies_of_artifacts
 from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, same_on_all_ranks
 from vllm_adainfer.engine.runner.requests import RunningRequests
-from vllm_adainfer.engine.scheduler.rest_of_choice import check_tokenizer
+from vllm_adainfer.engine.scheduler.rest_of_answer import check_tokenizer
 from vllm_adainfer.engine.startup.refusals import refuse_policy
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.policy import Policy

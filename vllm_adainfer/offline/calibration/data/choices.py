@@ -56,7 +56,7 @@ def _is_finished(text: str, first: int, tokenizer: Any) -> bool:
     """Whether the scheduler, which works on texts, can append the rest of `text` to a first token.
 
     It cannot after part of a letter, nor where a tokenizer drops a blank before the token or puts
-    one before the rest. See `vllm_adainfer.engine.scheduler.rest_of_choice`.
+    one before the rest. See `vllm_adainfer.engine.scheduler.rest_of_answer`.
     """
     begun = tokenizer.decode([first])
     if not begun or not text.startswith(begun):
