@@ -55,7 +55,7 @@ def artifact() -> str:
 def metrics() -> str:
     """Series on ``/metrics``."""
     rows = []
-    for metric in register_series((1,), choices=True, kinds=True).values():
+    for metric in register_series((1,), choices=True, kinds=True, drafts=True).values():
         [family] = metric.describe()
         suffix = "_total" if family.type == "counter" else ""
         labels = ", ".join(f"`{name}`" for name in metric._labelnames)

@@ -26,7 +26,7 @@ def dashboard() -> Any:
 @pytest.fixture(scope="module")
 def series() -> dict[str, set[str]]:
     """Labels of each of our series, by its name on /metrics."""
-    ours = register_series((2, 6), choices=True, kinds=True).values()
+    ours = register_series((2, 6), choices=True, kinds=True, drafts=True).values()
     labels = {metric._name: set(metric._labelnames) for metric in ours}
     return {
         metric.name + suffix: labels[metric.name] | ({"le"} if suffix == "_bucket" else set())

@@ -129,14 +129,28 @@ def test_only_the_kinds_that_ran_most_are_named(line):
     assert text.endswith("; other kinds: 48%")
 
 
+def of_drafts(drafted: int, kept: int, grammar: str = "g") -> dict[str, Any]:
+    return {"added": [("structure_drafted", grammar, drafted), ("structure_kept", grammar, kept)]}
+
+
+def test_drafts_since_the_last_line_are_told_with_how_many_were_kept(line):
+    for one in of_drafts(30, 20), of_drafts(10, 10, "another grammar"):
+        line.add(one)
+    assert line.take() == ["structured answers: 40 tokens drafted, 30 kept (75%)"]
+    assert line.take() == []
+    line.add(of_drafts(3, 0))
+    assert line.take() == ["structured answers: 3 tokens drafted, 0 kept (0%)"]
+
+
 def test_there_is_no_line_about_kinds_where_none_came(line):
     line.add(of_kinds([("none", "", 3, 50)]))
     assert line.take() == []
 
 
-def test_kinds_and_exits_have_a_line_each_and_their_reports_come_in_any_steps(line):
-    for one in report(*WORK), of_kinds(KINDS):
+def test_kinds_drafts_and_exits_have_a_line_each_and_their_reports_come_in_any_steps(line):
+    for one in report(*WORK), of_kinds(KINDS), of_drafts(4, 3):
         line.add(one)
-    exits, kinds = line.take()
+    exits, drafts, kinds = line.take()
+    assert drafts.startswith("structured answers: ")
     assert exits == "mean exit layer 3.0/6, layers saved 25%"
     assert kinds.startswith("of the token rows, one-answer requests are: kind-a")

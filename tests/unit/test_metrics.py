@@ -231,3 +231,15 @@ def test_kinds_and_choices_are_counted_by_engine_also_without_a_policy():
     assert [value(name, 1, kind="kind-a") for name in names] == [5, 50]
     assert [value(name, 0, kind="kind-a") for name in names] == [None, None]
     assert [[value(name, engine) for name in ended] for engine in range(2)] == [[0, 0], [5, 50]]
+
+
+def test_drafts_are_counted_by_engine_and_grammar_also_without_a_policy():
+    series = register_series(None, drafts=True)
+    engines = [EngineMetrics(series, "tiny", number, {}) for number in range(2)]
+    names = "adainfer:structure_tokens_drafted_total", "adainfer:structure_tokens_kept_total"
+    for grammar, drafted, kept in (("a", 20, 18), ("b", 5, 0), ("a", 10, 9)):
+        counts = [("structure_drafted", grammar, drafted), ("structure_kept", grammar, kept)]
+        engines[1].add({"added": counts})
+    assert [value(name, 1, grammar="a") for name in names] == [30, 27]
+    assert [value(name, 1, grammar="b") for name in names] == [5, 0]
+    assert [value(name, 0, grammar="a") for name in names] == [None, None]

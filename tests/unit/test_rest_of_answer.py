@@ -405,6 +405,7 @@ def test_choices_end_early_with_a_policy_or_where_it_is_asked_for(switch, finish
     [
         ({"finish_choices": False}, 'give "artifact"'),
         ({"finish_choices": True, "record": [2]}, '"finish_choices" and "record" do not go'),
+        ({"draft_structure": True, "record": [2]}, '"draft_structure" and "record" do not go'),
         ({"finish_choices": True, "epsilon": 0.1}, '"epsilon" goes with "artifact"'),
     ],
 )

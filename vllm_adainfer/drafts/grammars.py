@@ -9,6 +9,8 @@ from hashlib import blake2b
 from vllm_adainfer.drafts.answers import Answers
 
 MOST_GRAMMARS = 64  # with answers; the one that was not used for longest goes
+MOST_NAMED = 64  # in counters, since the start
+OTHERS = "others"  # the name of the rest there
 MOST_SEEN_ONCE = 4096  # digests of grammars that came once
 FORGOTTEN = 0.99  # how much of the balance is left after one more draft
 DEBT = -64.0  # a balance in rows at which a grammar is left alone
@@ -54,6 +56,7 @@ class Grammars:
     def __init__(self) -> None:
         self._known: OrderedDict[bytes, Grammar] = OrderedDict()
         self._once: OrderedDict[bytes, None] = OrderedDict()
+        self._named: set[str] = set()
 
     def arrived(self, *parts: str) -> Grammar | None:
         """The record of the grammar that `parts` describe; None when it comes for the first time.
@@ -76,3 +79,10 @@ class Grammars:
         self._known.move_to_end(digest)
         found.arrived()
         return found
+
+    def counted_as(self, grammar: Grammar) -> str:
+        """The name of `grammar` in counters: `OTHERS` after so many, as no counter ever goes."""
+        if grammar.name not in self._named and len(self._named) == MOST_NAMED:
+            return OTHERS
+        self._named.add(grammar.name)
+        return grammar.name

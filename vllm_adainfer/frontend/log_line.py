@@ -1,4 +1,4 @@
-"""The log lines about exits and about kinds of requests, one of each per stats interval."""
+"""The log lines about exits, drafts and kinds of requests, one of each per stats interval."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class LogLines:
             self._state = report
 
     def take(self) -> list[str]:
-        """The lines: about exits if a token was decided since the last ones, about kinds if some
-        request with a fixed set of answers ran.
+        """The lines: about exits if a token was decided since the last ones, about drafts if some
+        were verified, about kinds if some request with a fixed set of answers ran.
         """
-        lines = self._exits(), self._told_kinds()
+        lines = self._exits(), self._drafts(), self._told_kinds()
         self._sums.clear()
         self._kinds.clear()
         return [line for line in lines if line]
@@ -66,6 +66,12 @@ class LogLines:
         for policy, readings in state["shadow"].items():
             parts += [_disagreement(policy, reading) for reading in readings if reading["checked"]]
         return ", ".join(parts)
+
+    def _drafts(self) -> str:
+        drafted, kept = self._sums["structure_drafted"], self._sums["structure_kept"]
+        if not drafted:
+            return ""
+        return f"structured answers: {drafted} tokens drafted, {kept} kept ({kept / drafted:.0%})"
 
     def _told_kinds(self) -> str:
         requests, tokens = self._kinds["kind_requests"], self._kinds["kind_tokens"]

@@ -76,7 +76,8 @@ CHOICE_COUNTERS = {
 GRAMMAR_COUNTERS = {
     "structure_drafted": (
         "structure_tokens_drafted",
-        "Tokens of structured answers that were drafted, by a digest of their grammar.",
+        "Tokens of structured answers that were drafted, by a digest of their grammar; others: "
+        "grammars beyond the first 64 with drafts.",
         GRAMMAR,
     ),
     "structure_kept": (

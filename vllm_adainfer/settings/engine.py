@@ -263,8 +263,9 @@ class Settings(Switch, SwitchInstruments):
                     f'"{key}" goes with "artifact" or stands alone: drop it, or "record" and '
                     '"exit_script"'
                 )
-        if self.finish_choices and self.record is not None:
-            raise ValueError('"finish_choices" and "record" do not go together: drop one')
+        for key in "finish_choices", "draft_structure":
+            if getattr(self, key) and self.record is not None:
+                raise ValueError(f'"{key}" and "record" do not go together: drop one')
         if self.exit_script is not None and (self.epsilon is not None or self.shadow_rate):
             raise ValueError('"epsilon" and "shadow_rate" go with "artifact", not "exit_script"')
         return self

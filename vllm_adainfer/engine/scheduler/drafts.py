@@ -161,8 +161,9 @@ class Drafts(Observer):
 
     def _judge(self, one: Drafting, kept: int, worth: float) -> None:
         one.grammar.judge(one.drafted, kept, worth)
-        self._counted["structure_drafted", one.grammar.name] += one.drafted
-        self._counted["structure_kept", one.grammar.name] += kept
+        name = self._grammars.counted_as(one.grammar)
+        self._counted["structure_drafted", name] += one.drafted
+        self._counted["structure_kept", name] += kept
 
     def _learn(self, one: Drafting, tokens: list[int]) -> None:
         before = one.before
