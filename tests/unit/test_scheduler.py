@@ -257,7 +257,8 @@ def test_the_switch_says_who_watches(tmp_path, monkeypatch, switch, names):
     )
     settings = read_settings(config.additional_config)
     assert settings is not None
-    scheduler: Any = SimpleNamespace(structured_output_manager=None, max_model_len=9)
+    manager = SimpleNamespace(tokenizer=None)
+    scheduler: Any = SimpleNamespace(structured_output_manager=manager, max_model_len=9)
     watching = observers_of(config, settings, scheduler)
     assert [type(one).__name__ for one in watching] == names
     for one in watching:

@@ -17,7 +17,7 @@ KILL_SWITCH = "VLLM_ADAINFER"
 NO_POLICY = "full_depth"  # counts requests that may not exit as if it were a policy
 DEFAULT_POLICY = "default"  # name of the policy where only one directory is given
 # These work on vLLM's own model.
-STOCK_KEYS = {"auto", "capture", "draft_structure", "finish_choices", "enabled"}
+STOCK_KEYS = {"audit", "auto", "capture", "draft_structure", "finish_choices", "enabled"}
 NOT_WITH_AUTO = {"artifact", "exit_points", "epsilon", "requests", "shadow_rate"}
 AUTO_POINTS = 6  # evenly from 40 to 85 % of the layers
 # Policy names appear in requests and in the labels of metrics.

@@ -91,6 +91,18 @@ def pooled_output(runner_output: Any, request_id: str) -> list[float] | None:
     return None if found is None else [round(one, 6) for one in found.float().flatten().tolist()]
 
 
+def sampled_logprobs(runner_output: Any, request_id: str) -> Any:
+    """The log-probabilities of the tokens that a step sampled for a request; None without any.
+
+    As vLLM 0.32's `LogprobsLists`, of which the sampled token comes first in each row.
+    """
+    lists = runner_output.logprobs
+    if lists is None:
+        return None
+    place = runner_output.req_id_to_index[request_id]
+    return lists.slice_request(place, len(runner_output.sampled_token_ids[place]))
+
+
 def hash_block_size(kv_cache_manager: Any) -> int:
     """Tokens per entry of ``Request.block_hashes``; vLLM 0.32 keeps it in the block pool."""
     return int(kv_cache_manager.block_pool.hash_block_size)

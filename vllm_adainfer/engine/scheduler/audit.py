@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
 from vllm_adainfer.engine.compat.requests import short_id
+from vllm_adainfer.engine.scheduler.decisions import Decisions, requested_fields, with_fields
 from vllm_adainfer.engine.scheduler.line_files import LineFiles
 from vllm_adainfer.engine.scheduler.observer import Observer, Step
 from vllm_adainfer.exits.accounting.report import Provenance
@@ -55,15 +57,30 @@ class Audit(Observer):
     and one line a request, on another thread.
     """
 
-    def __init__(self, settings: AuditSettings, engine: int, depth: int) -> None:
-        """Open the directory of `settings`, for this `engine` among those that write to it."""
+    def __init__(
+        self, settings: AuditSettings, engine: int, depth: int, tokenizer: Any = None
+    ) -> None:
+        """Open the directory of `settings`, for this `engine` among those that write to it.
+
+        Without a `tokenizer`, no line has probabilities of fields.
+        """
         self._trails: dict[str, Trail] = {}
+        self._decisions: dict[str, Decisions] = {}
         self._depth = depth
+        self._tokenizer = tokenizer
         self._lines = LineFiles("audit", settings, engine, QUEUED, tells_lost=True)
 
     @override
+    def arrived(self, request: Request) -> None:
+        """Look for decisions in the schema of an answer whose log-probabilities are asked for."""
+        if self._tokenizer is not None and (fields := requested_fields(request)):
+            self._decisions[request.request_id] = Decisions(fields)
+
+    @override
     def stepped(self, step: Step) -> None:
-        """Note where the tokens of the step came from."""
+        """Note where the tokens of the step came from, and the log-probabilities of decisions."""
+        for request_id in self._decisions.keys() & step.requests.keys():
+            self._decisions[request_id].add(step.logprobs(request_id))
         for token in () if step.note is None else step.note.decided:
             if token.request_id in step.requests:
                 trail = self._trails.setdefault(token.request_id, Trail())
@@ -73,7 +90,12 @@ class Audit(Observer):
     @override
     def ended(self, request: Request, why: str | None) -> None:
         trail = self._trails.pop(request.request_id, Trail())
-        self._lines.put(line_of(request, trail, self._depth, why, time.time()))
+        line = line_of(request, trail, self._depth, why, time.time())
+        decisions = self._decisions.pop(request.request_id, None)
+        if decisions is None:
+            self._lines.put(line)
+        else:
+            self._lines.put(partial(with_fields, line, decisions, self._tokenizer))
 
     @override
     def close(self) -> None:

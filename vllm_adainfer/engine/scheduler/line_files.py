@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BufferedRandom, FileIO
 from pathlib import Path
@@ -73,12 +73,15 @@ class LineFiles:
         except OSError as error:
             raise _not_writable(kind, settings.directory, error) from None
         self._failed = False
-        self._queue: Queue[dict[str, Any] | None] = Queue(queued)
+        self._queue: Queue[dict[str, Any] | Callable[[], dict[str, Any]] | None] = Queue(queued)
         self._thread = Thread(target=self._write_all, name=f"adainfer-{kind}", daemon=True)
         self._thread.start()
 
-    def put(self, line: dict[str, Any]) -> None:
-        """Queue a line to be written, or lose it if the queue is full; never blocks."""
+    def put(self, line: dict[str, Any] | Callable[[], dict[str, Any]]) -> None:
+        """Queue a line to be written, or lose it if the queue is full; never blocks.
+
+        What takes time to make is made by the thread that writes.
+        """
         try:
             self._queue.put_nowait(line)
         except Full:
@@ -104,7 +107,7 @@ class LineFiles:
                 if self._tells_lost and lost:
                     self._write({"lost": lost})
                     self._told += lost
-                self._write(line)
+                self._write(line() if callable(line) else line)
             except Exception as error:  # whatever it was, the next line may succeed
                 self._told -= 1  # this line is lost, too
                 if not self._failed:

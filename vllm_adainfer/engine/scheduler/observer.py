@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 Tokens = list[int]
 
 
+def no_logprobs(_: str) -> None:
+    """Those of a step that has none."""
+
+
 @dataclass(frozen=True)
 class Step:
     """A step that has run, before the scheduler takes its tokens.
@@ -29,6 +33,7 @@ class Step:
         choosing: the running requests with a grammar, and the tokens that were sampled for each.
         append: lets tokens count as sampled: a request, its sampled tokens, and those to append.
         scores: what a classifier gave for a request id; None for a request that generates.
+        logprobs: by request id, as `sampled_logprobs` of `compat`.
 
     """
 
@@ -38,6 +43,7 @@ class Step:
     choosing: Callable[[], Iterable[tuple[Request, Tokens]]]
     append: Callable[[Request, Tokens, Tokens], None]
     scores: Callable[[str], list[float] | None]
+    logprobs: Callable[[str], Any] = no_logprobs
 
 
 class Observer:

@@ -31,6 +31,7 @@ from vllm_adainfer.engine.compat.scheduler import (
     append_tokens,
     is_output_dropped,
     pooled_output,
+    sampled_logprobs,
     sampled_tokens,
     tell_scheduler_of_arrivals,
     wait_for_token,
@@ -177,6 +178,7 @@ class ObservedScheduler(_Scheduler):
             ),
             append=partial(append_tokens, self, scheduler_output),
             scores=partial(pooled_output, runner_output),
+            logprobs=partial(sampled_logprobs, runner_output),
         )
 
     @override
@@ -278,7 +280,8 @@ def observers_of(
             observers.append(RestOfAnswer(manager, scheduler.max_model_len))
     if settings.audit is not None:
         depth = model.hf_text_config.num_hidden_layers
-        observers.append(Audit(settings.audit, engine, depth))
+        tokenizer = scheduler.structured_output_manager.tokenizer
+        observers.append(Audit(settings.audit, engine, depth, tokenizer))
     if settings.auto is not None:
         facts = {"model": model.served_model_name, "tokenizer": str(model.tokenizer)}
         observers.append(KindCounts(settings.auto.directory, model.logprobs_mode, **facts))
