@@ -13,6 +13,11 @@ from tests.triton_on_cpu import IS_V2
 FULL_ON_V2 = [pytest.mark.full] if IS_V2 else []
 
 
+def full_on_v2(test: Any) -> Any:
+    """Mark a test with `FULL_ON_V2`."""
+    return pytest.mark.full(test) if IS_V2 else test
+
+
 def needed(cases: int | Collection[Any], *, of: Iterable[Any]) -> list[Any]:
     """For `parametrize`: all `of` them, marked `full` but for those `cases` (or the first so many).
 

@@ -22,18 +22,15 @@ from tests.e2e.asking import ask, ask_and_count, outputs
 from tests.e2e.oracle import last_states
 from tests.e2e.scripted import parts
 from tests.e2e.test_choices import choosing
+from tests.full import FULL_ON_V2
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
-from tests.triton_on_cpu import IS_V2
 from vllm_adainfer import stats
 from vllm_adainfer.artifact.outputs import UNDECIDED, Choices
 from vllm_adainfer.engine.scheduler.rest_of_answer import RestOfAnswer
 from vllm_adainfer.engine.scheduler.scheduler import AdaInferAsyncScheduler, build_scheduler
 from vllm_adainfer.offline.calibration.data.choices import find_choices
 
-pytestmark = pytest.mark.skipif(
-    IS_V2 and not torch.cuda.is_available(),
-    reason="vLLM's kernel for grammars cannot be interpreted",
-)
+pytestmark = FULL_ON_V2
 
 TOKENIZER = byte_tokenizer()
 SETS = {

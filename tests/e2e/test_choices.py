@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from transformers import PreTrainedTokenizerFast as Fast
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
@@ -18,13 +17,8 @@ from vllm.sampling_params import StructuredOutputsParams
 from tests.byte_model import SETS, byte_tokenizer, save_byte_model
 from tests.conftest import tiny_engine
 from tests.e2e.scripted import parts
-from tests.triton_on_cpu import IS_V2
+from tests.full import full_on_v2
 from vllm_adainfer.engine.scheduler.rest_of_answer import RestOfAnswer
-
-pytestmark = pytest.mark.skipif(
-    IS_V2 and not torch.cuda.is_available(),
-    reason="vLLM's kernel for grammars cannot be interpreted",
-)
 
 _GENERATOR = np.random.default_rng(0)
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz .,"]
@@ -144,6 +138,7 @@ TAKES_EVERY_STEP: dict[str, dict[str, Any]] = {
 }
 
 
+@full_on_v2
 @pytest.mark.parametrize("kind", TAKES_EVERY_STEP)
 def test_a_request_that_asks_for_more_than_the_choice_takes_stocks_steps(engine, stock, kind):
     more = TAKES_EVERY_STEP[kind]
@@ -152,6 +147,7 @@ def test_a_request_that_asks_for_more_than_the_choice_takes_stocks_steps(engine,
     assert ours == theirs
 
 
+@full_on_v2
 def test_samples_of_one_request_end_each_by_itself(engine, stock):
     params = [choosing(choices, n=3, temperature=1, top_k=1) for choices in SETS]
     theirs, ours = told(stock, params), told(engine, params)
@@ -160,6 +156,7 @@ def test_samples_of_one_request_end_each_by_itself(engine, stock):
     assert len(ours.ends) == 3 * len(SETS)
 
 
+@full_on_v2
 def test_other_grammars_and_free_texts_beside_choices_are_stocks(engine, stock):
     digits = StructuredOutputsParams(regex="[0-9]{3}")
     free = SamplingParams(temperature=0, max_tokens=7)
@@ -169,6 +166,7 @@ def test_other_grammars_and_free_texts_beside_choices_are_stocks(engine, stock):
     assert [ours.tokens[place] == theirs.tokens[place] for place in (1, 2)] == [True, True]
 
 
+@full_on_v2
 @pytest.mark.parametrize(("backend", "looks_ahead"), [("guidance", True), ("outlines", False)])
 def test_other_backends_end_a_choice_at_once_if_they_can_look_ahead(
     model, stock, backend, looks_ahead

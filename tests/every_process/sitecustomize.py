@@ -73,6 +73,9 @@ def prepare() -> None:
     if without_gpu and AS_A_USER not in os.environ:
         models = "vllm.model_executor.models.registry"
         sys.meta_path.insert(0, _AfterImport(models, look_at_models_here))
+    if without_gpu and triton_on_cpu.IS_V2:
+        for name, then in triton_on_cpu.IN_TORCH.items():
+            sys.meta_path.insert(0, _AfterImport(name, then))
     triton_on_cpu.install_for_v2()
 
 
