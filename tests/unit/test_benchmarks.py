@@ -39,6 +39,39 @@ def test_the_parts_of_a_step_that_are_timed_exist():
         assert not times
 
 
+def test_drafts_that_a_benchmark_wants_refused_take_the_place_of_those_that_were_learnt():
+    refused_drafts = imported(ROOT / "benchmarks" / "offline" / "refused_drafts.py")
+    answers = refused_drafts.Answers()
+    with refused_drafts.drafting(token=7, count=3):
+        assert answers.draft((1,), 0.5, longest=2, end=0) == [7, 7]
+    assert answers.draft((1,), 0.5, longest=2, end=0) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [((1.0, 1.1, 0.9), "none"), ((2.0, 2.1, 1.9), "clearly beyond the aim")]
+)
+def test_a_report_on_structured_answers_says_which_aims_were_missed(seconds, said):
+    """Objects of mixed fields are to be answered as fast as by stock."""
+    report = imported(ROOT / "benchmarks" / "offline" / "structured_report.py")
+
+    def times(*seconds: float) -> dict[str, Any]:
+        return {"seconds": seconds, "p50_ms": seconds, "steps": 3, "tokens": 9}
+
+    counts = {"drafted": 8, "kept": 4}
+    stock, ours = times(1.0, 1.0, 1.0), times(*seconds) | counts
+    both = {"stock": stock, "adainfer": ours}
+    part = {
+        "kind": "reason last",
+        "backend": "xgrammar",
+        "first": both,
+        "in_flight": [{"number": number, "objects": 1, **both} for number in (1, 4, 16, 64)],
+        "texts": {"compared": 9, "differ": 1, "stock_compared": 9, "stock_differ": 2},
+    }
+    table = report.table({"parts": [part], "refusals": []})
+    assert said in table.splitlines()[-1]
+    assert "50.0% of 8" in table
+
+
 def server_with(worst_ms: list[float], lost: int = 0) -> dict[str, Any]:
     """A server's results in which one thing was sent in as many sizes."""
     cells = [
