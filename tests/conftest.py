@@ -142,11 +142,9 @@ def tiny_engine(
     llm = LLM(
         model=str(model),
         dtype=dtype,
-        max_num_batched_tokens=128,
-        max_num_seqs=16,
         block_size=32,
         additional_config={} if adainfer is None else {"adainfer": adainfer},
-        **{"enforce_eager": True, **settings},
+        **{"enforce_eager": True, "max_num_batched_tokens": 128, "max_num_seqs": 16, **settings},
     )
     _ENGINES.append(llm)
     return llm

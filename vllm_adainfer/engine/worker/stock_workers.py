@@ -9,7 +9,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_adainfer.engine.compat.runner import cpu_runner_class
+from vllm_adainfer.engine.compat.runner import cpu_runner_class, seeds_of_chunks_kept
 from vllm_adainfer.engine.runner.v1_drafts import VerifiesDrafts
 from vllm_adainfer.engine.runner.v2_drafts import verify_drafts
 
@@ -21,6 +21,12 @@ else:
 
 class DraftingCPUModelRunner(VerifiesDrafts, CPUModelRunner):
     """vLLM's V1 runner, which verifies drafts."""
+
+    @override
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample the step; drafts use up token budget, so that more prompts run in chunks."""
+        with seeds_of_chunks_kept(self):
+            return super().sample_tokens(*args, **kwargs)
 
 
 class DraftingWorker(_Worker):
