@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +15,6 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from tests.e2e.scripted import parts
-from vllm_adainfer.engine.scheduler.drafts import Drafts
 
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz .,"]
 
@@ -76,19 +77,21 @@ class Ask:
     """A request, and when it comes.
 
     Attributes:
-        prompt: its text.
+        prompt: its text, or as vLLM takes it.
         params: as a client sends them.
         step: how many steps have run when it comes.
         aborted_after: with so many tokens its client hangs up.
         is_streamed: whether the client asks for what is new alone.
+        lora: its adapter.
 
     """
 
-    prompt: str
+    prompt: Any
     params: SamplingParams
     step: int = 0
     aborted_after: int | None = None
     is_streamed: bool = False
+    lora: Any = None
 
 
 @dataclass
@@ -113,6 +116,13 @@ class Got:
             self.texts[one.index], self.tokens[one.index], self.logprobs[one.index] = new
             self.ends[one.index] = one.finish_reason, one.stop_reason
         self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
+
+
+def place_of(request_id: str) -> int:
+    """The place of a request of `served`, of which vLLM makes ids of its own."""
+    found = re.search(r"place (\d+)\.", request_id)
+    assert found is not None
+    return int(found[1])
 
 
 def prompts(seed: int, count: int, longest: int = 150) -> list[str]:
@@ -162,14 +172,13 @@ def served(llm: Any, asks: Sequence[Ask]) -> list[Got]:
     """What each request gets, in an engine that nobody else asks."""
     engine, found = llm.llm_engine, [Got() for _ in asks]
     waiting = dict(sorted(enumerate(asks), key=lambda one: one[1].step))
-    names: dict[str, int] = {}
     step = 0
     while waiting or engine.has_unfinished_requests():
         for place in [one for one, ask in waiting.items() if ask.step <= step]:
             ask = waiting.pop(place)
-            names[engine.add_request(f"{id(found)}-{place}", ask.prompt, ask.params)] = place
+            engine.add_request(f"place {place}.", ask.prompt, ask.params, lora_request=ask.lora)
         for output in engine.step():
-            place = int(output.request_id.rsplit("-", 1)[1])
+            place = place_of(output.request_id)
             ask, got = asks[place], found[place]
             got.add(output, ask.is_streamed)
             longest = max(map(len, got.tokens.values()))
@@ -203,7 +212,9 @@ def _assert_close(ours: Sequence[Any], theirs: Sequence[Any], told: str) -> None
         if own is None or stock is None:
             assert own is stock, told
             continue
-        possible = [{one for one in each if each[one].logprob > IMPOSSIBLE} for each in (own, stock)]
+        possible = [
+            {one for one in each if each[one].logprob > IMPOSSIBLE} for each in (own, stock)
+        ]
         assert possible[0] == possible[1], told
         for token in possible[0]:
             one, other = own[token], stock[token]
@@ -211,25 +222,35 @@ def _assert_close(ours: Sequence[Any], theirs: Sequence[Any], told: str) -> None
             assert abs(one.logprob - other.logprob) < 1e-4, told
 
 
-def drafts_of(llm: Any) -> Drafts:
-    drafts = parts(llm)[2].drafts
-    assert isinstance(drafts, Drafts)
-    return drafts
+def _possible(logprobs: Mapping[int, Any]) -> set[int]:
+    return {token for token, one in logprobs.items() if one.logprob > IMPOSSIBLE}
+
+
+@dataclass
+class Drafted:
+    """What was drafted and kept, in tokens, by the place of the request; and the steps."""
+
+    drafted: Counter[int] = field(default_factory=Counter)
+    kept: Counter[int] = field(default_factory=Counter)
+    steps: int = 0
+    preempted: int = 0
 
 
 @contextmanager
-def counted_drafts(llm: Any) -> Iterator[dict[str, int]]:
-    """How many tokens are drafted and kept meanwhile, over all grammars; and the steps."""
-    counted: dict[str, int] = {"drafted": 0, "kept": 0, "steps": 0}
+def counted_drafts(llm: Any) -> Iterator[Drafted]:
+    """What is drafted meanwhile for the requests of `served`."""
+    counted = Drafted()
     scheduler = parts(llm)[2]
     update = scheduler.update_from_output
 
     def counting(scheduled: Any, output: Any) -> Any:
-        counted["steps"] += 1
+        counted.steps += 1
+        counted.preempted += len(scheduled.preempted_req_ids or ())
         for request_id, draft in scheduled.scheduled_spec_decode_tokens.items():
             sampled = output.sampled_token_ids[output.req_id_to_index[request_id]]
-            counted["drafted"] += len(draft)
-            counted["kept"] += max(0, len(sampled) - 1)
+            place = place_of(request_id)
+            counted.drafted[place] += len(draft)
+            counted.kept[place] += max(0, len(sampled) - 1)
         return update(scheduled, output)
 
     scheduler.update_from_output = counting

@@ -1,0 +1,153 @@
+"""Drafts change no answer: what requests get is stock vLLM's, to the token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from tests.byte_model import save_byte_model
+from tests.conftest import tiny_engine
+from tests.e2e.drafted_traffic import (
+    GRAMMARS,
+    Ask,
+    Drafted,
+    Got,
+    assert_same,
+    counted_drafts,
+    prompts,
+    served,
+    traffic,
+)
+from tests.e2e.scripted import parts
+from tests.full import needed
+from tests.triton_on_cpu import IS_V2
+from vllm_adainfer.drafts.grammars import Grammars
+from vllm_adainfer.engine.admission.requested_output import only_grammar_decides
+from vllm_adainfer.engine.scheduler.drafts import Drafts
+
+pytestmark = pytest.mark.skipif(IS_V2, reason="Model Runner V1 verifies as it samples")
+
+ENGINE: dict[str, Any] = {"max_model_len": 256, "kv_cache_memory_bytes": 64 << 20}
+# Stock runs whole prompts at once: on a CPU it crashes where a request with a seed runs in chunks.
+WHOLE_PROMPTS = {"max_num_batched_tokens": 2048}
+
+
+def backend(name: str, **more: Any) -> dict[str, Any]:
+    return {"structured_outputs_config": {"backend": name, **more}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_byte_model(tmp_path_factory.mktemp("bytes"))
+
+
+@pytest.fixture(scope="module")
+def stock(model) -> Any:
+    return tiny_engine(model, None, **ENGINE, **WHOLE_PROMPTS, **backend("xgrammar"))
+
+
+def drafting(model: Path, **settings: Any) -> Any:
+    llm = tiny_engine(model, {"draft_structure": True}, **{**ENGINE, **settings})
+    assert [type(one) for one in parts(llm)[2].observers] == [Drafts]
+    return llm
+
+
+@pytest.fixture(scope="module")
+def engine(model) -> Any:
+    """Stock vLLM, but for drafts."""
+    return drafting(model, **backend("xgrammar"))
+
+
+def assert_stocks(ours: Any, stock: Any, asks: list[Ask]) -> tuple[list[Got], Drafted]:
+    """Both engines give the same answers; and what was drafted for them."""
+    theirs = served(stock, asks)
+    with counted_drafts(ours) as counted:
+        found = served(ours, asks)
+    assert_same(found, theirs, asks)
+    return found, counted
+
+
+@pytest.mark.parametrize("seed", needed(1, of=range(16)))
+def test_mixed_traffic_gets_stocks_answers_in_fewer_steps(engine, stock, seed):
+    asks = traffic(seed, 120)
+    _, counted = assert_stocks(engine, stock, asks)
+    assert counted.kept.total() > 300
+    for place in counted.drafted:
+        assert only_grammar_decides(asks[place].params)
+
+
+@pytest.mark.parametrize("kind", needed(["enums", "tag"], of=GRAMMARS))
+def test_answers_to_each_kind_of_grammar_are_drafted(engine, stock, kind, monkeypatch):
+    monkeypatch.setattr(parts(engine)[2].drafts, "_grammars", Grammars())  # none is at rest
+    structured = StructuredOutputsParams(**GRAMMARS[kind])
+    params = SamplingParams(temperature=0, max_tokens=60, structured_outputs=structured)
+    asks = [Ask(text, params, step=61 * place) for place, text in enumerate(prompts(3, 2) * 3)]
+    _, counted = assert_stocks(engine, stock, asks)
+    assert counted.kept[4] > 1 and counted.kept[5] > 1, counted
+    assert 0 not in counted.drafted, "a grammar may never come again: its first answer is not kept"
+
+
+NO_SPACE = backend("xgrammar", disable_any_whitespace=True)
+SMALL_CACHE = {"num_gpu_blocks_override": 12, "kv_cache_memory_bytes": 8 << 20}
+ENGINES: dict[str, dict[str, Any]] = {
+    "guidance": backend("guidance"),
+    "a small KV cache": {**SMALL_CACHE, **backend("xgrammar")},
+    "objects without white space": NO_SPACE,
+    "guidance, without white space": backend("guidance", disable_any_whitespace=True),
+    "no prefix cache": {"enable_prefix_caching": False, **backend("xgrammar")},
+    "small steps": {"max_num_batched_tokens": 16, **backend("xgrammar")},
+    "large steps": {"max_num_batched_tokens": 2048, **backend("xgrammar")},
+    "small steps and cache": {"max_num_batched_tokens": 24, **SMALL_CACHE, **backend("guidance")},
+    "one request at a time": {"max_num_seqs": 1, **backend("xgrammar")},
+    "small blocks": {"block_size": 16, **backend("xgrammar")},
+}
+
+
+@pytest.mark.parametrize("kind", needed(2, of=ENGINES))
+def test_they_are_stocks_in_every_engine(model, stock, kind):
+    settings = ENGINES[kind]
+    ours = drafting(model, **settings)
+    same = settings["structured_outputs_config"] == backend("xgrammar")["structured_outputs_config"]
+    structured = {"structured_outputs_config": settings["structured_outputs_config"]}
+    theirs = stock if same else tiny_engine(model, None, **ENGINE, **WHOLE_PROMPTS, **structured)
+    _, counted = assert_stocks(ours, theirs, traffic(100, 80))
+    assert counted.kept.total() > 100
+    assert (counted.preempted > 0) == ("cache" in kind and "prefix" not in kind)
+
+
+@pytest.mark.parametrize("seed", needed(1, of=range(8)))
+def test_refused_drafts_never_enter_the_prefix_cache(engine, stock, seed):
+    """Later requests go on from earlier answers, whose blocks they find in the cache."""
+    asks = traffic(200 + seed, 50, grammars=["enums", "nested", "free text"])
+    asks = [replace(ask, aborted_after=None) for ask in asks]
+    hits = []
+    for _ in range(2):
+        found, counted = assert_stocks(engine, stock, asks)
+        assert counted.drafted.total() > counted.kept.total() > 0
+        generator, tokenizer = np.random.default_rng(seed), engine.get_tokenizer()
+        again = []
+        for ask, got in zip(asks, found, strict=True):
+            before = ask.prompt
+            tokens = before["prompt_token_ids"] if isinstance(before, dict) else None
+            whole = [*(tokens or tokenizer.encode(before)), *got.tokens[0]]
+            cut = int(generator.integers(len(whole) // 2, len(whole))) + 1
+            more = {} if cut > 160 else {"max_tokens": 60}
+            if cut < 180:
+                prompt = {"prompt_token_ids": [*whole[:cut], 70]}
+                again.append(replace(ask, prompt=prompt, params=_changed(ask.params, **more)))
+        hits.append(len(again))
+        asks = again
+    assert min(hits) > 15
+
+
+def _changed(params: SamplingParams, **changes: Any) -> SamplingParams:
+    changed = params.clone()
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
