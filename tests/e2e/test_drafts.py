@@ -89,7 +89,7 @@ def test_answers_to_each_kind_of_grammar_are_drafted(engine, stock, kind, monkey
     params = SamplingParams(temperature=0, max_tokens=60, structured_outputs=structured)
     asks = [Ask(text, params, step=61 * place) for place, text in enumerate(prompts(3, 2) * 3)]
     _, counted = assert_stocks(engine, stock, asks)
-    assert counted.kept[4] > 1 and counted.kept[5] > 1, counted
+    assert min(counted.kept[4], counted.kept[5]) > 1, counted
     assert 0 not in counted.drafted, "a grammar may never come again: its first answer is not kept"
 
 
