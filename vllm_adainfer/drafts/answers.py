@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 ORDERS = (1, 2, 4, 8)  # numbers of tokens that a context has
 LONGEST_CONTEXT = ORDERS[-1]
 START = (-1,) * LONGEST_CONTEXT  # what comes before an answer
-MOST_CONTEXTS = 2048  # of one grammar; some 0.5 MB
-MOST_NEXT = 16  # tokens counted after one context; the others count as unforeseen
+MOST_CONTEXTS = 1792  # of one grammar; at most 1 MiB with what follows them
+MOST_NEXT = 10  # tokens counted after one context; the others count as unforeseen
 
 
-@dataclass
+@dataclass(slots=True)
 class Followers:
     """What followed one context: how many tokens, how many different ones, and which how often."""
 
