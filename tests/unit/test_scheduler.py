@@ -245,6 +245,7 @@ def test_the_switch_says_who_watches(tmp_path, monkeypatch, switch, names):
         logprobs_mode="raw_logprobs",
         return_sampling_mask=False,
         hf_text_config=SimpleNamespace(num_hidden_layers=4),
+        get_vocab_size=lambda: 1000,
     )
     switch = {
         key: {"directory": str(tmp_path / key), **one} if isinstance(one, dict) else one
@@ -258,7 +259,9 @@ def test_the_switch_says_who_watches(tmp_path, monkeypatch, switch, names):
     settings = read_settings(config.additional_config)
     assert settings is not None
     manager = SimpleNamespace(tokenizer=None)
-    scheduler: Any = SimpleNamespace(structured_output_manager=manager, max_model_len=9)
+    scheduler: Any = SimpleNamespace(
+        structured_output_manager=manager, max_model_len=9, vllm_config=config
+    )
     watching = observers_of(config, settings, scheduler)
     assert [type(one).__name__ for one in watching] == names
     for one in watching:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # masks of all rows stay on the device.
 LONGEST_DRAFT = 63
 MOST_DRAFTED = 1024  # tokens in a step
+# vLLM measures the memory of logits for one row of each request; those of drafts come on top.
+MOST_BYTES_OF_LOGITS = 1 << 28
 
 
 def why_nothing_is_drafted(vllm_config: VllmConfig) -> str | None:
@@ -59,6 +61,12 @@ def why_nothing_is_drafted(vllm_config: VllmConfig) -> str | None:
         ),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def most_drafted(vllm_config: VllmConfig) -> int:
+    """How many tokens of a step may be drafted."""
+    row = 4 * vllm_config.model_config.get_vocab_size()
+    return max(1, min(MOST_DRAFTED, MOST_BYTES_OF_LOGITS // row))
 
 
 def reads_grammar(manager: StructuredOutputManager, request: Request) -> bool:

@@ -58,11 +58,15 @@ class VerifiesDrafts(_Runner):
         if own.logprob_token_ids:  # log-probabilities of other requests have another shape then
             return samples.output()
         for places in samples.open_places(own.generators):
+            if own.all_greedy and own.max_num_logprobs is None:
+                # As `Sampler` does, without copies of the logits, which are the largest tensor.
+                samples.put(places, logits.argmax(-1)[drafts.rows_at(places)])
+                continue
             sampled = self.sampler(
                 logits=logits[drafts.rows_at(places)],
                 sampling_metadata=_of_rows(own, places[:, 0]),
             )
-            samples.put(places, sampled)
+            samples.put(places, sampled.sampled_token_ids[:, 0], sampled.logprobs_tensors)
         return samples.output()
 
 
@@ -106,15 +110,16 @@ class Samples:
         if (found := first.logprobs_tensors) is not None:
             rows = requests * (longest + 1)
             self._logprobs = LogprobsTensors(*(_rows_like(one, rows) for one in found[:3]))
-        self.put(torch.stack([torch.arange(requests), torch.zeros(requests).long()], 1), first)
+        places = torch.stack([torch.arange(requests), torch.zeros(requests).long()], 1)
+        self.put(places, first.sampled_token_ids[:, 0], first.logprobs_tensors)
 
-    def put(self, places: Tensor, sampled: SamplerOutput) -> None:
+    def put(self, places: Tensor, tokens: Tensor, logprobs: LogprobsTensors | None = None) -> None:
         """Note what was sampled at `places`, as in `Drafts.rows_at`."""
         requests, columns = places.unbind(1)
-        self._tokens[requests, columns] = sampled.sampled_token_ids[:, 0]
-        if self._logprobs is not None and sampled.logprobs_tensors is not None:
+        self._tokens[requests, columns] = tokens.to(torch.int32)
+        if self._logprobs is not None and logprobs is not None:
             rows = requests * self._tokens.shape[1] + columns
-            for own, new in zip(self._logprobs[:3], sampled.logprobs_tensors[:3], strict=True):
+            for own, new in zip(self._logprobs[:3], logprobs[:3], strict=True):
                 own[rows] = new
 
     @property

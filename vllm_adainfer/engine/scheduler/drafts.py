@@ -23,8 +23,8 @@ from vllm_adainfer.engine.admission.requested_output import only_grammar_decides
 from vllm_adainfer.engine.admission.running import resolved_of
 from vllm_adainfer.engine.compat.drafts import (
     LONGEST_DRAFT,
-    MOST_DRAFTED,
     add_draft,
+    most_drafted,
     reads_grammar,
 )
 from vllm_adainfer.engine.scheduler.observer import Observer, Step
@@ -70,6 +70,7 @@ class Drafts(Observer):
         """`scheduler` is vLLM's."""
         self._scheduler = scheduler
         self._manager = scheduler.structured_output_manager
+        self._most_drafted = most_drafted(scheduler.vllm_config)
         self._grammars = Grammars()
         self._requests: dict[str, Drafting] = {}
         self._costs = StepCosts(ROWS_PER_STEP_ON_GPU if on_gpu else ROWS_PER_STEP_ON_CPU)
@@ -106,7 +107,7 @@ class Drafts(Observer):
         """Add drafts to a step that vLLM has just scheduled."""
         self._scheduled_at = time.perf_counter()
         room = self._scheduler.max_num_scheduled_tokens - scheduled.total_num_scheduled_tokens
-        room = min(room, MOST_DRAFTED)
+        room = min(room, self._most_drafted)
         for request_id in list(scheduled.num_scheduled_tokens) if self._requests else ():
             one = self._requests.get(request_id)
             if one is None or room <= 0 or not self._may_draft(one):
@@ -142,7 +143,8 @@ class Drafts(Observer):
         """Learn what was written, and what became of the drafts."""
         now = time.perf_counter()
         since = max(self._scheduled_at, self._stepped_at)
-        self._costs.add(sum(step.rows.values()), now - since)
+        if step.rows:  # not where everybody waits, such as for a grammar
+            self._costs.add(sum(step.rows.values()), now - since)
         self._stepped_at = now
         if not self._requests:
             return
