@@ -29,7 +29,7 @@ from tests.families import FAMILIES, SHAPE
 from tests.quantised import quantise
 from tests.tiny import tiny_artifact
 from vllm_adainfer import plugin
-from vllm_adainfer.engine.classes import CPU_WORKER, GPU_WORKER, SCHEDULER
+from vllm_adainfer.engine.classes import CPU_WORKER, DRAFTING_CPU_WORKER, GPU_WORKER, SCHEDULER
 from vllm_adainfer.engine.compat.config import engine_options_of
 from vllm_adainfer.engine.scheduler.scheduler import build_scheduler
 from vllm_adainfer.engine.startup.configure import configure
@@ -37,10 +37,11 @@ from vllm_adainfer.engine.startup.refusals import refuse_unsupported
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Settings
 
-POLICY, SCRIPT, CAPTURE = (
+POLICY, SCRIPT, CAPTURE, DRAFTS = (
     {"artifact": "POLICY"},
     {"exit_script": [2]},
     {"capture": {"directory": "HERE"}},
+    {"draft_structure": True},
 )
 SMALL = {
     "hidden_size": 64,
@@ -135,6 +136,9 @@ OFF = {"VLLM_ADAINFER": "0"}
         ("llama", CAPTURE, {"enable_lora": True}, {}, OBSERVED),
         ("llama", CAPTURE, {"pipeline_parallel_size": 2}, {}, OBSERVED),
         ("falcon", CAPTURE, {}, {}, ("FalconForCausalLM", *OBSERVED[1:])),
+        ("llama", DRAFTS, {}, {}, (STOCK[0], DRAFTING_CPU_WORKER, SCHEDULER)),
+        ("falcon", DRAFTS, {}, {}, ("FalconForCausalLM", DRAFTING_CPU_WORKER, SCHEDULER)),
+        ("llama", DRAFTS, {}, OFF, STOCK),
     ],
 )
 def test_the_switch_selects_model_worker_and_scheduler(
@@ -150,6 +154,23 @@ def test_the_switch_selects_model_worker_and_scheduler(
     assert bool(config.model_config.logits_processors) == (selected == OURS), "checks requests"
     if selected == STOCK:
         assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"repetition_penalty": 1.05}, "repetition_penalty=1.05"),
+        ({"min_p": 0.1, "temperature": 0.7}, "min_p=0.1"),
+        ({"repetition_penalty": 1.0, "temperature": 0.7, "top_k": 20}, None),
+        ({}, None),
+    ],
+)
+def test_a_models_own_penalty_which_keeps_all_answers_from_drafts_is_told(
+    tiny_model, caplog_vllm, given, name
+):
+    engine_config(tiny_model, DRAFTS, override_generation_config=given)
+    told = [line for line in caplog_vllm.messages if "not drafted" in line]
+    assert [name in line for line in told] == ([] if name is None else [True])
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,16 @@ def most_drafted(vllm_config: VllmConfig) -> int:
     return max(1, min(MOST_DRAFTED, MOST_BYTES_OF_LOGITS // row))
 
 
+def default_penalties(vllm_config: VllmConfig) -> dict[str, float]:
+    """What every request gets by default that keeps its answer from being drafted.
+
+    Many models bring such a setting in their ``generation_config.json``.
+    """
+    neutral = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "min_p": 0}
+    given = vllm_config.model_config.get_diff_sampling_param()
+    return {key: given[key] for key, none in neutral.items() if given.get(key, none) != none}
+
+
 def reads_grammar(manager: StructuredOutputManager, request: Request) -> bool:
     """Whether the grammar of `request` is in force, and can take several tokens back."""
     structured = request.structured_output_request

@@ -16,6 +16,7 @@ from vllm_adainfer.engine.compat.config import (
     leave_full_graphs_to_segments,
     use_model_class,
 )
+from vllm_adainfer.engine.compat.drafts import default_penalties
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.pinned_artifacts import pin_artifacts
 from vllm_adainfer.engine.scheduler.line_files import check_directory
@@ -90,6 +91,13 @@ def configure_scheduler(vllm_config: VllmConfig, settings: Settings) -> None:
         _select_scheduler(vllm_config, "draft_structure")
         if settings.runs_stock and not has_custom_worker(vllm_config):
             vllm_config.parallel_config.worker_cls = worker_class(has_exits=False)
+        for name, value in default_penalties(vllm_config).items():
+            logger.warning(
+                "requests get %s=%g from the model's generation config, and answers with it are "
+                "not drafted: start with --generation-config vllm, or send another value",
+                name,
+                value,
+            )
 
 
 def _select_scheduler(vllm_config: VllmConfig, key: str) -> None:
