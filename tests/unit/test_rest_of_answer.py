@@ -371,14 +371,23 @@ def test_what_was_appended_in_a_step_is_reported_once():
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "drafts", "more"),
-    [(Scheduler, {}, 0), (AsyncScheduler, {}, 3), (AsyncScheduler, {"a": [1, 2]}, 0)],
+    ("scheduler", "drafts", "more", "fewer"),
+    [
+        (Scheduler, {}, 0, 0),
+        (Scheduler, {"a": [1, 2]}, 0, 3),
+        (AsyncScheduler, {}, 3, 0),
+        (AsyncScheduler, {"a": [1, 2]}, 0, 3),
+    ],
 )
-def test_the_asynchronous_scheduler_expects_what_is_appended(scheduler, drafts, more):
-    request: Any = SimpleNamespace(num_output_placeholders=1, request_id="a")
+def test_what_is_appended_is_expected_but_never_counts_as_computed(scheduler, drafts, more, fewer):
+    """Of a request with drafts, vLLM counts all tokens but one as expected, and as computed."""
+    request: Any = SimpleNamespace(
+        num_output_placeholders=1, num_computed_tokens=10, request_id="a"
+    )
     scheduled, sampled = SimpleNamespace(scheduled_spec_decode_tokens=drafts), [1]
     append_tokens(scheduler.__new__(scheduler), scheduled, request, sampled, [2, 3, 4])
     assert request.num_output_placeholders == 1 + more
+    assert request.num_computed_tokens == 10 - fewer
     assert sampled == [1, 2, 3, 4]
 
 

@@ -8,14 +8,16 @@ a few answers, a value has the share that it had, and free text is never sure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 ORDERS = (1, 2, 4, 8)  # numbers of tokens that a context has
 LONGEST_CONTEXT = ORDERS[-1]
 START = (-1,) * LONGEST_CONTEXT  # what comes before an answer
 MOST_CONTEXTS = 1792  # of one grammar; at most 1 MiB with what follows them
 MOST_NEXT = 10  # tokens counted after one context; the others count as unforeseen
+FORESEEN = 3  # tokens behind the next one that `behind_next` looks at
 
 
 @dataclass(slots=True)
@@ -62,16 +64,38 @@ class Answers:
         Each is expected to be kept, with all that come before it, with probability `least` or more.
         """
         drafted: list[int] = []
-        window = tuple(before)
         sure = 1.0
-        while len(drafted) < longest:
-            token, probability = self._next(window)
+        for token, probability in islice(self._likeliest(before), longest):
             sure *= probability
             if token == end or sure < least:
                 break
             drafted.append(token)
-            window = (*window[1:], token)
         return drafted
+
+    def behind_next(self, before: Sequence[int], end: int) -> float:
+        """How many tokens would be kept of a short draft behind the next token, once it is known.
+
+        An expectation, for the likeliest next token: whichever value is written, what follows it is
+        mostly the same.
+        """
+        expected, sure = 0.0, 1.0
+        for token, probability in islice(self._likeliest(before), 1, 1 + FORESEEN):
+            if token == end:
+                break
+            sure *= probability
+            expected += sure
+        return expected
+
+    def _likeliest(self, before: Sequence[int]) -> Iterator[tuple[int, float]]:
+        """The likeliest tokens after `before`, and the probability of each after those.
+
+        It ends where nothing is known.
+        """
+        window = tuple(before)
+        while (found := self._next(window))[1]:
+            token, probability = found
+            yield token, probability
+            window = (*window[1:], token)
 
     def _next(self, before: Sequence[int]) -> tuple[int, float]:
         """The likeliest next token, and its probability; 0 if nothing is known."""

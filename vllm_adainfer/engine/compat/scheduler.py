@@ -44,13 +44,15 @@ def append_tokens(
 ) -> None:
     """Let `more` count as sampled, too; vLLM 0.32's `AsyncScheduler` counts the tokens to come.
 
-    Of a request with drafts it counts as many as were sampled; all others count as refused drafts.
+    Of a request with drafts, all sampled tokens but one count as drafts that were kept, so as
+    computed. Those of `more` never were: their blocks must not enter the prefix cache.
     """
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
     sampled += more
-    drafted = scheduled.scheduled_spec_decode_tokens
-    if isinstance(scheduler, AsyncScheduler) and request.request_id not in drafted:
+    if request.request_id in scheduled.scheduled_spec_decode_tokens:
+        request.num_computed_tokens -= len(more)
+    elif isinstance(scheduler, AsyncScheduler):
         request.num_output_placeholders += len(more)
 
 

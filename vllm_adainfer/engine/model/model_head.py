@@ -22,7 +22,7 @@ from vllm_adainfer.engine.runner.adapters import StepAdapters
 from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0
 from vllm_adainfer.engine.segments.decoder import Decoder, norm_of
 from vllm_adainfer.exits.batch.upload import upload
-from vllm_adainfer.exits.loop.loop import ScoredRequests, StepOutput
+from vllm_adainfer.exits.loop.loop import StepOutput
 from vllm_adainfer.policy.probe import Probe
 
 if TYPE_CHECKING:
@@ -112,14 +112,24 @@ class ModelHead(_Model):
         )
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Logits [requests, vocabulary]; early scores of some tokens mask all others."""
+        """Logits [sampled rows, vocabulary]; early scores of some tokens mask all others."""
         output = self._take_output()
         if output is None:
             return super().compute_logits(hidden_states)
-        logits = self._logits(hidden_states, output.scored)
+        logits = self._logits(hidden_states, output)
         for shadow in output.shadows:
-            shadow.compare(logits, partial(self._head, requests=shadow.requests))
+            shadow.compare(
+                self._by_request(logits, output), partial(self._head, requests=shadow.requests)
+            )
         return logits
+
+    def _by_request(self, logits: Tensor, output: StepOutput) -> Tensor:
+        """[requests, vocabulary], the logits of the last sampled row of each."""
+        if output.sampled_lens is None:
+            return logits
+        everyone = np.arange(len(output.sampled_lens))
+        [rows] = upload([output.sampled_row_of(everyone)], logits.device)
+        return logits[rows]
 
     def _take_output(self) -> StepOutput | None:
         """The output of the last step, once."""
@@ -133,11 +143,12 @@ class ModelHead(_Model):
             self._adapters.use_for_logits(places)
         return super().compute_logits(states)
 
-    def _logits(self, hidden_states: Tensor, scored: tuple[ScoredRequests, ...]) -> Tensor:
+    def _logits(self, hidden_states: Tensor, output: StepOutput) -> Tensor:
         count, device = hidden_states.shape[0], hidden_states.device
+        requests, scored = output.requests_of(count), output.scored
         if not scored:
-            return self._head(hidden_states, np.arange(count))
-        early = [requests for requests, _ in scored]
+            return self._head(hidden_states, requests)
+        early = [output.sampled_row_of(places) for places, _ in scored]
         at_full_depth = np.setdiff1d(np.arange(count), np.concatenate(early))
         deep, *places = upload([at_full_depth, *early], device)
         # bfloat16 is too coarse for probabilities; vLLM's sampler reads logits in fp32 anyway.
@@ -145,7 +156,7 @@ class ModelHead(_Model):
         size, dtype = self._text_config.vocab_size, torch.float32 if exact else hidden_states.dtype
         deep_logits = None
         if at_full_depth.size:
-            deep_logits = self._head(hidden_states[deep], at_full_depth)
+            deep_logits = self._head(hidden_states[deep], requests[at_full_depth])
             size, dtype = deep_logits.shape[1], torch.float32 if exact else deep_logits.dtype
         logits = hidden_states.new_full((count, size), -torch.inf, dtype=dtype)
         if deep_logits is not None:

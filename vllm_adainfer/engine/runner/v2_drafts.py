@@ -7,11 +7,13 @@ the inputs, and the comparison of samples with drafts.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
@@ -28,26 +30,49 @@ def verify_drafts(runner: Any) -> None:
         return
     sort_by_rows()
     make_room_for_drafts(runner)
-    runner.prepare_inputs = partial(_prepare_inputs, runner, runner.prepare_inputs)
+    inputs = DraftedInputs(runner)
+    runner.prepare_inputs = inputs.prepare
+    runner.lora_state.make_lora_inputs = inputs.adapters
     runner.sampler = VerifyingSampler(runner.sampler)
 
 
-def _prepare_inputs(runner: Any, stock: Any, scheduler_output: Any, *args: Any) -> InputBatch:
-    """vLLM's inputs of a step, with the drafts of the scheduler behind the tokens of requests."""
-    drafts = scheduler_output.scheduled_spec_decode_tokens
-    if not drafts:
-        inputs: InputBatch = stock(scheduler_output, *args)
+class DraftedInputs:
+    """Wraps what prepares the inputs of a step in a V2 runner."""
+
+    def __init__(self, runner: Any) -> None:
+        """Keep the stock methods of `runner`."""
+        self._runner = runner
+        self._prepare = runner.prepare_inputs
+        self._adapters = runner.lora_state.make_lora_inputs
+        self._drafts: Mapping[str, Sequence[int]] = {}
+
+    def prepare(self, scheduler_output: Any, *args: Any) -> InputBatch:
+        """The inputs, with the drafts of the scheduler behind the tokens of requests."""
+        drafts = self._drafts = scheduler_output.scheduled_spec_decode_tokens
+        if not drafts:
+            inputs: InputBatch = self._prepare(scheduler_output, *args)
+            return inputs
+        runner = self._runner
+        states, device = runner.req_states, runner.device
+        slots = np.array([states.req_id_to_index[one] for one in drafts])
+        padded = np.zeros((len(drafts), LONGEST_DRAFT), dtype=np.int64)
+        for place, tokens in enumerate(drafts.values()):
+            padded[place, : len(tokens)] = tokens
+        states.draft_tokens[async_tensor_h2d(slots, device)] = async_tensor_h2d(padded, device)
+        most, runner.decode_query_len = runner.decode_query_len, LONGEST_DRAFT + 1
+        try:
+            inputs = self._prepare(scheduler_output, *args)
+        finally:
+            runner.decode_query_len = most
         return inputs
-    states, device = runner.req_states, runner.device
-    slots = torch.tensor([states.req_id_to_index[one] for one in drafts])
-    padded = [[*tokens, *[0] * (LONGEST_DRAFT - len(tokens))] for tokens in drafts.values()]
-    states.draft_tokens[slots.to(device)] = torch.tensor(padded).to(device)
-    most, runner.decode_query_len = runner.decode_query_len, LONGEST_DRAFT + 1
-    try:
-        inputs = stock(scheduler_output, *args)
-    finally:
-        runner.decode_query_len = most
-    return inputs
+
+    def adapters(self, request_ids: Sequence[str], *args: Any) -> tuple[Any, Any, Any]:
+        """The adapters of sampled rows, of which vLLM 0.32 expects one a request; rows; all."""
+        requests, rows, active = self._adapters(request_ids, *args)
+        if not self._drafts:
+            return requests, rows, active
+        lens = [1 + len(self._drafts.get(one, ())) for one in request_ids]
+        return tuple(np.repeat(requests, lens)), rows, active
 
 
 class VerifyingSampler:

@@ -27,6 +27,7 @@ from vllm_adainfer.engine.compat.drafts import (
     most_drafted,
     reads_grammar,
 )
+from vllm_adainfer.engine.compat.scheduler import has_stale_output
 from vllm_adainfer.engine.scheduler.observer import Observer, Step
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Drafts(Observer):
         self._grammars = Grammars()
         self._requests: dict[str, Drafting] = {}
         self._costs = StepCosts(ROWS_PER_STEP_ON_GPU if on_gpu else ROWS_PER_STEP_ON_CPU)
-        self._scheduled_at = self._stepped_at = 0.0
+        self._stepped_at = 0.0
         self._counted: Counter[tuple[str, str]] = Counter()  # by kind and grammar
 
     @override
@@ -96,16 +97,22 @@ class Drafts(Observer):
     def waiting(self) -> Iterator[Request]:
         """With asynchronous scheduling, the requests that a step scheduled now could not draft for.
 
-        Their token in flight is not known yet, and a draft will probably follow it.
+        Their token in flight is not known yet. Behind a draft nobody knows how many are. Otherwise
+        a request that waits for it loses a token, so the draft must be expected to spare more.
         """
         for one in self._requests.values():
-            in_flight = one.request.num_output_placeholders
-            if in_flight and (one.drafted or len(self._draft(one, 2)) == 2):
+            if one.request.num_output_placeholders and (one.drafted or self._pays_to_wait(one)):
                 yield one.request
+
+    def _pays_to_wait(self, one: Drafting) -> bool:
+        request = one.request
+        room = request.max_tokens - request.num_output_tokens - request.num_output_placeholders
+        if one.grammar.rest or room < 2 or not reads_grammar(self._manager, request):
+            return False
+        return one.grammar.answers.behind_next(one.before, one.end) > 1
 
     def plan(self, scheduled: Any) -> None:
         """Add drafts to a step that vLLM has just scheduled."""
-        self._scheduled_at = time.perf_counter()
         room = self._scheduler.max_num_scheduled_tokens - scheduled.total_num_scheduled_tokens
         room = min(room, self._most_drafted)
         for request_id in list(scheduled.num_scheduled_tokens) if self._requests else ():
@@ -124,6 +131,7 @@ class Drafts(Observer):
             not one.grammar.rest
             and not request.is_prefill_chunk
             and request.num_output_placeholders <= 1  # that of this step
+            and not has_stale_output(request)  # of a draft, perhaps
             and reads_grammar(self._manager, request)
         )
 
@@ -142,7 +150,7 @@ class Drafts(Observer):
     def stepped(self, step: Step) -> None:
         """Learn what was written, and what became of the drafts."""
         now = time.perf_counter()
-        since = max(self._scheduled_at, self._stepped_at)
+        since = max(step.scheduled_at, self._stepped_at)  # it may have waited for the last one
         if step.rows:  # not where everybody waits, such as for a grammar
             self._costs.add(sum(step.rows.values()), now - since)
         self._stepped_at = now

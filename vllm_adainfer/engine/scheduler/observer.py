@@ -34,6 +34,7 @@ class Step:
         append: lets tokens count as sampled: a request, its sampled tokens, and those to append.
         scores: what a classifier gave for a request id; None for a request that generates.
         logprobs: by request id, as `sampled_logprobs` of `compat`.
+        scheduled_at: when it was scheduled, by `time.perf_counter`.
 
     """
 
@@ -44,6 +45,7 @@ class Step:
     append: Callable[[Request, Tokens, Tokens], None]
     scores: Callable[[str], list[float] | None]
     logprobs: Callable[[str], Any] = no_logprobs
+    scheduled_at: float = 0.0
 
 
 class Observer:

@@ -8,6 +8,7 @@ of the workers, choices that end early, the audit, the counts of kinds, the capt
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -76,7 +77,8 @@ class ObservedScheduler(_Scheduler):
             self._make_exits(settings)
         self.observers = observers_of(self.vllm_config, settings, self)
         self.drafts = next((one for one in self.observers if isinstance(one, Drafts)), None)
-        self._running: deque[Any] = deque()  # vLLM's descriptions of the steps that run
+        # vLLM's descriptions of the steps that run, and when each was scheduled.
+        self._running: deque[tuple[Any, float]] = deque()
         self._leaving: dict[str, Request] = {}  # ended from outside while such a step has them
 
     def _make_exits(self, settings: Settings) -> None:
@@ -120,7 +122,7 @@ class ObservedScheduler(_Scheduler):
         step = super().schedule(*args, **kwargs)
         if self.drafts is not None:
             self.drafts.plan(step)
-        self._running.append(step)
+        self._running.append((step, time.perf_counter()))
         return step
 
     @override
@@ -139,9 +141,10 @@ class ObservedScheduler(_Scheduler):
     @override
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Cache the blocks that the step completed, tell the observers, and process its output."""
-        while self._running and self._running.popleft() is not scheduler_output:
-            pass
-        step = self._step_of(scheduler_output, model_runner_output)
+        scheduled, at = None, 0.0
+        while self._running and scheduled is not scheduler_output:
+            scheduled, at = self._running.popleft()
+        step = self._step_of(scheduler_output, model_runner_output, at)
         if self._guard is not None and step.note is not None and step.note.complete is not None:
             self._guard.step_ended(step.note.complete)
         for observer in self.observers:
@@ -155,7 +158,7 @@ class ObservedScheduler(_Scheduler):
             self._tell_ended(request)
         return output
 
-    def _step_of(self, scheduler_output: Any, runner_output: Any) -> Step:
+    def _step_of(self, scheduler_output: Any, runner_output: Any, scheduled_at: float) -> Step:
         rows = scheduler_output.num_scheduled_tokens
         hears_ends = any(type(one).ended is not Observer.ended for one in self.observers)
         requests = {}
@@ -179,6 +182,7 @@ class ObservedScheduler(_Scheduler):
             append=partial(append_tokens, self, scheduler_output),
             scores=partial(pooled_output, runner_output),
             logprobs=partial(sampled_logprobs, runner_output),
+            scheduled_at=scheduled_at,
         )
 
     @override
@@ -196,7 +200,7 @@ class ObservedScheduler(_Scheduler):
         return ended
 
     def _is_running(self, request: Request) -> bool:
-        return any(request.request_id in step.num_scheduled_tokens for step in self._running)
+        return any(request.request_id in step.num_scheduled_tokens for step, _ in self._running)
 
     def _tell_ended(self, request: Request) -> None:
         reason = request.get_finished_reason()

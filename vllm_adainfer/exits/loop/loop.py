@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeAlias
 
+import numpy as np
 from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Ints
@@ -34,12 +35,27 @@ class StepOutput:
             rows that yield a token.
         scored: answers that are scores, by policy.
         shadows: early answers of shadow requests, by policy.
+        sampled_lens: as in `StepContext`.
 
     """
 
     hidden: Tensor
     scored: tuple[ScoredRequests, ...] = ()
     shadows: tuple[ShadowAnswers, ...] = ()
+    sampled_lens: Ints | None = None
+
+    def requests_of(self, rows: int) -> Ints:
+        """The request that each of so many sampled rows, all of them in order, belongs to."""
+        if self.sampled_lens is None:
+            return np.arange(rows)
+        return np.repeat(np.arange(len(self.sampled_lens)), self.sampled_lens)
+
+    def sampled_row_of(self, requests: Ints) -> Ints:
+        """The row of each of `requests`, which have one each, among all sampled rows."""
+        if self.sampled_lens is None:
+            return requests
+        ends: Ints = np.cumsum(self.sampled_lens)
+        return ends[requests] - 1
 
 
 # Gets requests and copies of their states, each [requests, width]: after each exit point, and last

@@ -1,0 +1,91 @@
+"""Drafts on Model Runner V2, and with steps scheduled ahead: what requests get is stock vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.byte_model import save_byte_model
+from tests.conftest import tiny_engine
+from tests.e2e.drafted_traffic import (
+    Ask,
+    Got,
+    assert_same,
+    counted_drafts,
+    served,
+    traffic,
+)
+from tests.e2e.scripted import parts
+from tests.e2e.test_async_scheduling import asynchronous_scheduling
+from tests.full import needed
+from tests.triton_on_cpu import IS_V2
+from vllm_adainfer.engine.scheduler.scheduler import AdaInferAsyncScheduler
+
+pytestmark = pytest.mark.skipif(not IS_V2, reason="see test_drafts for Model Runner V1")
+
+ENGINE: dict[str, Any] = {
+    "max_model_len": 256,
+    "kv_cache_memory_bytes": 64 << 20,
+    "structured_outputs_config": {"backend": "xgrammar"},
+}
+REPEATING = ["enums", "booleans", "tag"]  # grammars whose answers soon repeat
+SMALL_CACHE = {"num_gpu_blocks_override": 9, "kv_cache_memory_bytes": 8 << 20}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_byte_model(tmp_path_factory.mktemp("bytes"))
+
+
+@pytest.fixture(scope="module")
+def stock(model) -> Any:
+    return tiny_engine(model, None, **ENGINE)
+
+
+@pytest.fixture(scope="module")
+def stocks_answers(stock) -> Callable[[int], tuple[list[Ask], list[Got]]]:
+    """Traffic by its seed, and what stock answers."""
+
+    @cache
+    def of(seed: int) -> tuple[list[Ask], list[Got]]:
+        asks = traffic(seed, 14 if seed == 0 else 40, REPEATING)
+        return asks, served(stock, asks)
+
+    return of
+
+
+def drafting(model: Path, is_ahead: bool, **settings: Any) -> Any:
+    """An engine that drafts; `is_ahead`: and schedules a step while the last one runs."""
+    with asynchronous_scheduling() if is_ahead else nullcontext():
+        llm = tiny_engine(model, {"draft_structure": True}, **{**ENGINE, **settings})
+    assert isinstance(parts(llm)[2], AdaInferAsyncScheduler) == is_ahead
+    return llm
+
+
+@pytest.fixture(scope="module")
+def engines(model) -> Callable[[str], Any]:
+    return cache(lambda kind: drafting(model, **KINDS[kind]))
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "steps ahead, preempting": {"is_ahead": True, **SMALL_CACHE},
+    "steps one by one": {"is_ahead": False},
+    "steps ahead": {"is_ahead": True},
+    "small steps ahead": {"is_ahead": True, "max_num_batched_tokens": 24},
+}
+
+
+@pytest.mark.parametrize("seed", needed(1, of=range(8)))
+@pytest.mark.parametrize("kind", needed(1, of=KINDS))
+def test_mixed_traffic_gets_stocks_answers(engines, stocks_answers, kind, seed):
+    asks, theirs = stocks_answers(seed)
+    llm = engines(kind)
+    with counted_drafts(llm) as counted:
+        assert_same(served(llm, asks), theirs, asks)
+    assert counted.kept.total() > 5
+    assert (counted.preempted > 0) == ("preempting" in kind)
