@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import nlargest
 from itertools import islice
 
 ORDERS = (1, 2, 4, 8)  # numbers of tokens that a context has
@@ -17,7 +18,7 @@ LONGEST_CONTEXT = ORDERS[-1]
 START = (-1,) * LONGEST_CONTEXT  # what comes before an answer
 MOST_CONTEXTS = 1792  # of one grammar; at most 1 MiB with what follows them
 MOST_NEXT = 10  # tokens counted after one context; the others count as unforeseen
-FORESEEN = 3  # tokens behind the next one that `behind_next` looks at
+VALUES, FORESEEN = 3, 3  # next tokens, and tokens behind each, that `behind_next` looks at
 
 
 @dataclass(slots=True)
@@ -75,16 +76,26 @@ class Answers:
     def behind_next(self, before: Sequence[int], end: int) -> float:
         """How many tokens would be kept of a short draft behind the next token, once it is known.
 
-        An expectation, for the likeliest next token: whichever value is written, what follows it is
-        mostly the same.
+        An expectation over the likeliest next tokens: whichever value is written, an object goes on
+        in much the same way. Most free text goes on with what was not seen before.
         """
-        expected, sure = 0.0, 1.0
-        for token, probability in islice(self._likeliest(before), 1, 1 + FORESEEN):
+        known = self._known(before)
+        counts = known[-1].counts if known else {}
+        expected = 0.0
+        for token in nlargest(VALUES, counts, key=counts.__getitem__):
+            if token != end:
+                window = *before[1:], token
+                expected += _probability(known, token) * self._kept_after(window, end)
+        return expected
+
+    def _kept_after(self, before: Sequence[int], end: int) -> float:
+        kept, sure = 0.0, 1.0
+        for token, probability in islice(self._likeliest(before), FORESEEN):
             if token == end:
                 break
             sure *= probability
-            expected += sure
-        return expected
+            kept += sure
+        return kept
 
     def _likeliest(self, before: Sequence[int]) -> Iterator[tuple[int, float]]:
         """The likeliest tokens after `before`, and the probability of each after those.
@@ -99,22 +110,31 @@ class Answers:
 
     def _next(self, before: Sequence[int]) -> tuple[int, float]:
         """The likeliest next token, and its probability; 0 if nothing is known."""
-        known = [
-            found for key in _contexts(before) if (found := self._followers.get(key)) is not None
-        ]
+        known = self._known(before)
         if not known:
             return -1, 0.0
         likeliest = max(known[-1].counts, key=known[-1].counts.__getitem__)
-        probability = 0.0
-        for one in known:  # the longest context comes last
-            seen = one.counts.get(likeliest, 0)
-            probability = (seen + one.kinds * probability) / (one.total + one.kinds)
-        return likeliest, probability
+        return likeliest, _probability(known, likeliest)
+
+    def _known(self, before: Sequence[int]) -> list[Followers]:
+        """What followed the contexts at the end of `before`, that of the longest last."""
+        return [
+            found for key in _contexts(before) if (found := self._followers.get(key)) is not None
+        ]
 
     def _forget(self) -> None:
         """Halve all counts: what came once goes, what keeps coming stays."""
         while len(self._followers) > MOST_CONTEXTS // 2:
             self._followers = {key: one for key, one in self._followers.items() if one.halve()}
+
+
+def _probability(known: Sequence[Followers], token: int) -> float:
+    """That of `token` after the contexts of `known`, mixed by Witten and Bell's rule."""
+    probability = 0.0
+    for one in known:
+        seen = one.counts.get(token, 0)
+        probability = (seen + one.kinds * probability) / (one.total + one.kinds)
+    return probability
 
 
 def _contexts(before: Sequence[int]) -> list[int]:
