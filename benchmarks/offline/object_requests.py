@@ -24,7 +24,7 @@ from vllm_adainfer.offline.evaluation.report import write_whole
 
 Schema = dict[str, Any]
 BOOLEAN: Schema = {"type": "boolean"}
-REASON: Schema = {"type": "string", "maxLength": 60}
+REASON: Schema = {"type": "string", "minLength": 30, "maxLength": 60}
 LONGEST_TEXT, MOST_TOKENS = 600, 96
 TASKS = {"review": ("sst2", "cr"), "news": ("ag_news",), "question": ("trec",)}
 ASK = {

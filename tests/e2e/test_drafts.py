@@ -29,7 +29,9 @@ from tests.full import needed
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer.drafts.grammars import Grammars
 from vllm_adainfer.engine.admission.requested_output import only_grammar_decides
+from vllm_adainfer.engine.compat.drafts import why_nothing_is_drafted
 from vllm_adainfer.engine.scheduler.drafts import Drafts
+from vllm_adainfer.engine.startup.refusals import REQUEST_CHECK
 
 pytestmark = pytest.mark.skipif(IS_V2, reason="Model Runner V1 verifies as it samples")
 
@@ -91,6 +93,17 @@ def test_answers_to_each_kind_of_grammar_are_drafted(engine, stock, kind, monkey
     _, counted = assert_stocks(engine, stock, asks)
     assert min(counted.kept[4], counted.kept[5]) > 1, counted
     assert 0 not in counted.drafted, "a grammar may never come again: its first answer is not kept"
+
+
+@pytest.mark.parametrize(
+    ("processors", "drafts"), [(["theirs.Processor"], False), ([f"{REQUEST_CHECK}:Check"], True)]
+)
+def test_nothing_is_drafted_beside_processors_that_see_one_token_of_a_request_at_a_time(
+    engine, monkeypatch, processors, drafts
+):
+    config = parts(engine)[2].vllm_config
+    monkeypatch.setattr(config.model_config, "logits_processors", processors)
+    assert (why_nothing_is_drafted(config) is None) == drafts
 
 
 NO_SPACE = backend("xgrammar", disable_any_whitespace=True)

@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+from vllm_adainfer.engine.compat.config import packaged_logits_processors
 from vllm_adainfer.engine.compat.structured_outputs import can_look_ahead
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from vllm.config import VllmConfig
     from vllm.v1.request import Request
     from vllm.v1.structured_output import StructuredOutputManager
@@ -49,6 +51,10 @@ def why_nothing_is_drafted(vllm_config: VllmConfig) -> str | None:
             or vllm_config.cache_config.kv_offloading_size is not None
         ),
         "a custom worker runs the model": not parallel.worker_cls.startswith("vllm_adainfer."),
+        "logits processors may change scores, and see one token of a request at a time": (
+            any(not str(one).startswith("vllm_adainfer.") for one in model.logits_processors or ())
+            or bool(packaged_logits_processors())
+        ),
         "answers are watermarked": vllm_config.watermark_config is not None,
         "sampling masks are returned": model.return_sampling_mask,
         "traces are replayed": model.enable_trace_replay,
@@ -151,6 +157,13 @@ def masks_for_drafts(manager: StructuredOutputManager, scheduled: Any) -> Iterat
         yield
     finally:
         manager.fill_bitmask_parallel_threshold = threshold
+
+
+def mask_logits(logits: Tensor, masks: Tensor) -> None:
+    """Forbid tokens in rows of logits as vLLM 0.32 does (`apply_grammar_bitmask`)."""
+    import xgrammar
+
+    xgrammar.apply_token_bitmask_inplace(logits, masks)
 
 
 def make_room_for_drafts(runner: Any) -> None:

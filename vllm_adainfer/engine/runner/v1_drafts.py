@@ -14,6 +14,9 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 
+from vllm_adainfer.engine.admission.requested_output import only_grammar_decides
+from vllm_adainfer.engine.runner.v1_best_tokens import best_tokens, mask_places
+
 if TYPE_CHECKING:
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Runner
@@ -25,6 +28,36 @@ REFUSED = -1  # vLLM's `PLACEHOLDER_TOKEN_ID`
 
 class VerifiesDrafts(_Runner):
     """Mixin that samples at each row of a draft; must precede the vLLM class in the MRO."""
+
+    _best: Tensor | None = None  # the tokens of a step's rows, where nothing else is sampled
+
+    @override
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample a step; vLLM applies the masks, unless only the likeliest tokens count."""
+        self._best = None
+        if grammar_output is not None and self._only_best_count():
+            state = self.execute_model_state
+            places = mask_places(
+                self.input_batch.req_ids,
+                state.scheduler_output.scheduled_spec_decode_tokens,
+                grammar_output.structured_output_request_ids,
+            )
+            masks, best_of = grammar_output.grammar_bitmask, self.sampler.greedy_sample
+            self._best = best_tokens(state.logits, masks, places, best_of)
+            grammar_output = None
+        return super().sample_tokens(grammar_output)
+
+    def _only_best_count(self) -> bool:
+        """Whether a step has drafts, and needs nothing but the likeliest token of each row."""
+        own, state = self.input_batch.sampling_metadata, self.execute_model_state
+        if state is None or state.spec_decode_metadata is None or self.speculative_config:
+            return False
+        params = [self.requests[one].sampling_params for one in self.input_batch.req_ids]
+        return (
+            own.all_greedy
+            and own.max_num_logprobs is None
+            and all(one is not None and only_grammar_decides(one) for one in params)
+        )
 
     @override
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
@@ -52,16 +85,14 @@ class VerifiesDrafts(_Runner):
         drafts = Drafts.of(
             spec_decode_metadata.num_draft_tokens, spec_decode_metadata.draft_token_ids
         )
+        if self._best is not None:
+            return drafts.kept_of(self._best)
         first = super()._sample(logits[drafts.first_rows], None)
         samples = Samples(first, drafts)
         own = self.input_batch.sampling_metadata
         if own.logprob_token_ids:  # log-probabilities of other requests have another shape then
             return samples.output()
         for places in samples.open_places(own.generators):
-            if own.all_greedy and own.max_num_logprobs is None:
-                # As `Sampler` does, without copies of the logits, which are the largest tensor.
-                samples.put(places, logits.argmax(-1)[drafts.rows_at(places)])
-                continue
             sampled = self.sampler(
                 logits=logits[drafts.rows_at(places)],
                 sampling_metadata=_of_rows(own, places[:, 0]),
@@ -97,6 +128,17 @@ class Drafts:
         """The rows of the logits at `places`, [rows, 2]: a request, and a column of the samples."""
         return self.first_rows[places[:, 0]] + places[:, 1]
 
+    def kept_of(self, tokens: Tensor) -> SamplerOutput:
+        """What is kept of the `tokens` of all rows: those up to the first that was not drafted."""
+        table = torch.full((len(self.lens), self.tokens.shape[1] + 1), REFUSED, dtype=torch.int32)
+        table[torch.arange(table.shape[1]) <= self.lens[:, None]] = tokens.to(torch.int32)
+        table[:, 1:][~self.agree(table)] = REFUSED
+        return SamplerOutput(sampled_token_ids=table, logprobs_tensors=None)
+
+    def agree(self, tokens: Tensor) -> Tensor:
+        """[requests, longest draft], whether a drafted token and all before it are in `tokens`."""
+        return torch.cumprod((tokens[:, :-1] == self.tokens).int(), 1).bool()
+
 
 class Samples:
     """The samples of a step: [requests, 1 + longest draft] tokens, with log-probabilities."""
@@ -124,8 +166,7 @@ class Samples:
 
     @property
     def _agree(self) -> Tensor:
-        """[requests, longest draft], whether a drafted token and all before it were sampled."""
-        return torch.cumprod((self._tokens[:, :-1] == self._drafts.tokens).int(), 1).bool()
+        return self._drafts.agree(self._tokens)
 
     def open_places(self, generators: dict[int, torch.Generator]) -> Iterator[Tensor]:
         """The places to sample at; those of requests with `generators` one column at a time.
