@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.e2e.drafted_traffic import (
 from tests.e2e.scripted import parts
 from tests.e2e.test_async_scheduling import asynchronous_scheduling
 from tests.full import needed
+from tests.tiny import tiny_artifact
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer.engine.scheduler.scheduler import AdaInferAsyncScheduler
 
@@ -59,10 +61,13 @@ def stocks_answers(stock) -> Callable[[int], tuple[list[Ask], list[Got]]]:
     return of
 
 
-def drafting(model: Path, is_ahead: bool, **settings: Any) -> Any:
+def drafting(
+    model: Path, is_ahead: bool, switch: Mapping[str, Any] | None = None, **settings: Any
+) -> Any:
     """An engine that drafts; `is_ahead`: and schedules a step while the last one runs."""
+    adainfer = {"draft_structure": True, **(switch or {})}
     with asynchronous_scheduling() if is_ahead else nullcontext():
-        llm = tiny_engine(model, {"draft_structure": True}, **{**ENGINE, **settings})
+        llm = tiny_engine(model, adainfer, **{**ENGINE, **settings})
     assert isinstance(parts(llm)[2], AdaInferAsyncScheduler) == is_ahead
     return llm
 
@@ -89,3 +94,33 @@ def test_mixed_traffic_gets_stocks_answers(engines, stocks_answers, kind, seed):
         assert_same(served(llm, asks), theirs, asks)
     assert counted.kept.total() > 5
     assert (counted.preempted > 0) == ("preempting" in kind)
+
+
+@pytest.fixture(scope="module")
+def with_exits(model, tmp_path_factory) -> Any:
+    """Of our model class, whose steps know the position of each row."""
+    policy = tiny_artifact(model, tmp_path_factory.mktemp("artifact") / "policy")
+    switch = {"artifact": str(policy), "finish_choices": False}
+    return drafting(model, is_ahead=True, switch=switch)
+
+
+@pytest.mark.parametrize("seed", needed(1, of=range(4)))
+def test_drafts_in_flight_when_the_cache_is_reset_are_forgotten(
+    with_exits, stocks_answers, seed, monkeypatch
+):
+    """Their requests start again in the very next step, before that of the draft has ended."""
+    asks, theirs = stocks_answers(seed)
+    scheduler, counts = parts(with_exits)[2], count(1)
+    schedule, reset = scheduler.schedule, []
+
+    def resetting(*args: Any) -> Any:
+        if next(counts) % 4 == 0:
+            reset.append(any(one.drafted for one in scheduler.drafts._requests.values()))
+            scheduler.reset_prefix_cache(reset_running_requests=True)
+        return schedule(*args)
+
+    monkeypatch.setattr(scheduler, "schedule", resetting)
+    with counted_drafts(with_exits) as counted:
+        assert_same(served(with_exits, asks), theirs, asks)
+    assert sum(reset) > 1
+    assert counted.kept.total() > 5
