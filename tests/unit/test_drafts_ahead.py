@@ -128,3 +128,20 @@ def test_behind_a_draft_in_flight_every_request_waits_until_it_is_verified():
         )
     )
     assert list(drafts.waiting()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "may"),
+    [
+        ({}, True),
+        ({"num_output_placeholders": 2}, False),
+        ({"num_stale_output_tokens": 3}, False),
+        ({"is_prefill_chunk": True}, False),
+    ],
+    ids=["one token to come", "another in flight", "a draft in flight, cache reset", "a chunk"],
+)
+def test_nothing_is_drafted_behind_a_token_that_is_not_known(changes, may):
+    """When a draft ends that a reset of the cache made stale, no other may be in flight."""
+    request = {"num_stale_output_tokens": 0, "is_prefill_chunk": False, **changes}
+    drafts, one = drafts_of(**request)
+    assert drafts._may_draft(one) == may
