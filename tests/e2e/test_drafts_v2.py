@@ -104,7 +104,8 @@ def with_exits(model, tmp_path_factory) -> Any:
     return drafting(model, is_ahead=True, switch=switch)
 
 
-@pytest.mark.parametrize("seed", needed(1, of=range(4)))
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(4))
 def test_drafts_in_flight_when_the_cache_is_reset_are_forgotten(
     with_exits, stocks_answers, seed, monkeypatch
 ):
