@@ -10,9 +10,9 @@ from benchmarks.common.rounds import in_rounds
 from benchmarks.offline.structured_engine import OURS, STOCK, Engine, Request, Sent
 from benchmarks.offline.structured_requests import Body, read, with_new_grammar
 
-OBJECTS = {1: 2, 4: 8, 16: 32, 64: 96}  # in a round, by the number in flight
+OBJECTS = {1: 2, 4: 4, 16: 16, 64: 64}  # in a round, by the number in flight
 MOST = max(OBJECTS)
-FIRST, FIRST_IN_FLIGHT, FIRST_ROUNDS = 50, 16, 3
+FIRST, FIRST_IN_FLIGHT, FIRST_ROUNDS = 50, 16, 2
 Runs = Mapping[str, Sequence[Mapping[int, Sent]]]  # by name, then in each round by the number
 
 
