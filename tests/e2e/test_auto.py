@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -157,9 +158,10 @@ def depths(llm: Any, kind: str) -> dict[int, int]:
 
 
 def test_nobody_exits_until_the_budget_allows_for_it_and_no_more_than_it_allows(
-    auto, directory, labels, served, reference
+    auto, directory, labels, served, reference, monkeypatch
 ):
     kind, own = served
+    monkeypatch.setattr(running_of(parts(auto)[1]).kinds, "_toss", Random(0).random)
     full = tokens(auto, PROMPTS, label(labels))
     assert own.ledger.decided == 0
     assert own.ledger.requests == len(PROMPTS)
