@@ -98,11 +98,15 @@ def reads_grammar(manager: StructuredOutputManager, request: Request) -> bool:
 def add_draft(scheduler: Any, scheduled: Any, request: Request, draft: Sequence[int]) -> bool:
     """Let a step that is scheduled verify `draft` behind the other rows of `request`.
 
-    Nobody makes room for a draft: False if there are no free blocks. As in vLLM 0.32's own
-    `schedule`, draft tokens count as computed until their verification takes them back, and never
-    enter the prefix cache (`KVCacheManager.allocate_slots` stops at the known tokens).
+    Nobody makes room for a draft: False unless there are free blocks for it, and one more for each
+    running request. As in vLLM 0.32's own `schedule`, draft tokens count as computed until their
+    verification takes them back, and never enter the prefix cache (`KVCacheManager.allocate_slots`
+    stops at the known tokens).
     """
     request_id, count = request.request_id, len(draft)
+    needed = len(scheduler.running) + count // scheduler.block_size + 1
+    if scheduler.kv_cache_manager.block_pool.get_num_free_blocks() < needed:
+        return False
     rows = scheduled.num_scheduled_tokens[request_id]
     request.num_computed_tokens -= rows
     blocks = scheduler.kv_cache_manager.allocate_slots(request, rows + count)
@@ -110,6 +114,8 @@ def add_draft(scheduler: Any, scheduled: Any, request: Request, draft: Sequence[
     if blocks is None:
         return False
     _add_blocks(scheduled, request_id, blocks.get_block_ids(allow_none=True))
+    if unclean := scheduler._get_new_block_ids_to_zero():  # in this step, not when they are written
+        scheduled.new_block_ids_to_zero = [*(scheduled.new_block_ids_to_zero or ()), *unclean]
     scheduled.num_scheduled_tokens[request_id] += count
     scheduled.total_num_scheduled_tokens += count
     scheduled.scheduled_spec_decode_tokens[request_id] = list(draft)
