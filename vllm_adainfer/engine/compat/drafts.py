@@ -98,14 +98,18 @@ def reads_grammar(manager: StructuredOutputManager, request: Request) -> bool:
 def add_draft(scheduler: Any, scheduled: Any, request: Request, draft: Sequence[int]) -> bool:
     """Let a step that is scheduled verify `draft` behind the other rows of `request`.
 
-    Nobody makes room for a draft: False unless there are free blocks for it, and one more for each
-    running request. As in vLLM 0.32's own `schedule`, draft tokens count as computed until their
+    Nobody makes room for a draft: False if it needs a block, and there are not as many free ones
+    beside it as requests run. As in vLLM 0.32's own `schedule`, draft tokens count as computed until their
     verification takes them back, and never enter the prefix cache (`KVCacheManager.allocate_slots`
     stops at the known tokens).
     """
+    from vllm.utils.math_utils import cdiv
+
     request_id, count = request.request_id, len(draft)
-    needed = len(scheduler.running) + count // scheduler.block_size + 1
-    if scheduler.kv_cache_manager.block_pool.get_num_free_blocks() < needed:
+    size, computed = scheduler.block_size, request.num_computed_tokens
+    new = cdiv(computed + count, size) - cdiv(computed, size)
+    free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    if new and free < new + len(scheduler.running):
         return False
     rows = scheduled.num_scheduled_tokens[request_id]
     request.num_computed_tokens -= rows
