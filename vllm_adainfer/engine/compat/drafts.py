@@ -99,9 +99,9 @@ def add_draft(scheduler: Any, scheduled: Any, request: Request, draft: Sequence[
     """Let a step that is scheduled verify `draft` behind the other rows of `request`.
 
     Nobody makes room for a draft: False if it needs a block, and there are not as many free ones
-    beside it as requests run. As in vLLM 0.32's own `schedule`, draft tokens count as computed until their
-    verification takes them back, and never enter the prefix cache (`KVCacheManager.allocate_slots`
-    stops at the known tokens).
+    beside it as requests run. As in vLLM 0.32's own `schedule`, draft tokens count as computed
+    until their verification takes them back, and never enter the prefix cache: `allocate_slots` of
+    the `KVCacheManager` stops at the known tokens.
     """
     from vllm.utils.math_utils import cdiv
 
