@@ -1,8 +1,8 @@
 """A language model of the answers to one grammar: what the model wrote before, it will write again.
 
 It counts which token followed the last few tokens, for several numbers of these, and mixes the
-counts by Witten and Bell's rule ("The zero-frequency problem", 1991): a context trusts its own
-counts the more, the fewer different tokens followed it. So the skeleton of an object is sure after
+counts by Witten and Bell's method X ("The zero-frequency problem", 1991): a context trusts its own
+counts the more, the fewer tokens followed it only once. So the skeleton of an object is sure after
 a few answers, a value has the share that it had, and free text is never sure.
 """
 
@@ -18,32 +18,33 @@ LONGEST_CONTEXT = ORDERS[-1]
 START = (-1,) * LONGEST_CONTEXT  # what comes before an answer
 MOST_CONTEXTS = 1792  # of one grammar; at most 1 MiB with what follows them
 MOST_NEXT = 10  # tokens counted after one context; the others count as unforeseen
+MOST_COUNTED = 256  # times that a context came; from there on, what is older counts less
+HALF = 0.5  # of a token is always unforeseen
 VALUES, FORESEEN = 3, 3  # next tokens, and tokens behind each, that `behind_next` looks at
 
 
 @dataclass(slots=True)
 class Followers:
-    """What followed one context: how many tokens, how many different ones, and which how often."""
+    """What followed one context: how many tokens, how many of them once, and which how often."""
 
     total: int = 0
-    kinds: int = 0
+    once: int = 0
     counts: dict[int, int] = field(default_factory=dict)
 
     def add(self, token: int) -> None:
         """Count one more token."""
+        if self.total == MOST_COUNTED:
+            self.counts = {one: count // 2 for one, count in self.counts.items() if count > 1}
+            self.total = sum(self.counts.values())
+            self.once = sum(count == 1 for count in self.counts.values())
         self.total += 1
-        if token in self.counts:
-            self.counts[token] += 1
-            return
-        self.kinds += 1
-        if len(self.counts) < MOST_NEXT:
-            self.counts[token] = 1
-
-    def halve(self) -> bool:
-        """Forget half of all counts; whether some are left."""
-        self.counts = {token: count // 2 for token, count in self.counts.items() if count > 1}
-        self.total, self.kinds = sum(self.counts.values()), len(self.counts)
-        return bool(self.counts)
+        seen = self.counts.get(token, 0)
+        if seen or len(self.counts) < MOST_NEXT:
+            self.counts[token] = seen + 1
+        if seen == 1:
+            self.once -= 1
+        elif not seen:
+            self.once += 1
 
 
 class Answers:
@@ -123,17 +124,24 @@ class Answers:
         ]
 
     def _forget(self) -> None:
-        """Halve all counts: what came once goes, what keeps coming stays."""
+        """Forget the rarest contexts: what came once goes, what keeps coming stays."""
+        rare = 1
         while len(self._followers) > MOST_CONTEXTS // 2:
-            self._followers = {key: one for key, one in self._followers.items() if one.halve()}
+            self._followers = {key: one for key, one in self._followers.items() if one.total > rare}
+            rare *= 2
 
 
 def _probability(known: Sequence[Followers], token: int) -> float:
-    """That of `token` after the contexts of `known`, mixed by Witten and Bell's rule."""
-    probability = 0.0
+    """That of `token` after the contexts of `known`, as said above.
+
+    A longer context that came as often as a shorter one came at the same places, and says no more.
+    """
+    probability, total = 0.0, 0
     for one in known:
-        seen = one.counts.get(token, 0)
-        probability = (seen + one.kinds * probability) / (one.total + one.kinds)
+        if one.total != total:
+            unforeseen, total = one.once + HALF, one.total
+            seen = one.counts.get(token, 0)
+            probability = (seen + unforeseen * probability) / (total + unforeseen)
     return probability
 
 

@@ -14,6 +14,7 @@ OTHERS = "others"  # the name of the rest there
 MOST_SEEN_ONCE = 4096  # digests of grammars that came once
 FORGOTTEN = 0.99  # how much of the balance is left after one more draft
 DEBT = -64.0  # a balance in rows at which a grammar is left alone
+CREDIT = 128.0  # the most that earlier drafts make up for
 SHORTEST_REST, LONGEST_REST = 64, 4096  # requests for which it is
 
 
@@ -42,7 +43,8 @@ class Grammar:
 
     def judge(self, drafted: int, kept: int, row_of_kept: float) -> None:
         """Note what became of a draft; a token that was kept has spared so many rows."""
-        self.balance = FORGOTTEN * self.balance + kept * row_of_kept - (drafted - kept)
+        gain = kept * row_of_kept - (drafted - kept)
+        self.balance = min(CREDIT, FORGOTTEN * self.balance + gain)
         if self.balance < DEBT:
             self.balance, self.rest = 0.0, self.next_rest
             self.next_rest = min(2 * self.next_rest, LONGEST_REST)
