@@ -12,36 +12,17 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.byte_model import save_byte_model
-from tests.conftest import tiny_engine
-from tests.e2e.drafted_traffic import (
-    GRAMMARS,
-    Ask,
-    Drafted,
-    Got,
-    assert_same,
-    counted_drafts,
-    prompts,
-    served,
-    traffic,
-)
+from tests.e2e.drafted_engines import assert_stocks, backend, drafting, stock_engine
+from tests.e2e.drafted_traffic import GRAMMARS, Ask, prompts, traffic
 from tests.e2e.scripted import parts
 from tests.full import needed
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer.drafts.grammars import Grammars
 from vllm_adainfer.engine.admission.requested_output import only_grammar_decides
 from vllm_adainfer.engine.compat.drafts import why_nothing_is_drafted
-from vllm_adainfer.engine.scheduler.drafts import Drafts
 from vllm_adainfer.engine.startup.refusals import REQUEST_CHECK
 
 pytestmark = pytest.mark.skipif(IS_V2, reason="Model Runner V1 verifies as it samples")
-
-ENGINE: dict[str, Any] = {"max_model_len": 256, "kv_cache_memory_bytes": 64 << 20}
-# Stock runs whole prompts at once: on a CPU it crashes where a request with a seed runs in chunks.
-WHOLE_PROMPTS = {"max_num_batched_tokens": 2048}
-
-
-def backend(name: str, **more: Any) -> dict[str, Any]:
-    return {"structured_outputs_config": {"backend": name, **more}}
 
 
 @pytest.fixture(scope="module")
@@ -51,28 +32,12 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def stock(model) -> Any:
-    return tiny_engine(model, None, **ENGINE, **WHOLE_PROMPTS, **backend("xgrammar"))
-
-
-def drafting(model: Path, **settings: Any) -> Any:
-    llm = tiny_engine(model, {"draft_structure": True}, **{**ENGINE, **settings})
-    assert [type(one) for one in parts(llm)[2].observers] == [Drafts]
-    return llm
+    return stock_engine(model, **backend("xgrammar"))
 
 
 @pytest.fixture(scope="module")
 def engine(model) -> Any:
-    """Stock vLLM, but for drafts."""
     return drafting(model, **backend("xgrammar"))
-
-
-def assert_stocks(ours: Any, stock: Any, asks: list[Ask]) -> tuple[list[Got], Drafted]:
-    """Both engines give the same answers; and what was drafted for them."""
-    theirs = served(stock, asks)
-    with counted_drafts(ours) as counted:
-        found = served(ours, asks)
-    assert_same(found, theirs, asks)
-    return found, counted
 
 
 @pytest.mark.parametrize("seed", needed(1, of=range(16)))
@@ -128,7 +93,7 @@ def test_they_are_stocks_in_every_engine(model, stock, kind):
     ours = drafting(model, **settings)
     same = settings["structured_outputs_config"] == backend("xgrammar")["structured_outputs_config"]
     structured = {"structured_outputs_config": settings["structured_outputs_config"]}
-    theirs = stock if same else tiny_engine(model, None, **ENGINE, **WHOLE_PROMPTS, **structured)
+    theirs = stock if same else stock_engine(model, **structured)
     _, counted = assert_stocks(ours, theirs, traffic(100, 80))
     assert counted.kept.total() > 100
     assert (counted.preempted > 0) == ("cache" in kind and "prefix" not in kind)

@@ -429,3 +429,16 @@ def test_a_tokenizer_that_writes_a_policys_choices_otherwise_is_refused():
     for other in ({"token_ids": (1, 2)}, {"first_tokens": (*letters("x"), *letters("y"))}):
         with pytest.raises(AdaInferError, match=r"policy mood: .* the choice 'yes' with other"):
             check_tokenizer(TOKENIZER, "mood", [same, same.model_copy(update=other)])
+
+
+def test_an_answer_that_a_stop_token_of_the_requests_own_has_ended_is_left_as_it_is():
+    """A grammar may end with it, and cannot be asked what follows; vLLM ends the request."""
+    stop = TOKENIZER.encode("z", add_special_tokens=False)[0]
+    request = request_of(["yes", "no"])
+    structured = request.structured_output_request
+    compiled = COMPILER.compile_grammar(choice_as_grammar(["yes", "yes, but"]))
+    matcher = xgrammar.GrammarMatcher(compiled, override_stop_tokens=[END, stop])
+    structured._grammar = XgrammarGrammar(vocab_size=SIZE, matcher=matcher, ctx=compiled)
+    written = TOKENIZER.encode("yes", add_special_tokens=False)
+    assert after(request, [*written, stop]) == []
+    assert structured.grammar.accept_tokens("", [*written, stop]), "its state has not changed"

@@ -108,6 +108,8 @@ def _rest_by_xgrammar(grammar: Any, tokens: Sequence[int], end: int) -> str | No
             if matcher.is_terminated() or not matcher.accept_token(token):
                 return None
             accepted += 1
+        if matcher.is_terminated():  # by a stop token of the request's own
+            return None
         forced: str = matcher.find_jump_forward_string()
         if forced:
             if not matcher.accept_string(forced):

@@ -1,0 +1,40 @@
+"""Engines that draft structured answers, beside those that do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import tiny_engine
+from tests.e2e.drafted_traffic import Ask, Drafted, Got, assert_same, counted_drafts, served
+from tests.e2e.scripted import parts
+from vllm_adainfer.engine.scheduler.drafts import Drafts
+
+ENGINE: dict[str, Any] = {"max_model_len": 256, "kv_cache_memory_bytes": 64 << 20}
+# Stock runs whole prompts at once: on a CPU it crashes where a request with a seed runs in chunks.
+WHOLE_PROMPTS = {"max_num_batched_tokens": 2048}
+
+
+def backend(name: str, **more: Any) -> dict[str, Any]:
+    return {"structured_outputs_config": {"backend": name, **more}}
+
+
+def stock_engine(model: Path, **settings: Any) -> Any:
+    """Stock vLLM."""
+    return tiny_engine(model, None, **{**ENGINE, **WHOLE_PROMPTS, **settings})
+
+
+def drafting(model: Path, **settings: Any) -> Any:
+    """Stock vLLM, but for drafts."""
+    llm = tiny_engine(model, {"draft_structure": True}, **{**ENGINE, **settings})
+    assert [type(one) for one in parts(llm)[2].observers] == [Drafts]
+    return llm
+
+
+def assert_stocks(ours: Any, stock: Any, asks: list[Ask]) -> tuple[list[Got], Drafted]:
+    """Both engines give the same answers; those, and what was drafted for them."""
+    theirs = served(stock, asks)
+    with counted_drafts(ours) as counted:
+        found = served(ours, asks)
+    assert_same(found, theirs, asks)
+    return found, counted
