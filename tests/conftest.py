@@ -142,9 +142,14 @@ def tiny_engine(
     llm = LLM(
         model=str(model),
         dtype=dtype,
-        block_size=32,
         additional_config={} if adainfer is None else {"adainfer": adainfer},
-        **{"enforce_eager": True, "max_num_batched_tokens": 128, "max_num_seqs": 16, **settings},
+        **{
+            "enforce_eager": True,
+            "max_num_batched_tokens": 128,
+            "max_num_seqs": 16,
+            "block_size": 32,
+            **settings,
+        },
     )
     _ENGINES.append(llm)
     return llm

@@ -83,7 +83,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "large steps": {"max_num_batched_tokens": 2048, **backend("xgrammar")},
     "small steps and cache": {"max_num_batched_tokens": 24, **SMALL_CACHE, **backend("guidance")},
     "one request at a time": {"max_num_seqs": 1, **backend("xgrammar")},
-    "small blocks": {"block_size": 16, **backend("xgrammar")},
+    "large blocks": {"block_size": 64, **backend("xgrammar")},
 }
 
 
@@ -95,7 +95,8 @@ def test_they_are_stocks_in_every_engine(model, stock, kind):
     structured = {"structured_outputs_config": settings["structured_outputs_config"]}
     theirs = stock if same else stock_engine(model, **structured)
     _, counted = assert_stocks(ours, theirs, traffic(100, 80))
-    assert counted.kept.total() > 100
+    # Drafts take what is left of a step: of 16 or 24 rows, prompts leave hardly any.
+    assert counted.kept.total() > (10 if "small steps" in kind else 100)
     assert (counted.preempted > 0) == ("cache" in kind and "prefix" not in kind)
 
 
