@@ -62,3 +62,13 @@ def test_otherwise_the_last_layer_is_as_vllm_runs_it(lens, all_rows_count):
     forward.drop_unsampled()
     assert forward.layout is forward.step.layout
     assert rows_of(forward) == list(range(sum(lens)))
+
+
+def test_of_a_request_with_a_draft_all_rows_that_are_sampled_run_the_last_layer():
+    lens, sampled = [ENOUGH + 5, 3, 4], np.array([3, 1, 4])
+    forward = forward_of(lens, sampled_lens=sampled)
+    forward.drop_unsampled()
+    last = np.cumsum(lens)
+    wanted = [list(range(end - count, end)) for end, count in zip(last, sampled, strict=True)]
+    assert rows_of(forward) == sum(wanted, [])
+    assert forward.layout.query_lens.tolist() == sampled.tolist()

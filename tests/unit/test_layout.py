@@ -53,3 +53,25 @@ def test_regrouping_is_that_of_a_plain_list_of_rows(seed):
     regrouped, rows = layout.regroup(leaving, waiting)
     assert rows_of(regrouped) == expected
     assert [(before + joining)[row] for row in rows] == expected
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_last_rows_of_each_request_are_those_of_a_plain_list(seed):
+    generator = np.random.default_rng(seed)
+    count = int(generator.integers(1, 8))
+    lens = generator.integers(0, 6, count)
+    layout = RowLayout(lens, generator.integers(20, 60, count))
+    counts = generator.integers(1, 8, count)
+    before = rows_of(layout)
+    for wanted, last in (
+        (counts, layout.last_only(counts)),
+        (ints(*[1] * count), layout.last_only()),
+    ):
+        expected = [
+            row
+            for request in range(count)
+            for row in [one for one in before if one[0] == request][-int(wanted[request]) :]
+        ]
+        kept, rows = last
+        assert rows_of(kept) == expected
+        assert [before[row] for row in rows] == expected
