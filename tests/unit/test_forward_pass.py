@@ -69,6 +69,7 @@ def test_of_a_request_with_a_draft_all_rows_that_are_sampled_run_the_last_layer(
     forward = forward_of(lens, sampled_lens=sampled)
     forward.drop_unsampled()
     last = np.cumsum(lens)
-    wanted = [list(range(end - count, end)) for end, count in zip(last, sampled, strict=True)]
-    assert rows_of(forward) == sum(wanted, [])
+    assert rows_of(forward) == [
+        row for end, count in zip(last, sampled, strict=True) for row in range(end - count, end)
+    ]
     assert forward.layout.query_lens.tolist() == sampled.tolist()
