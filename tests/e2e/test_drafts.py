@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from tests.byte_model import save_byte_model
 from tests.e2e.drafted_engines import assert_stocks, backend, drafting, stock_engine
-from tests.e2e.drafted_traffic import GRAMMARS, Ask, prompts, traffic
+from tests.e2e.drafted_traffic import GRAMMARS, Ask, counted_drafts, prompts, served, traffic
 from tests.e2e.scripted import parts
 from tests.full import needed
 from tests.triton_on_cpu import IS_V2
@@ -69,6 +70,34 @@ def test_nothing_is_drafted_beside_processors_that_see_one_token_of_a_request_at
     config = parts(engine)[2].vllm_config
     monkeypatch.setattr(config.model_config, "logits_processors", processors)
     assert (why_nothing_is_drafted(config) is None) == drafts
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "reason"),
+    [
+        ("model_config", "runner_type", "pooling", "does not generate"),
+        ("parallel_config", "pipeline_parallel_size", 2, "over a pipeline"),
+        ("parallel_config", "decode_context_parallel_size", 2, "spread over ranks"),
+        ("parallel_config", "enable_batch_sharded_sampling", True, "on several ranks"),
+        ("parallel_config", "worker_cls", "theirs.Worker", "custom worker"),
+        ("cache_config", "kv_offloading_size", 1.0, "KV connector"),
+        ("model_config", "return_sampling_mask", True, "sampling masks"),
+        ("model_config", "enable_trace_replay", True, "traces"),
+        ("observability_config", "per_request_spec_decode_metrics", "basic", "metrics"),
+        ("scheduler_config", "async_scheduling", True, "runs ahead"),
+        ("", "speculative_config", object(), "speculative decoding"),
+        ("", "kv_transfer_config", object(), "KV connector"),
+        ("", "watermark_config", object(), "watermarked"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else "",
+)
+def test_why_nothing_is_drafted_is_said(engine, monkeypatch, part, name, value, reason):
+    config = parts(engine)[2].vllm_config
+    assert why_nothing_is_drafted(config) is None
+    monkeypatch.setattr(getattr(config, part) if part else config, name, value)
+    said = why_nothing_is_drafted(config)
+    assert said is not None
+    assert reason in said
 
 
 NO_SPACE = backend("xgrammar", disable_any_whitespace=True)
@@ -130,3 +159,19 @@ def _changed(params: SamplingParams, **changes: Any) -> SamplingParams:
     for name, value in changes.items():
         setattr(changed, name, value)
     return changed
+
+
+@pytest.mark.full
+def test_samples_without_a_seed_have_stocks_distribution(engine, stock, monkeypatch):
+    monkeypatch.setattr(parts(engine)[2].drafts, "_grammars", Grammars())  # none is at rest
+    structured = StructuredOutputsParams(regex="the (film|plot) is (good|bad), no [abc]{2}")
+    params = SamplingParams(temperature=1.5, max_tokens=60, structured_outputs=structured)
+    asks = [Ask("abc", params)] * 900
+    with counted_drafts(engine) as counted:
+        ours = Counter(got.texts[0] for got in served(engine, asks))
+    theirs = Counter(got.texts[0] for got in served(stock, asks))
+    assert counted.kept.total() > 5 * len(asks)
+    often = [text for text in ours | theirs if ours[text] + theirs[text] >= 10]
+    assert len(often) > 5
+    chi_square = sum((ours[one] - theirs[one]) ** 2 / (ours[one] + theirs[one]) for one in often)
+    assert chi_square < len(often) + 5 * (2 * len(often)) ** 0.5
