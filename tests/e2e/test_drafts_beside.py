@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.reasoning import ReasoningParser
 
 from tests.adapters import save_adapter
 from tests.byte_model import byte_tokenizer, save_byte_model
@@ -143,3 +145,32 @@ def test_where_nothing_is_drafted_answers_are_stocks(model, stock, kind, caplog_
     assert kind == "ngram" or not counted.drafted
     drafts = parts(ours)[2].drafts
     assert drafts is None or not drafts.report()
+
+
+class Thinking(ReasoningParser):
+    """Thoughts end with any of many tokens."""
+
+    ENDS = frozenset(range(100, 200))
+
+    def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
+        return any(token in self.ENDS for token in input_ids)
+
+    def is_reasoning_end_streaming(self, input_ids: Sequence[int], delta_ids: Any) -> bool:
+        return any(token in self.ENDS for token in delta_ids)
+
+
+def test_thoughts_before_an_answer_are_neither_drafted_nor_learnt(model, stock, monkeypatch):
+    ours = drafting(model, **backend("xgrammar"))
+    for llm in (ours, stock):
+        manager = parts(llm)[2].structured_output_manager
+        monkeypatch.setattr(manager, "reasoner_cls", Thinking)
+    asks = [ask for ask in traffic(9, 120) if ask.params.min_tokens == 0]
+    found, counted = assert_stocks(ours, stock, asks)
+    thought = [
+        place
+        for place, got in enumerate(found)
+        if not any(token in Thinking.ENDS for tokens in got.tokens.values() for token in tokens)
+    ]
+    assert 0 < len(thought) < len(asks)
+    assert not counted.drafted.keys() & set(thought)
+    assert counted.kept.total() > 100
