@@ -6,8 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import tiny_engine
-from tests.e2e.drafted_traffic import Ask, Drafted, Got, assert_same, counted_drafts, served
-from tests.e2e.scripted import parts
+from tests.e2e.drafted_traffic import (
+    Ask,
+    Drafted,
+    Got,
+    assert_same,
+    counted_drafts,
+    scheduler_of,
+    served,
+)
 from vllm_adainfer.engine.scheduler.drafts import Drafts
 
 ENGINE: dict[str, Any] = {"max_model_len": 256, "kv_cache_memory_bytes": 64 << 20}
@@ -27,7 +34,7 @@ def stock_engine(model: Path, **settings: Any) -> Any:
 def drafting(model: Path, **settings: Any) -> Any:
     """Stock vLLM, but for drafts."""
     llm = tiny_engine(model, {"draft_structure": True}, **{**ENGINE, **settings})
-    assert [type(one) for one in parts(llm)[2].observers] == [Drafts]
+    assert [type(one) for one in scheduler_of(llm).observers] == [Drafts]
     return llm
 
 

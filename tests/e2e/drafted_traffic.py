@@ -14,8 +14,6 @@ import numpy as np
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-from tests.e2e.scripted import parts
-
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz .,"]
 
 
@@ -226,6 +224,11 @@ def _possible(logprobs: Mapping[int, Any]) -> set[int]:
     return {token for token, one in logprobs.items() if one.logprob > IMPOSSIBLE}
 
 
+def scheduler_of(llm: Any) -> Any:
+    """Also where several workers run in processes of their own."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
 @dataclass
 class Drafted:
     """What was drafted and kept, in tokens, by the place of the request; and the steps."""
@@ -240,7 +243,7 @@ class Drafted:
 def counted_drafts(llm: Any) -> Iterator[Drafted]:
     """What is drafted meanwhile for the requests of `served`."""
     counted = Drafted()
-    scheduler = parts(llm)[2]
+    scheduler = scheduler_of(llm)
     update = scheduler.update_from_output
 
     def counting(scheduled: Any, output: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
-from vllm import SamplingParams
+from vllm import SamplingParams, envs
 from vllm.lora.request import LoRARequest
 from vllm.reasoning import ReasoningParser
 
@@ -173,4 +173,13 @@ def test_thoughts_before_an_answer_are_neither_drafted_nor_learnt(model, stock, 
     ]
     assert 0 < len(thought) < len(asks)
     assert not counted.drafted.keys() & set(thought)
+    assert counted.kept.total() > 100
+
+
+@pytest.mark.full
+def test_two_ranks_keep_the_same_drafts(model, stock, all_cores, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{all_cores[0]}|{all_cores[-1]}")
+    envs.disable_envs_cache()  # an engine that ran in this process has frozen vLLM's view
+    ours = drafting(model, tensor_parallel_size=2, **backend("xgrammar"))
+    _, counted = assert_stocks(ours, stock, traffic(10, 60))
     assert counted.kept.total() > 100
