@@ -84,7 +84,7 @@ def test_nothing_is_drafted_beside_processors_that_see_one_token_of_a_request_at
         ("model_config", "return_sampling_mask", True, "sampling masks"),
         ("model_config", "enable_trace_replay", True, "traces"),
         ("observability_config", "per_request_spec_decode_metrics", "basic", "metrics"),
-        ("scheduler_config", "async_scheduling", True, "runs ahead"),
+        ("scheduler_config", "async_scheduling", True, "Model Runner V1"),
         ("", "speculative_config", object(), "speculative decoding"),
         ("", "kv_transfer_config", object(), "KV connector"),
         ("", "watermark_config", object(), "watermarked"),

@@ -32,6 +32,8 @@ MOST_BYTES_OF_LOGITS = 1 << 28
 
 def why_nothing_is_drafted(vllm_config: VllmConfig) -> str | None:
     """What keeps an engine from drafting structured answers; None for nothing."""
+    from vllm.platforms import current_platform
+
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     observability = vllm_config.observability_config
     reasons = {
@@ -61,9 +63,11 @@ def why_nothing_is_drafted(vllm_config: VllmConfig) -> str | None:
         "metrics of speculative decoding are asked for by request": (
             observability.per_request_spec_decode_metrics != "none"
         ),
-        "the scheduler runs ahead of Model Runner V1": (
-            bool(vllm_config.scheduler_config.async_scheduling)
-            and not vllm_config.use_v2_model_runner
+        "Model Runner V1 verifies drafts on CPUs alone, and with steps one by one": (
+            not vllm_config.use_v2_model_runner
+            and not (
+                current_platform.is_cpu() and not vllm_config.scheduler_config.async_scheduling
+            )
         ),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
