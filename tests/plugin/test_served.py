@@ -42,12 +42,16 @@ class Logger(WithExitStats, AnyBase):
     """The frontend's statistics."""
 
 
-SCHEDULER: Any = SimpleNamespace(structured_output_manager=None, max_model_len=9)
+def scheduler_of(vllm_config: VllmConfig) -> Any:
+    """As much of vLLM's scheduler as observers are made with."""
+    return SimpleNamespace(structured_output_manager=None, max_model_len=9, vllm_config=vllm_config)
+
+
 READERS: dict[str, Callable[[VllmConfig], Any]] = {
     "model": lambda config: Model(vllm_config=config),
     "admission": lambda config: Admission.from_config(config, settings_of(config)),
     "metrics": Logger,
-    "choices": lambda config: observers_of(config, settings_of(config), SCHEDULER),
+    "choices": lambda config: observers_of(config, settings_of(config), scheduler_of(config)),
 }
 
 
