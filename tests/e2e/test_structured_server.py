@@ -39,6 +39,7 @@ pytestmark = FULL_ON_V2
 
 FLAGS = (
     "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--block-size", "32",
+    "--kv-cache-memory-bytes", str(64 << 20),
     "--max-num-batched-tokens", "256", "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
     "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}',
     "--chat-template", "{% for message in messages %}{{ message['content'] }}{% endfor %}",
