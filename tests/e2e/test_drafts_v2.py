@@ -85,7 +85,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("seed", needed(1, of=range(8)))
+@pytest.mark.parametrize("seed", needed(1, of=range(2)))
 @pytest.mark.parametrize("kind", needed(1, of=KINDS))
 def test_mixed_traffic_gets_stocks_answers(engines, stocks_answers, kind, seed):
     asks, theirs = stocks_answers(seed)
@@ -105,7 +105,7 @@ def with_exits(model, tmp_path_factory) -> Any:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_drafts_in_flight_when_the_cache_is_reset_are_forgotten(
     with_exits, stocks_answers, seed, monkeypatch
 ):

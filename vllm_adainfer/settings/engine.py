@@ -223,7 +223,7 @@ class Settings(Switch, SwitchInstruments):
 
     @property
     def finishes_choices(self) -> bool:
-        """Whether requests end once only one choice is left; never while recording."""
+        """Whether requests end once their grammar leaves one answer; never while recording."""
         if self.record is not None:
             return False
         return not self.runs_stock if self.finish_choices is None else self.finish_choices
