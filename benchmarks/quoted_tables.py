@@ -18,6 +18,11 @@ SENTENCES = {
     "promises": "The cost of each [promise](promises.md), fine-tuned SmolLM2-135M. *Broken* is the "
     "share of answers that break it; for recall, of all answers that change, and then of those "
     "that full depth answers with the label. One engine serves all policies of a task:",
+    "structured": "Objects and other [structured answers](structured.md), stock / ours, with "
+    "ratios and their 95 % intervals over interleaved rounds "
+    "([how](../benchmarks/README.md#structured-answers)). Then drafts: tokens and steps of an "
+    "object alone, drafted tokens that are kept, and texts that differ. Last, steps whose drafts "
+    "are all refused:",
     "auto": "An empty directory, the same requests to [such a server](self_calibration.md) and to "
     "stock vLLM in turn. Both round in other batches, so some answers differ before a kind "
     "opens, too; the ledger compares within the same step. Layers saved are those of the "

@@ -35,6 +35,7 @@ def sections() -> list[list[str]]:
         section(None, suite_table("suite_smollm2_squad"), "suite_smollm2_squad"),
         section("A server's latency", latency("serve"), "serve"),
         section("Choices", choices_table(), "choices_exits"),
+        section("Structured answers", quoted("structured"), "structured"),
         section("Label probabilities", probabilities(), "probabilities"),
         section(None, latency("scoring"), "scoring"),
         section("Decision questions", questions(), "questions"),
