@@ -132,4 +132,4 @@ def values(part: Part, number: int, name: str, key: str) -> list[float]:
 def kept_of(counts: Sequence[Mapping[str, int]]) -> str:
     """The share of drafted tokens that was kept, and how many were drafted."""
     drafted, kept = (sum(one[key] for one in counts) for key in ("drafted", "kept"))
-    return f"{kept / drafted:.1%} of {drafted}" if drafted else "none"
+    return f"{kept / drafted:.2f} of {drafted}" if drafted else "none"

@@ -69,7 +69,7 @@ def test_a_report_on_structured_answers_says_which_aims_were_missed(seconds, sai
     }
     table = report.table({"parts": [part], "refusals": []})
     assert said in table.splitlines()[-1]
-    assert "50.0% of 8" in table
+    assert "0.50 of 8" in table
 
 
 def server_with(worst_ms: list[float], lost: int = 0) -> dict[str, Any]:
