@@ -313,6 +313,23 @@ def test_a_long_rest_is_not_tokenised_in_a_step(backend, length, is_long):
     assert finder.after(request, letters("p")) == [], "and it is not looked at again"
 
 
+@BACKENDS
+def test_long_text_that_must_come_is_looked_for_once_and_not_in_each_step(backend, monkeypatch):
+    looked: list[int] = []
+    rest = rest_of_answer.rest_of
+    monkeypatch.setattr(rest_of_answer, "rest_of", lambda *given: looked.append(1) or rest(*given))
+    long = "p" + "s" * 2000
+    request, finder = (
+        request_of([f"{long}x", f"{long}y"], backend=backend, max_tokens=3000),
+        rest_of(),
+    )
+    finder.arrived(request)
+    for token in letters("pss"):
+        assert finder.after(request, [token]) == []
+        request.structured_output_request.grammar.accept_tokens("", [token])
+    assert len(looked) == 1
+
+
 def test_a_grammar_of_any_length_costs_nothing_in_a_step():
     request = request_of(["yes", "no"])
     long = StructuredOutputsParams(choice=["a" * rest_of_answer.LONGEST_GRAMMAR, "b"])

@@ -61,18 +61,20 @@ def accepts_all(grammar: Any, tokens: list[int]) -> bool:
     return accepted == tokens
 
 
-def rest_of(grammar: Any, tokens: Sequence[int], end: int) -> str | None:
+def rest_of(grammar: Any, tokens: Sequence[int], end: int, longest: int) -> str | None:
     """The only text that can follow `tokens` and end an answer; its state does not change.
 
     None if several texts can follow, or none, or another token than `end` can end the answer; and
-    within a character of several bytes, as the rest of it is no text.
+    within a character of several bytes, as the rest of it is no text. If what must come next is
+    longer than `longest`, it is returned as it is, whatever may follow: finding it again in each
+    step would take the square of its length.
     """
     if not can_look_ahead(grammar):
         return None
     try:
         if hasattr(grammar, "ll_matcher"):
-            return _rest_by_guidance(grammar, tokens)
-        return _rest_by_xgrammar(grammar, tokens, end)
+            return _rest_by_guidance(grammar, tokens, longest)
+        return _rest_by_xgrammar(grammar, tokens, end, longest)
     except UnicodeDecodeError:
         return None
 
@@ -89,11 +91,13 @@ def can_look_ahead(grammar: Any) -> bool:
     return isinstance(grammar, XgrammarGrammar | GuidanceGrammar)
 
 
-def _rest_by_guidance(grammar: Any, tokens: Sequence[int]) -> str | None:
+def _rest_by_guidance(grammar: Any, tokens: Sequence[int], longest: int) -> str | None:
     matcher = grammar.ll_matcher.deep_copy()
     if not matcher.consume_tokens(list(tokens)):
         return None
     forced: bytes = matcher.compute_ff_bytes()
+    if len(forced) > longest:
+        return forced.decode()
     if forced and not matcher.consume_tokens(grammar.ll_tokenizer.tokenize_bytes(forced)):
         return None
     if not (matcher.is_stopped() and matcher.is_accepting()):
@@ -101,7 +105,7 @@ def _rest_by_guidance(grammar: Any, tokens: Sequence[int]) -> str | None:
     return forced.decode()
 
 
-def _rest_by_xgrammar(grammar: Any, tokens: Sequence[int], end: int) -> str | None:
+def _rest_by_xgrammar(grammar: Any, tokens: Sequence[int], end: int, longest: int) -> str | None:
     matcher, accepted = grammar.matcher, 0
     try:
         for token in tokens:
@@ -111,6 +115,8 @@ def _rest_by_xgrammar(grammar: Any, tokens: Sequence[int], end: int) -> str | No
         if matcher.is_terminated():  # by a stop token of the request's own
             return None
         forced: str = matcher.find_jump_forward_string()
+        if len(forced) > longest:
+            return forced
         if forced:
             if not matcher.accept_string(forced):
                 return None

@@ -78,7 +78,7 @@ class RestOfAnswer(Observer):
             return []
         if self._manager.reasoner_cls is not None and not structured.reasoning_ended:
             return []  # the grammar is not in force yet
-        text = rest_of(structured.grammar, sampled, end)
+        text = rest_of(structured.grammar, sampled, end, LONGEST_REST)
         if text is None:
             return []
         del self._ends[request]  # once only
