@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from vllm_adainfer.drafts.fields import (
     fields_of,
     probabilities,
 )
-from vllm_adainfer.engine.scheduler.decisions import Decisions, with_fields
+from vllm_adainfer.engine.scheduler.decisions import Decisions, requested_fields, with_fields
 
 MOOD = {"type": "string", "enum": ["good", "bad"]}
 
@@ -57,6 +58,7 @@ def answer_of(*tokens: str | dict[str, float]) -> list[Token]:
         ({"properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"$ref": "#/$defs/A"}}}, {}),
         ({"properties": {"a": {"enum": list(range(MOST_VALUES + 1))}}}, {}),
         ({"properties": "odd", "$defs": 3}, {}),
+        ({"properties": {"a": {"allOf": 3}, "b": {"allOf": [MOOD, MOOD]}}}, {}),
         (MOOD, {}),
         (True, {}),
     ],
@@ -71,6 +73,31 @@ def test_a_schema_of_any_size_has_a_limited_number_of_fields():
         deep = {"properties": {"a": deep}}
     assert fields_of(deep) == {}
     assert len(fields_of({"properties": {f"f{n}": MOOD for n in range(1000)}})) == MOST_FIELDS
+
+
+def test_references_that_multiply_a_schema_take_no_longer():
+    """Each level names the next a hundred times: nothing ends that looks at all of them."""
+    definitions = {
+        f"A{level}": {
+            "properties": {f"p{n}": {"$ref": f"#/$defs/A{level + 1}"} for n in range(100)}
+        }
+        for level in range(10)
+    }
+    assert fields_of({"$ref": "#/$defs/A0", "$defs": definitions}) == {}
+
+
+def test_an_answer_that_nests_without_end_has_the_fields_before_it():
+    answer = answer_of('{"mood": "', "good", '", "deep": ', "[" * 100_000)
+    assert probabilities(answer, fields_of(SCHEMA)) == {"mood": {"good": 1.0}}
+
+
+def test_a_schema_that_nests_without_end_has_no_fields_for_the_audit():
+    deep = '{"properties": {"a": ' * 2500 + "true" + "}}" * 2500
+    schema = SimpleNamespace(structured_output_key=(SimpleNamespace(name="JSON"), deep))
+    request: Any = SimpleNamespace(
+        sampling_params=SimpleNamespace(logprobs=1), structured_output_request=schema
+    )
+    assert requested_fields(request) == {}
 
 
 BEFORE, MIDDLE = ('{"', "mood", '":', ' "'), ('",', ' "', "long", '":')

@@ -10,9 +10,11 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeAlias
 
 MOST_FIELDS, MOST_VALUES, DEEPEST = 64, 256, 8
+MOST_PARTS = 1024  # of a schema that are looked at: references may multiply them
 SPACE = " \t\n\r"
 Fields: TypeAlias = Mapping[str, Sequence[str]]  # a field's path -> its values, as JSON
 
@@ -32,29 +34,30 @@ def fields_of(schema: Any) -> dict[str, list[str]]:
     Enumerations, constants, booleans and small ranges of integers, in nested objects, too. Empty
     for anything else, and what lies deeper or behind too many is left out.
     """
-    found: dict[str, list[str]] = {}
     definitions = schema.get("$defs", schema.get("definitions")) if isinstance(schema, dict) else {}
-    _add_fields(schema, definitions if isinstance(definitions, dict) else {}, "", 0, found)
-    return found
+    fields = _fields_in(schema, definitions if isinstance(definitions, dict) else {}, "", 0)
+    return dict(islice((one for one in islice(fields, MOST_PARTS) if one[1]), MOST_FIELDS))
 
 
-def _add_fields(
-    schema: Any, definitions: Mapping[str, Any], path: str, depth: int, found: dict[str, list[str]]
-) -> None:
+def _fields_in(
+    schema: Any, definitions: Mapping[str, Any], path: str, depth: int
+) -> Iterator[tuple[str, list[str]]]:
+    """Each part of a schema: its path and its values; none if it has many, or parts itself."""
     for _ in range(DEEPEST):  # references may refer to one another
-        reference = schema.get("$ref") if isinstance(schema, dict) else None
-        if reference is None and isinstance(schema, dict) and len(schema.get("allOf", ())) == 1:
-            schema = schema["allOf"][0]
-        elif isinstance(reference, str):
+        if not isinstance(schema, dict):
+            break
+        reference, parts = schema.get("$ref"), schema.get("allOf")
+        if isinstance(reference, str):
             schema = definitions.get(reference.rpartition("/")[2])
-    if not isinstance(schema, dict) or depth > DEEPEST or len(found) >= MOST_FIELDS:
+        elif isinstance(parts, list) and len(parts) == 1:
+            [schema] = parts
+    if not isinstance(schema, dict) or depth > DEEPEST:
+        yield path, []
         return
-    values = _values_of(schema)
-    if values is not None and path:
-        found[path] = values
+    yield path, (path and _values_of(schema)) or []
     properties = schema.get("properties")
     for name, inner in properties.items() if isinstance(properties, dict) else ():
-        _add_fields(inner, definitions, f"{path}.{name}" if path else name, depth + 1, found)
+        yield from _fields_in(inner, definitions, f"{path}.{name}" if path else name, depth + 1)
 
 
 def _values_of(schema: Mapping[str, Any]) -> list[str] | None:
@@ -167,8 +170,8 @@ def _values_in(text: str) -> Iterator[tuple[str, int]]:
                     place = _skip(text, place)
             else:
                 return
-    except (ValueError, IndexError):
-        return  # the answer was cut short
+    except (ValueError, IndexError, RecursionError):
+        return  # the answer was cut short, or nests too deep
 
 
 def _skip(text: str, place: int) -> int:

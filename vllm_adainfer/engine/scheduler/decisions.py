@@ -43,7 +43,10 @@ def requested_fields(request: Request) -> Fields:
 
 @lru_cache(KNOWN_SCHEMAS)
 def _fields_in(schema: str) -> Fields:
-    return fields_of(json.loads(schema))
+    try:
+        return fields_of(json.loads(schema))
+    except RecursionError:  # it nests deeper than any field that is looked for
+        return {}
 
 
 def with_fields(line: dict[str, Any], decisions: Decisions, tokenizer: Any) -> dict[str, Any]:
