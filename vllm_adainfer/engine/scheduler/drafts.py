@@ -63,8 +63,8 @@ class Drafting:
 class Drafts(Observer):
     """Learns the answers to each grammar, and adds drafts to the steps that vLLM schedules.
 
-    Drafts take what a step has left: of the token budget and of free KV blocks. So vLLM schedules,
-    and preempts, exactly as it would without them.
+    Drafts take what a step has left: of the token budget and of free KV blocks. So they keep no
+    request from running in the same step.
     """
 
     def __init__(self, scheduler: Any, on_gpu: bool) -> None:
