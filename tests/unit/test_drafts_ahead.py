@@ -114,19 +114,16 @@ def test_nobody_waits_while_drafts_of_a_grammar_rest_or_its_reasoning_goes_on():
 
 def test_behind_a_draft_in_flight_every_request_waits_until_it_is_verified():
     drafts, one = drafts_of(max_tokens=4)
-    one.drafted = 3
-    one.grammar.judge = lambda *_: None
+    one.is_drafted = True
+
+    def end_step(**values: Any) -> None:
+        nothing: Any = {"requests": {}, "note": None, "choosing": list}
+        drafts.stepped(Step(append=print, scores=print, **nothing, **values))
+
     assert list(drafts.waiting()) == [one.request]
-    drafts.stepped(
-        Step(
-            rows={"a": 4},
-            requests={},
-            note=None,
-            choosing=lambda: [],
-            append=lambda *_: None,
-            scores=lambda _: None,
-        )
-    )
+    end_step(rows={"a": 64})  # an earlier chunk of its prompt, say
+    assert list(drafts.waiting()) == [one.request]
+    end_step(rows={"a": 4}, drafted={"a": [5, 6, 7]})
     assert list(drafts.waiting()) == []
 
 

@@ -44,14 +44,14 @@ class Drafting:
         request: vLLM's.
         grammar: the record of its grammar.
         end: the token that ends the answer.
-        drafted: how many tokens the step that runs verifies.
+        is_drafted: whether a step that runs verifies a draft.
 
     """
 
     request: Request
     grammar: Grammar
     end: int
-    drafted: int = 0
+    is_drafted: bool = False
 
     @property
     def before(self) -> tuple[int, ...]:
@@ -101,7 +101,7 @@ class Drafts(Observer):
         a request that waits for it loses a token, so the draft must be expected to spare more.
         """
         for one in self._requests.values():
-            if one.request.num_output_placeholders and (one.drafted or self._pays_to_wait(one)):
+            if one.request.num_output_placeholders and (one.is_drafted or self._pays_to_wait(one)):
                 yield one.request
 
     def _pays_to_wait(self, one: Drafting) -> bool:
@@ -122,7 +122,7 @@ class Drafts(Observer):
             draft = self._draft(one, room)
             draft = draft and self._manager.validate_tokens(one.request, draft)
             if draft and add_draft(self._scheduler, scheduled, one.request, draft):
-                one.drafted = len(draft)
+                one.is_drafted = True
                 room -= len(draft)
 
     def _may_draft(self, one: Drafting) -> bool:
@@ -161,18 +161,18 @@ class Drafts(Observer):
             one = self._requests.get(request.request_id)
             if one is None:
                 continue
-            if one.drafted:
-                self._judge(one, len(tokens) - 1, worth)
+            if draft := step.drafted.get(request.request_id):
+                self._judge(one, len(draft), len(tokens) - 1, worth)
             if reads_grammar(self._manager, request):
                 self._learn(one, tokens)
-        for request_id in step.rows:  # of those whose tokens do not count, too
+        for request_id in step.drafted:  # of those whose tokens do not count, too
             if (one := self._requests.get(request_id)) is not None:
-                one.drafted = 0
+                one.is_drafted = False
 
-    def _judge(self, one: Drafting, kept: int, worth: float) -> None:
-        one.grammar.judge(one.drafted, kept, worth)
+    def _judge(self, one: Drafting, drafted: int, kept: int, worth: float) -> None:
+        one.grammar.judge(drafted, kept, worth)
         name = self._grammars.counted_as(one.grammar)
-        self._counted["structure_drafted", name] += one.drafted
+        self._counted["structure_drafted", name] += drafted
         self._counted["structure_kept", name] += kept
 
     def _learn(self, one: Drafting, tokens: list[int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -29,6 +29,7 @@ class Step:
         requests: those of them whose tokens count, by id; empty if no observer hears of ends. A
             request that was ended while its step ran is among them, one whose tokens vLLM drops is
             not.
+        drafted: the tokens that it verified, by request id.
         note: what the worker says of it; None if there was nothing to run.
         choosing: the running requests with a grammar, and the tokens that were sampled for each.
         append: lets tokens count as sampled: a request, its sampled tokens, and those to append.
@@ -45,6 +46,7 @@ class Step:
     append: Callable[[Request, Tokens, Tokens], None]
     scores: Callable[[str], list[float] | None]
     logprobs: Callable[[str], Any] = no_logprobs
+    drafted: Mapping[str, Tokens] = field(default_factory=dict)
     scheduled_at: float = 0.0
 
 

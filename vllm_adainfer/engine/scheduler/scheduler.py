@@ -182,6 +182,7 @@ class ObservedScheduler(_Scheduler):
             append=partial(append_tokens, self, scheduler_output),
             scores=partial(pooled_output, runner_output),
             logprobs=partial(sampled_logprobs, runner_output),
+            drafted=scheduler_output.scheduled_spec_decode_tokens,
             scheduled_at=scheduled_at,
         )
 
