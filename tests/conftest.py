@@ -128,6 +128,15 @@ def tiny_policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 _ENGINES: list[Any] = []
+_OF_SEVERAL_RANKS: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def ranks_end_with_the_test() -> Iterator[None]:
+    """Each takes more than half a GiB."""
+    yield
+    while _OF_SEVERAL_RANKS:
+        _OF_SEVERAL_RANKS.pop().llm_engine.engine_core.shutdown()
 
 
 def tiny_engine(
@@ -136,6 +145,7 @@ def tiny_engine(
     """An engine in this process with small chunks and blocks, by default eager; None is stock.
 
     It lives as long as the process: one that ends takes the process groups of all others along.
+    One of several ranks has processes of its own, which end with the test.
     """
     from vllm import LLM
 
@@ -152,6 +162,8 @@ def tiny_engine(
         },
     )
     _ENGINES.append(llm)
+    if settings.get("tensor_parallel_size", 1) > 1:
+        _OF_SEVERAL_RANKS.append(llm)
     return llm
 
 

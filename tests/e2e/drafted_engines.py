@@ -56,8 +56,10 @@ def assert_stocks(ours: Any, stock: Any, asks: list[Ask]) -> tuple[list[Got], Dr
     What a row costs is not measured, so that the same is drafted on any machine.
     """
     theirs = served(stock, asks)
+    drafts = scheduler_of(ours).drafts
     with counted_drafts(ours) as counted, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler_of(ours).drafts, "_costs", FixedCosts(ROWS_PER_STEP_ON_CPU))
+        if drafts is not None:
+            patch.setattr(drafts, "_costs", FixedCosts(ROWS_PER_STEP_ON_CPU))
         found = served(ours, asks)
     assert_same(found, theirs, asks)
     return found, counted

@@ -64,7 +64,8 @@ class Stock:
         self.requests.setdefault(request.request_id, request)
 
     def schedule(self) -> Any:
-        return SimpleNamespace(num_scheduled_tokens=dict.fromkeys(self.requests, 1))
+        rows = dict.fromkeys(self.requests, 1)
+        return SimpleNamespace(num_scheduled_tokens=rows, scheduled_spec_decode_tokens={})
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> None:
         ends = [one for one in model_runner_output.ends if one in self.requests]
