@@ -21,7 +21,7 @@ from tests.e2e.drafted_traffic import (
 from vllm_adainfer.drafts.step_costs import StepCosts
 from vllm_adainfer.engine.scheduler.drafts import ROWS_PER_STEP_ON_CPU, Drafts
 
-ENGINE: dict[str, Any] = {"max_model_len": 256, "kv_cache_memory_bytes": 64 << 20}
+ENGINE: dict[str, Any] = {"max_model_len": 256, "kv_cache_memory_bytes": 32 << 20}
 # Stock runs whole prompts at once: on a CPU it crashes where a request with a seed runs in chunks.
 WHOLE_PROMPTS = {"max_num_batched_tokens": 2048}
 

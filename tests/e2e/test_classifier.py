@@ -45,7 +45,7 @@ from vllm_adainfer.watch.units import ENDED_SINCE
 PAIR_TEMPLATE = "Review : {{ messages[0].content }} Sentiment : {{ messages[1].content }}"
 CLOSE = 2e-4  # fp32 sums in another order
 TIE = 1e-3
-SETTINGS = {"kv_cache_memory_bytes": 64 << 20, "max_model_len": 512}
+SETTINGS = {"kv_cache_memory_bytes": 32 << 20, "max_model_len": 512}
 _GENERATOR = np.random.default_rng(0)
 # Some have several chunks, some share a block of their beginning with an earlier one.
 _OWN = [_GENERATOR.integers(5, 1000, 1 + 17 * i % 190).tolist() for i in range(16)]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -71,7 +71,7 @@ class Load:
             }
             try:
                 status, answer = post(self._server, "/v1/completions", body)
-            except (OSError, urllib.error.URLError, json.JSONDecodeError):
+            except (OSError, HTTPException, json.JSONDecodeError):  # it may die amid an answer
                 self.failed.append(None)
             else:
                 if status == 200:
