@@ -28,7 +28,7 @@ from vllm_adainfer.artifact.kinds import (
     ProbeKind,
     ScoreHead,
 )
-from vllm_adainfer.artifact.outputs import AnyOutput, Choices, LabelPool, Scores, Tokens
+from vllm_adainfer.artifact.outputs import AnyOutput, Choices, LabelPool, Objects, Scores, Tokens
 from vllm_adainfer.promise.kinds import AnyPromise
 from vllm_adainfer.strict import Strict
 
@@ -157,6 +157,11 @@ class ConfigFields(Strict):
     def undecided(self) -> tuple[int, ...]:
         """The first tokens that leave several choices open."""
         return self.output.undecided if isinstance(self.output, Choices) else ()
+
+    @property
+    def objects(self) -> Objects | None:
+        """The objects that requests ask for; None where they ask for something else."""
+        return self.output if isinstance(self.output, Objects) else None
 
     @property
     def score_head(self) -> ScoreHead | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -11,13 +13,14 @@ from typing_extensions import override
 from vllm_adainfer.artifact.fields import (
     MOST_ANSWERS,
     MOST_CHOICES,
+    MOST_FIELDS,
     Choice,
     Label,
     TokenId,
 )
 from vllm_adainfer.artifact.kinds import ScoreHead
 from vllm_adainfer.promise.label_subsets import MOST_LABELS
-from vllm_adainfer.promise.links import SIGMOIDS, SOFTMAX, Link
+from vllm_adainfer.promise.links import SIGMOIDS, SOFTMAX, ByField, Link
 from vllm_adainfer.strict import Strict
 
 UNDECIDED = "undecided"
@@ -105,4 +108,79 @@ class Scores(Asked):
         return tuple(Label(name=name, token_id=column) for column, name in enumerate(self.classes))
 
 
-AnyOutput = Annotated[Tokens | Labels | LabelPool | Choices | Scores, Field(discriminator="kind")]
+class Value(Strict):
+    """A value of a field of an object.
+
+    Attributes:
+        text: the value, as JSON.
+        written: how the model writes it, from the token with its first character on: it ends before
+            that of the next field, or with the object.
+
+    """
+
+    text: str = Field(min_length=1)
+    written: tuple[TokenId, ...] = Field(min_length=1)
+
+
+class DecidedField(Strict):
+    """A field of an object that has few values.
+
+    Attributes:
+        path: its name, behind those of the objects it is in, such as ``review.mood``.
+        values: what it may be, in the order of the schema.
+        guess: the place of the value that stands in its rows while others are decided.
+
+    """
+
+    path: str = Field(min_length=1)
+    values: tuple[Value, ...] = Field(min_length=1)
+    guess: int = Field(ge=0)
+
+
+class Objects(Asked):
+    """A JSON object whose fields all have few values, as ``response_format`` and tools ask for.
+
+    A label stands for a value of a field: its `token_id` is its place among all of them. The rows
+    of the guessed object stand behind the prompt, and each field is decided at the row before it.
+    """
+
+    kind: Literal["objects"] = "objects"
+    schema_digest: str = Field(description="See `vllm_adainfer.drafts.schemas`.")
+    start: tuple[TokenId, ...] = Field(description="What the model writes before the first value.")
+    fields: tuple[DecidedField, ...] = Field(min_length=1, max_length=MOST_FIELDS)
+
+    @property
+    @override
+    def link(self) -> Link:
+        """One value of each field holds."""
+        return ByField([len(field.values) for field in self.fields])
+
+    @cached_property
+    def labels(self) -> tuple[Label, ...]:
+        """The values of all fields."""
+        names = [f"{field.path}={one.text}" for field in self.fields for one in field.values]
+        return tuple(Label(name=name, token_id=place) for place, name in enumerate(names))
+
+    @cached_property
+    def guess(self) -> tuple[TokenId, ...]:
+        """The tokens of the guessed object."""
+        return self.written([field.guess for field in self.fields])
+
+    @cached_property
+    def rows(self) -> tuple[int, ...]:
+        """Of each field, how many rows the one that it is read at lies behind the prompt's last."""
+        found, end = [], len(self.start)
+        for field in self.fields:
+            found.append(end)
+            end += len(field.values[field.guess].written)
+        return tuple(found)
+
+    def written(self, places: Sequence[int]) -> tuple[TokenId, ...]:
+        """The tokens of the object with these values, as the model writes it; without the end."""
+        parts = zip(self.fields, places, strict=True)
+        return (*self.start, *chain(*(field.values[one].written for field, one in parts)))
+
+
+AnyOutput = Annotated[
+    Tokens | Labels | LabelPool | Choices | Scores | Objects, Field(discriminator="kind")
+]

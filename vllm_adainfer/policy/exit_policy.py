@@ -24,6 +24,8 @@ class Decision:
     Attributes:
         settled: bool [rows], True where the answer is decided.
         answers: the answers of these rows, valid where they are settled.
+        codes: int64 [rows], the answer of each row as a number, see `ByField.code`, settled or not;
+            None but for objects.
         memory: [rows, ...], passed back to the policy with these rows at the next exit point;
             None if it needs none.
 
@@ -32,6 +34,7 @@ class Decision:
     settled: Tensor
     answers: Answers
     memory: Tensor | None = None
+    codes: Tensor | None = None
 
     @classmethod
     def by_score(
@@ -57,6 +60,8 @@ class UndecidedRows:
             stream. The whole prompt: fp32 [rows, 2 x hidden size], the normed state of the last
             token and the mean of those of the prompt. Each token of the prompt: what the branch
             has projected its state to, [tokens of all rows, width]. Unused where it reads the text.
+            Of an object, the first two are [rows, fields, width], with the state of the row that
+            each field is read at in place of the last token's.
         threshold_rows: int64 [rows], the row of the policy's thresholds that applies to each.
         memory: `Decision.memory` of these rows from the previous exit point; None at the first.
         subsets: int64 [rows], the labels that each row's request names, as bits; None if no policy
@@ -82,6 +87,8 @@ class ExitPolicy(ABC):
         num_threshold_rows: the number of threshold rows: one per level, or per level and question.
         probe_inputs: what it reads at each exit point.
         probes: the probe of each exit point; none of a policy without probes.
+        answer_rows: of an object, how many rows the one that each field is read at lies behind the
+            prompt's last, [fields]; None for answers that are read at the last row.
         promise: what is promised of the answers.
         answers_stand: whether what it has settled is answered early even where the request stays
             to full depth: what it promises holds only so (see `Promise.answers_stand`), or
@@ -93,6 +100,7 @@ class ExitPolicy(ABC):
     num_threshold_rows: int
     probe_inputs: tuple[ProbeInput, ...]
     probes: Sequence[Probe] = ()
+    answer_rows: Ints | None = None
     promise: Promise = Changed()
     answers_stand: bool = False
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import adainfer_kernels
+import numpy as np
 import torch
 from adainfer_kernels import Head, Lens
 from torch import Tensor
@@ -96,6 +97,10 @@ class Policy(ExitPolicy):
         self._pool = config.label_pool
         self._columns = torch.arange(len(config.labels), device=device)
         self._first_tokens = FirstTokens.of(config.output, device)
+        self._columns_of_fields: tuple[int, ...] = ()
+        if (objects := config.objects) is not None:
+            self.answer_rows = np.array(objects.rows)
+            self._columns_of_fields = tuple(len(field.values) for field in objects.fields)
         self._thresholds = tensors["thresholds"].float().T.contiguous()  # [exit points, rows]
         self._classifiers = [
             tensors[f"exit.{layer}.classifier"].float() for layer in self.exit_points
@@ -130,9 +135,10 @@ class Policy(ExitPolicy):
             return replace(lens, lens=None if weight is None else Lens(weight, own["lens_bias"]))
         weight, bias = own["head_weight"], own["head_bias"]
         encoder = _encoder(artifact, layer, probe_input, weight.device)
-        fused = encoder is None and not (self._pool or self.promise.reads_probabilities)
+        columns = self._columns_of_fields
+        fused = not (encoder or columns or self._pool or self.promise.reads_probabilities)
         head = Head(weight, bias) if fused else Head(weight.float(), bias.float())
-        return Probe(head, token_ids=self.answer_ids, encoder=encoder, fused=fused)
+        return Probe(head, token_ids=self.answer_ids, encoder=encoder, columns=columns, fused=fused)
 
     @override
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
@@ -146,10 +152,13 @@ class Policy(ExitPolicy):
             decision = Decision.by_score(
                 features, classifier, threshold, rows.memory, self._scored(answers)
             )
+            if self.answer_rows is not None:
+                codes = self.promise.link.best(scores[:, : len(self._columns)])
+                decision = replace(decision, codes=codes)
         if self._never_early is None:
             return decision
         scores = decision.answers.scores
-        best = scores >= scores.amax(dim=1, keepdim=True)  # the sampler breaks ties
+        best = self.promise.link.may_be_best(scores)  # the sampler breaks ties
         runs_on = (best & self._never_early).any(dim=1)
         return replace(decision, settled=decision.settled & ~runs_on)
 

@@ -42,6 +42,8 @@ class Probe:
             into [ranks, ...], the same on each rank; a collective operation. None where this probe
             has all the rows.
         encoder: makes the state that the head reads; None where it reads states of the model.
+        columns: of an object, how many labels each field has; the head reads the row of each field
+            for its own. Empty where all labels are read at one row.
         fused: whether a kernel reduces the scores to features; else a promise reads all of them.
 
     """
@@ -53,6 +55,7 @@ class Probe:
     lens: Lens | None = None
     gather: Callable[[Tensor], Tensor] | None = None
     encoder: StateEncoder | TextEncoder | None = None
+    columns: tuple[int, ...] = ()
     fused: bool = True
 
     @property
@@ -138,13 +141,25 @@ class Probe:
     ) -> Tensor:
         """All scores of a label head, fp32 [rows, head rows].
 
-        `hidden`, `lens` and `texts` are those of `UndecidedRows`. `subsets`, bool [rows, labels],
+        `hidden`, `lens` and `texts` are those of `UndecidedRows`; of an object [rows, fields, ...]. `subsets`, bool [rows, labels],
         are the labels that each row's request names; others get -inf. None: all.
         """
         encoder, bias = self.encoder, self.head.bias
         read = hidden if encoder is None else encoder.read(hidden, lens, texts)
         assert bias is not None, "label heads have one"
+        if read.dim() == 3:
+            return self._scores_of_fields(read.float(), bias)
         return restrict(torch.addmm(bias, read.float(), self.head.weight.T), subsets)
+
+    def _scores_of_fields(self, read: Tensor, bias: Tensor) -> Tensor:
+        """Each field's scores of its own row; `read` is fp32 [rows, fields, width].
+
+        That of the label mass, if there is one, is read at the last row.
+        """
+        *sizes, last = self.columns
+        sizes.append(last + self.head.size - sum(self.columns))
+        parts = zip(read.unbind(1), bias.split(sizes), self.head.weight.split(sizes), strict=True)
+        return torch.cat([torch.addmm(own, row, weight.T) for row, own, weight in parts], dim=1)
 
 
 def merged(shard: ProbeResult, gather: Callable[[Tensor], Tensor]) -> ProbeResult:

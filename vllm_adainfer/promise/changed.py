@@ -21,7 +21,7 @@ class BestAnswer(Promise):
 
     @override
     def features(self, scores: Tensor) -> Tensor:
-        return features_among(scores)
+        return features_among(scores, self.link)
 
     @override
     def answers(self, scores: Tensor) -> Tensor:

@@ -78,8 +78,7 @@ def probabilities_of_scores(scores: Tensor, link: Link = SOFTMAX) -> LabelProbab
 
 def features_among(scores: Tensor, link: Link = SOFTMAX) -> Tensor:
     """``top_prob`` and ``gap`` among the tokens with finite `scores` [rows, tokens]: [rows, 2]."""
-    first, second = link.probabilities(scores).topk(2).values.unbind(dim=1)
-    return torch.stack([first, first - second], dim=1)
+    return link.top_prob_and_gap(scores)
 
 
 def features_of(scores: Tensor, link: Link = SOFTMAX) -> Tensor:
@@ -88,18 +87,11 @@ def features_of(scores: Tensor, link: Link = SOFTMAX) -> Tensor:
     ``top_logit`` is the log-odds of the best label among the labels, ``gap`` the lead of its
     probability over the second, ``mass_logit`` the log-odds of the label mass. Near 1, where
     answers leave, a probability hardly changes, but its log-odds do. Where any number of labels may
-    hold, the first two are about the label that is least sure: whether it holds, or does not.
+    hold, the first two are about the label that is least sure: whether it holds, or does not; of an
+    object, about the field that is least sure.
     """
-    labels = scores[:, :-1]
-    if not link.one_holds:
-        least = labels.abs().amin(dim=1)
-        return torch.stack([least, (least / 2).tanh(), scores[:, -1]], dim=1)
-    best = labels.topk(2)
-    first, second = best.values.unbind(dim=1)
-    rest = labels.scatter(1, best.indices[:, :1], -torch.inf).logsumexp(dim=1)
-    total = torch.logaddexp(first, rest)
-    gap = (first - total).exp() - (second - total).exp()
-    return torch.stack([first - rest, gap, scores[:, -1]], dim=1)
+    top_logit, gap = link.top_logit_and_gap(scores[:, :-1]).unbind(dim=1)
+    return torch.stack([top_logit, gap, scores[:, -1]], dim=1)
 
 
 def answers_of(scores: Tensor, vocabulary: int | None, link: Link = SOFTMAX) -> Tensor:
@@ -114,7 +106,7 @@ def answers_of(scores: Tensor, vocabulary: int | None, link: Link = SOFTMAX) -> 
         link: how scores become probabilities.
 
     """
-    labels = scores[:, :-1].log_softmax(dim=1) if link.one_holds else scores[:, :-1]
+    labels = link.normalised(scores[:, :-1])
     if vocabulary is None:
         rest = torch.full_like(scores[:, -1:], -torch.inf)
     else:  # the labels' exponentials sum to 1, so the others' must sum to (1 - mass) / mass
