@@ -5,7 +5,7 @@ Imports only torch and Triton, never vLLM, so it can be tested and timed alone.
 
 from adainfer_kernels.backend import use_torch
 from adainfer_kernels.parameters import Head, Lens, Norm, NormKind
-from adainfer_kernels.pooling import Pooled, pool
+from adainfer_kernels.pooling import Pooled, normed, pool
 from adainfer_kernels.probe import probe, readout, settle
 from adainfer_kernels.result import ProbeResult, linear_score, merge
 from adainfer_kernels.tuning import rows_to_compile_for
@@ -19,6 +19,7 @@ __all__ = [
     "ProbeResult",
     "linear_score",
     "merge",
+    "normed",
     "pool",
     "probe",
     "readout",

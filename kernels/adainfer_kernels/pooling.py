@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from adainfer_kernels.backend import Backend, load_backend
-from adainfer_kernels.parameters import check_shape
+from adainfer_kernels.parameters import Norm, check_shape
+from adainfer_kernels.probe import readout
 
 EPS = 1e-6
 
@@ -87,3 +88,8 @@ def pool(
 def _check_dtype(name: str, tensor: Tensor | None, dtype: torch.dtype) -> None:
     if tensor is not None and tensor.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
+
+
+def normed(states: Tensor) -> Tensor:
+    """fp32 [rows, hidden size], the states [rows, hidden size] as `pool` norms them."""
+    return readout(states, Norm("rms", eps=EPS), dtype=torch.float32)

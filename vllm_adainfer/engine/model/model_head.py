@@ -146,10 +146,11 @@ class ModelHead(_Model):
     def _logits(self, hidden_states: Tensor, output: StepOutput) -> Tensor:
         count, device = hidden_states.shape[0], hidden_states.device
         requests, scored = output.requests_of(count), output.scored
-        if not scored:
+        if not scored and not output.objects.size:
             return self._head(hidden_states, requests)
         early = [output.sampled_row_of(places) for places, _ in scored]
-        at_full_depth = np.setdiff1d(np.arange(count), np.concatenate(early))
+        of_objects = np.flatnonzero(np.isin(requests, output.objects))
+        at_full_depth = np.setdiff1d(np.arange(count), np.concatenate([of_objects, *early]))
         deep, *places = upload([at_full_depth, *early], device)
         # bfloat16 is too coarse for probabilities; vLLM's sampler reads logits in fp32 anyway.
         exact = any(answers.has_rest for _, answers in scored)

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from adainfer_kernels import normed
 from torch import Tensor
 
 from vllm_adainfer.arrays import AnyArray, Ints
@@ -81,6 +82,7 @@ class Decisions:
         places, threshold_rows, *bits = step.on_device(requests, own_rows, *subsets)
         start = 0
         settled = []
+        of_objects = np.zeros(len(requests), np.bool_)
         for part, own in asked:
             span = slice(start, start + len(own))
             start = span.stop
@@ -94,6 +96,9 @@ class Decisions:
                 )
             elif part.probe_input is ProbeInput.OWN_STATES:
                 hidden, lens = of_branches[part.policy]
+            answer_rows = policies[part.policy].answer_rows
+            if answer_rows is not None and part.probe_input in states:
+                hidden = self._of_fields(own, answer_rows, part.probe_input, hidden)
             decision = policies[part.policy].decide(
                 part.exit_index,
                 UndecidedRows(
@@ -105,10 +110,20 @@ class Decisions:
                     lens,
                 ),
             )
-            self._keep(part.policy, decision, places[span])
-            settled.append(decision.settled)
+            if decision.codes is None:
+                self._keep(part.policy, decision, places[span])
+                settled.append(decision.settled)
+            else:  # both in one number, negative where it is not settled
+                settled.append(torch.where(decision.settled, decision.codes, ~decision.codes))
+                of_objects[span] = True
         # The only time that an exit point waits for the device.
-        step.settle(requests[self._read(settled[0] if len(settled) == 1 else torch.cat(settled))])
+        found = self._read(settled[0] if len(settled) == 1 else torch.cat(settled))
+        if not of_objects.any():
+            step.settle(requests[found])
+            return
+        codes = found[of_objects].astype(np.int64)
+        step.codes[requests[of_objects]] = np.maximum(codes, ~codes)
+        step.settle(requests[np.where(of_objects, found >= 0, found > 0)])
 
     def _keep(self, policy: int, decision: Decision, places: Tensor) -> None:
         """Keep the memory and the answers of the requests at `places`.
@@ -181,6 +196,23 @@ class Decisions:
             [rows] = self._step.on_device(last_rows)
             states = states.rows(rows)
         return states.combined()
+
+    def _of_fields(
+        self, requests: Ints, answer_rows: Ints, probe_input: ProbeInput, read: Tensor
+    ) -> Tensor:
+        """[requests, fields, width], what probes of objects read, see `UndecidedRows.hidden`.
+
+        `read` [requests, width] is what others read of these requests.
+        """
+        step, layout = self._step, self._forward.layout
+        of_prompts = layout.last_rows(requests) - step.drafted[requests]
+        [rows] = step.on_device((of_prompts[:, None] + answer_rows).ravel())
+        states = replace(self._forward.states, per_layer=None).rows(rows).combined()
+        if probe_input is ProbeInput.LAST_TOKEN:
+            return states.view(len(requests), len(answer_rows), -1)
+        own = normed(states).view(len(requests), len(answer_rows), -1)
+        means = read[:, own.shape[2] :].unsqueeze(1).expand_as(own)
+        return torch.cat([own, means], dim=2)
 
     def _for_all(self, values: Tensor) -> Tensor:
         """Room for such values [rows, ...] of all requests, not initialised."""

@@ -169,7 +169,7 @@ class ExitLoop(Loop):
         if step.device.type == "cpu":  # elsewhere the host's clock says nothing about the device
             self.stats.seconds += time.perf_counter() - start
             self.stats.probe_seconds += deciding
-        return StepOutput(hidden, scored, shadows, step.sampled_lens)
+        return StepOutput(hidden, scored, shadows, step.sampled_lens, step.early_objects)
 
     def _regroup(self, exit_index: int, forward: ForwardPass) -> None:
         """Let settled requests leave if that pays, and rows that wait here rejoin the others."""

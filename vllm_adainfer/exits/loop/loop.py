@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -18,7 +18,7 @@ from vllm_adainfer.exits.batch.batch import Batch
 from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn
-from vllm_adainfer.exits.loop.step import RecordedRequests, StepContext
+from vllm_adainfer.exits.loop.step import NOBODY, RecordedRequests, StepContext
 from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.watch.watch import Watch
 
@@ -36,6 +36,7 @@ class StepOutput:
         scored: answers that are scores, by policy.
         shadows: early answers of shadow requests, by policy.
         sampled_lens: as in `StepContext`.
+        objects: the requests whose answers are objects, which no logits tell of: their places.
 
     """
 
@@ -43,6 +44,7 @@ class StepOutput:
     scored: tuple[ScoredRequests, ...] = ()
     shadows: tuple[ShadowAnswers, ...] = ()
     sampled_lens: Ints | None = None
+    objects: Ints = field(default_factory=lambda: NOBODY)
 
     def requests_of(self, rows: int) -> Ints:
         """The request that each of so many sampled rows, all of them in order, belongs to."""

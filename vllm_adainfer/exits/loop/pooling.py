@@ -64,10 +64,13 @@ class PooledPrompts:
         self.chunks = NOBODY
         if step.pooled_from is None:
             return
-        counts = np.maximum(step.layout.last_positions + 1 - step.pooled_from, 0)
+        self._drafted = step.drafted  # rows behind the prompt
+        ends = step.layout.last_positions + 1 - self._drafted
         # Of each request, the rows to read: all so far, and those of this step.
-        self._counts: Ints = np.where(step.pooled_from >= 0, counts, 0)
-        self._lens: Ints = np.minimum(self._counts, step.layout.query_lens)
+        self._counts: Ints = np.where(
+            step.pooled_from >= 0, np.maximum(ends - step.pooled_from, 0), 0
+        )
+        self._lens: Ints = np.minimum(self._counts, step.layout.query_lens - self._drafted)
         self.chunks = np.flatnonzero((self._lens > 0) & ~step.yields_token)
 
     def read(
@@ -80,7 +83,8 @@ class PooledPrompts:
         hidden size]: the normed state of the last token, then the mean of the normed states.
         """
         pooled = np.union1d(requests, chunks)
-        ends, lens, counts = layout.ends[pooled], self._lens[pooled], self._counts[pooled]
+        ends = layout.ends[pooled] - self._drafted[pooled]
+        lens, counts = self._lens[pooled], self._counts[pooled]
         places = np.searchsorted(pooled, requests)
         starts_on_device, ends_on_device, counts_on_device, places_on_device = self._step.on_device(
             ends - lens, ends, counts, places
@@ -114,7 +118,8 @@ class PooledPrompts:
         """
         wanted = np.union1d(requests, chunks)
         lens = np.minimum(self._lens[wanted], MOST_BRANCH_TOKENS)
-        before = layout.ends[wanted] - np.cumsum(lens)  # rows that others have there
+        ends = layout.ends[wanted] - self._drafted[wanted]
+        before = ends - np.cumsum(lens)  # rows that others have there
         [rows] = self._step.on_device(np.arange(lens.sum()) + np.repeat(before, lens))
         own = project(replace(states, per_layer=None).rows(rows).combined())
         parts = dict(zip(wanted.tolist(), own.split(lens.tolist()), strict=True))

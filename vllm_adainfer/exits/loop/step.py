@@ -48,7 +48,7 @@ class StepContext:
         stays: [requests], True for those that are decided like others but run all layers, for the
             keys and values that others need; None if there are none.
         sampled_lens: [requests], how many of its last rows yield a token each, if more than one may
-            (rows of drafts, which run all layers); None for one of each.
+            (rows of drafts); None for one of each.
         all_rows_count: whether the final states of all rows are read, not only of sampled ones.
         device: the device of the rows.
         subsets: [requests], see `Running.subset`; None if no policy has a label pool.
@@ -61,6 +61,8 @@ class StepContext:
         recorded: requests whose states are kept beside serving; None if there are none.
         shadow: the shadow requests that may exit; None where there is no monitor.
         left_at: int64 [requests], the index of the exit point where each has left; -1 for none.
+        codes: int64 [requests], of each that asks for an object and may exit, its answer by the
+            last exit point that was asked, see `ByField.code`; -1 for all others.
 
     """
 
@@ -96,12 +98,25 @@ class StepContext:
         self._num_may_exit = int(np.count_nonzero(self._may_exit))
         self._num_settled = 0
         self.left_at = np.full(self.num_requests, -1)
+        self.codes = np.full(self.num_requests, -1)
         self._settled, self._lacks_kv = np.zeros((2, self.num_requests), np.bool_)
+
+    @property
+    def drafted(self) -> Ints:
+        """[requests], how many of its rows have a draft; they come last."""
+        if self.sampled_lens is None:
+            return np.zeros(self.num_requests, np.int64)
+        return self.sampled_lens - 1
 
     @property
     def exited(self) -> Ints:
         """Requests that have left the stack early."""
         return np.flatnonzero(self.left_at >= 0)
+
+    @property
+    def early_objects(self) -> Ints:
+        """Those of them whose answers are objects."""
+        return np.flatnonzero((self.left_at >= 0) & (self.codes >= 0))
 
     @property
     def lacking_kv(self) -> Ints:

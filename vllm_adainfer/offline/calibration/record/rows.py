@@ -11,11 +11,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import adainfer_kernels
 import numpy as np
 import torch
-from adainfer_kernels import Head, Norm
-from adainfer_kernels.pooling import EPS
+from adainfer_kernels import Head, normed
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -148,11 +146,6 @@ class Rows:
         rows = np.flatnonzero(place >= 0)
         sorted_rows: Ints = rows[np.argsort(place[rows], kind="stable")]
         return sorted_rows
-
-
-def normed(states: Tensor) -> Tensor:
-    """fp32 [rows, hidden size], the states as `adainfer_kernels.pool` norms them."""
-    return adainfer_kernels.readout(states, Norm("rms", eps=EPS), dtype=torch.float32)
 
 
 def own_states_of(
