@@ -145,3 +145,48 @@ class Objects(Asked):
     """
 
     kind: Literal["objects"] = "objects"
+    schema_digest: str = Field(description="See `vllm_adainfer.drafts.schemas`.")
+    start: tuple[TokenId, ...] = Field(description="What the model writes before the first value.")
+    fields: tuple[DecidedField, ...] = Field(min_length=1, max_length=MOST_FIELDS)
+
+    @property
+    @override
+    def link(self) -> Link:
+        """One value of each field holds."""
+        return ByField([len(field.values) for field in self.fields])
+
+    @cached_property
+    def labels(self) -> tuple[Label, ...]:
+        """The values of all fields."""
+        names = [f"{field.path}={one.text}" for field in self.fields for one in field.values]
+        return tuple(Label(name=name, token_id=place) for place, name in enumerate(names))
+
+    @cached_property
+    def guess(self) -> tuple[TokenId, ...]:
+        """The tokens of the guessed object."""
+        return self.written([field.guess for field in self.fields])
+
+    @cached_property
+    def rows(self) -> tuple[int, ...]:
+        """Of each field, how many rows the one that it is read at lies behind the prompt's last."""
+        found, end = [], len(self.start)
+        for field in self.fields:
+            found.append(end)
+            end += len(field.values[field.guess].written)
+        return tuple(found)
+
+    @cached_property
+    def longest(self) -> int:
+        """The most tokens that an object takes."""
+        of_fields = (max(len(one.written) for one in field.values) for field in self.fields)
+        return len(self.start) + sum(of_fields)
+
+    def written(self, places: Sequence[int]) -> tuple[TokenId, ...]:
+        """The tokens of the object with these values, as the model writes it; without the end."""
+        parts = zip(self.fields, places, strict=True)
+        return (*self.start, *chain(*(field.values[one].written for field, one in parts)))
+
+
+AnyOutput = Annotated[
+    Tokens | Labels | LabelPool | Choices | Scores | Objects, Field(discriminator="kind")
+]

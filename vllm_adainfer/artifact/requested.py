@@ -16,6 +16,7 @@ class Form(Enum):
     AMONG_LABELS = "probabilities among the labels"
     IN_VOCABULARY = "probabilities of the labels in the whole vocabulary"
     SCORES = "the scores of a classifier"
+    OBJECT = "a JSON object of decisions"
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Output:
         form: the form of output.
         labels: ids of the tokens that may be the answer; None if any token may be.
         choices: the texts to choose from; None if there is no such restriction.
+        schema: the digest of the schema of the object, see `vllm_adainfer.drafts.schemas`; None for
+            another form.
         is_greedy: whether the answer is the best one. A sampled one may be any label.
 
     """
@@ -33,6 +36,7 @@ class Output:
     form: Form
     labels: frozenset[int] | None = None
     choices: frozenset[str] | None = None
+    schema: str | None = None
     is_greedy: bool = field(default=True, compare=False)
 
     @classmethod
@@ -40,6 +44,8 @@ class Output:
         """The strongest output that the bound of an artifact covers."""
         if config.score_head is not None:
             return cls(Form.SCORES)
+        if config.objects is not None:
+            return cls(Form.OBJECT, schema=config.objects.schema_digest)
         if config.choices:
             return cls(Form.CHOICE, choices=frozenset(one.text for one in config.choices))
         labels = frozenset(config.label_ids) or None
@@ -51,11 +57,13 @@ class Output:
 
     def is_promised_by(self, config: ConfigFields) -> bool:
         """Whether the bound of an artifact covers this output."""
-        reads_answer = self.form in (Form.TOKEN, Form.CHOICE)
+        reads_answer = self.form in (Form.TOKEN, Form.CHOICE, Form.OBJECT)
         if config.never_early and reads_answer and not self.is_greedy:
             return False
         if config.score_head is not None or self.form is Form.SCORES:
             return config.score_head is not None and self.form is Form.SCORES
+        if config.objects is not None or self.form is Form.OBJECT:
+            return config.objects is not None and self.has_labels_of(config)
         if config.choices or self.form is Form.CHOICE:
             return bool(config.choices) and self.has_labels_of(config)
         if not self.has_labels_of(config) and not self._is_in_pool(config):
@@ -66,7 +74,9 @@ class Output:
         return promise.serves_probabilities(self.form is Form.IN_VOCABULARY)
 
     def has_labels_of(self, config: ConfigFields) -> bool:
-        """Whether an artifact is for exactly these labels, or these choices."""
+        """Whether an artifact is for exactly these labels, these choices, or this schema."""
+        if config.objects is not None:
+            return self.schema == config.objects.schema_digest
         if config.choices:
             return self.choices == frozenset(one.text for one in config.choices)
         return self.labels == (frozenset(config.label_ids) or None)

@@ -60,21 +60,21 @@ class Grammars:
         self._once: OrderedDict[bytes, None] = OrderedDict()
         self._named: set[str] = set()
 
-    def arrived(self, *parts: str) -> Grammar | None:
+    def arrived(self, *parts: str, is_known: bool = False) -> Grammar | None:
         """The record of the grammar that `parts` describe; None when it comes for the first time.
 
-        Linear in their length.
+        Unless it `is_known` to come again. Linear in their length.
         """
         text = "\0".join(parts).encode(errors="surrogatepass")
         digest = blake2b(text, digest_size=8).digest()
         found = self._known.get(digest)
         if found is None:
-            if digest not in self._once:
+            if digest not in self._once and not is_known:
                 self._once[digest] = None
                 if len(self._once) > MOST_SEEN_ONCE:
                     self._once.popitem(last=False)
                 return None
-            del self._once[digest]
+            self._once.pop(digest, None)
             found = self._known[digest] = Grammar(digest.hex())
             if len(self._known) > MOST_GRAMMARS:
                 self._known.popitem(last=False)

@@ -67,6 +67,7 @@ class Admission:
         self.is_recording = settings.record is not None
         self.has_pools = any(config.label_pool for config in configs.values())
         self.has_choices = any(config.choices for config in configs.values())
+        self.has_objects = any(config.objects for config in configs.values())
         self.has_pooled = settings.record_pooled_from is not None or any(
             config.is_pooled for config in configs.values()
         )
@@ -128,6 +129,7 @@ class Admission:
             subset=ALL if config is None else _subset(request.output, config),
             certified_tokens=UNLIMITED if config is None else config.max_tokens,
             has_choice_policy=config is not None and bool(config.choices),
+            guessed=len(config.objects.guess) if config is not None and config.objects else 0,
             answers_stand=config is not None and config.promise.answers_stand,
             text=() if name is None else request.texts.get(name, ()),
             record_row=NOT_RECORDED if record_row is None else record_row,

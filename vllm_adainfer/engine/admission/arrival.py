@@ -87,6 +87,7 @@ class Arrival:
             saving=self._saving(request, kind, adapter),
             is_shadow=is_shadow,
             query=self._query(request_id) if is_shadow else None,
+            objects=self._policy_for_object(request, adapter),
             kind=kind,
             threshold_row=scripted,
         )
@@ -152,6 +153,12 @@ class Arrival:
             return None
         config = policies.configs[name]
         return name, config.levels[config.level_of(None)].layers_saved
+
+    def _policy_for_object(self, request: Running, adapter: LoRARequest | None) -> str | None:
+        """See `Running.objects`."""
+        if request.output is None or request.output.form is not Form.OBJECT:
+            return None
+        return self._policies.select(request, self._policies.for_adapter_name(adapter))
 
     def _scripted_row(self, request: Running) -> int:
         """Index of the exit point that a request names, if the script's labels can answer it."""

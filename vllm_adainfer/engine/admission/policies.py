@@ -85,6 +85,8 @@ class Policies:
         """
         if not output.is_promised_by(config):
             return False
+        if config.objects is not None:  # with the token that ends it
+            return max_tokens > config.objects.longest
         if output.form is Form.CHOICE:  # its first token decides it
             longest = max(len(choice.token_ids) for choice in config.choices)
             return self.ends_choices and max_tokens > longest  # with the token that ends it

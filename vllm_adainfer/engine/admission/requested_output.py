@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.fields import MOST_ANSWERS
 from vllm_adainfer.artifact.requested import Form, Output
+from vllm_adainfer.drafts.schemas import digest_of
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
 
 if TYPE_CHECKING:
@@ -52,10 +54,12 @@ def _restricted_output(params: SamplingParams, logprobs_mode: str) -> Output | N
     scores for those.
     """
     if params.structured_outputs is not None:
-        choices = requested_choices(params)
-        if not choices or not can_end_with_grammar(params):
+        if not can_end_with_grammar(params):
             return None
-        return Output(Form.CHOICE, None, choices)
+        if choices := requested_choices(params):
+            return Output(Form.CHOICE, None, choices)
+        schema = requested_schema(params)
+        return None if schema is None else Output(Form.OBJECT, schema=schema)
     allowed, ids = params.allowed_token_ids, params.logprob_token_ids
     if max(len(allowed or ()), len(ids or ())) > MOST_ANSWERS:
         return None
@@ -83,6 +87,18 @@ def requested_choices(params: SamplingParams) -> frozenset[str] | None:
         return None
     choices = choices_of(structured.choice, structured.grammar)
     return None if choices is None else frozenset(choices)
+
+
+def requested_schema(params: SamplingParams) -> str | None:
+    """The digest of the JSON schema that a request asks for; None if it has none, or a large one.
+
+    Forced tool calls have one, too: that of the tool's arguments.
+    """
+    structured = params.structured_outputs
+    if structured is None or not structured.json:
+        return None
+    schema = structured.json
+    return digest_of(schema if isinstance(schema, str) else json.dumps(schema))
 
 
 def can_end_with_grammar(params: SamplingParams) -> bool:

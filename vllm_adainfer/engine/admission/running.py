@@ -54,6 +54,8 @@ class Running:
             policies with a student that may decide the request.
         force_full_depth_prefill: whether its prompt must run at full depth, to complete the blocks
             of a shared prefix.
+        objects: the name of the policy for the object that it asks for, whose guess is drafted
+            behind its prompt; None if there is none.
         kind: the name of its kind, on a server that calibrates itself; None if it never exits.
 
     Those from here on are known to the worker, which admits the request:
@@ -70,6 +72,7 @@ class Running:
             without a label pool.
         certified_tokens: how many of its first tokens its policy's bound covers.
         has_choice_policy: whether a policy for choices decides it.
+        guessed: how many tokens the guess of its policy for objects has; 0 for another policy.
         answers_stand: whether its policy's answers do, see `Promise.answers_stand`.
         text: what its policy's student reads of its prompt, in the student's tokens; empty if it is
             not asked.
@@ -88,6 +91,7 @@ class Running:
     query: str | None = None
     texts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     force_full_depth_prefill: bool = False
+    objects: str | None = None
     kind: str | None = None
 
     prompt: Sequence[int] = ()
@@ -100,6 +104,7 @@ class Running:
     subset: int = ALL
     certified_tokens: int = UNLIMITED
     has_choice_policy: bool = False
+    guessed: int = 0
     answers_stand: bool = False
     text: Sequence[int] = ()
     record_row: int = NOT_RECORDED

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,18 @@ def append_tokens(
         request.num_computed_tokens -= len(more)
     elif isinstance(scheduler, AsyncScheduler):
         request.num_output_placeholders += len(more)
+
+
+def replace_tokens(
+    scheduled: Any, request: Request, sampled: list[int], tokens: Sequence[int]
+) -> None:
+    """Let `tokens` count as sampled for a request with a draft, in place of what was.
+
+    All but one count as drafts that were kept, so as computed; see `append_tokens`.
+    """
+    drafted = len(scheduled.scheduled_spec_decode_tokens[request.request_id])
+    request.num_computed_tokens -= max(0, len(tokens) - 1 - drafted)
+    sampled[:] = tokens
 
 
 def wait_for_token(scheduler: Any, request: Request) -> None:

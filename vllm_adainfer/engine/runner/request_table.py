@@ -28,6 +28,7 @@ class Columns(NamedTuple):
     force_full_depth_prefill: Ints
     answers_stand: Ints
     has_choice_policy: Ints
+    guessed: Ints
     is_shadow: Ints
     wants_prompt_logprobs: Ints
 

@@ -25,6 +25,7 @@ from vllm_adainfer.engine.runner.admitted_kinds import AdmittedKinds
 from vllm_adainfer.engine.runner.request_table import Columns, RequestTable
 from vllm_adainfer.exits.accounting.report import (
     INTERVAL,
+    DecidedObject,
     Provenance,
     StepNote,
     WhyFullDepth,
@@ -144,7 +145,7 @@ class RunningRequests:
         """The context of the step that is about to run, whose requests are in batch order.
 
         `computed` [requests] are the tokens of each that earlier steps have computed; `drafted` how
-        many of its last rows have a draft, which only requests have that never exit.
+        many of its last rows have a draft.
         """
         if self.adapters.take_changed():
             self.use_admission(self.admission)
@@ -154,6 +155,11 @@ class RunningRequests:
         if drafted is not None:
             token -= drafted
         continues = token < own.max_tokens  # once this step's token is appended
+        unguessed = None
+        if admission.has_objects:
+            guessed = (own.guessed > 0) & (token == 1) & (drafted == own.guessed)
+            continues &= ~guessed  # an early answer is the whole object
+            unguessed = (own.guessed > 0) & ~guessed
         rows, pooled_from = own.threshold_row, None
         if admission.has_pooled:
             pooled_from = own.pooled_from
@@ -170,7 +176,10 @@ class RunningRequests:
         if self.kinds is None and (tightened := loop.tightened()) is not None:
             shadow = own.is_shadow != 0
         self._why.clear()
-        for why, applies in self._full_depth(request_ids, own, token, needs_all, tightened):
+        reasons = [*self._full_depth(request_ids, own, token, needs_all, tightened)]
+        if unguessed is not None:
+            reasons.append(("not_guessed", unguessed))
+        for why, applies in reasons:
             if self._audits:
                 self._why |= dict.fromkeys(np.flatnonzero(applies & (rows != FULL_DEPTH)), why)
             rows[applies] = FULL_DEPTH
@@ -253,7 +262,8 @@ class RunningRequests:
             self._next_report = now + INTERVAL
         complete = self._complete(step) if self._reports_complete else None
         counted = snapshot_of(self._loop.stats) if due else None
-        return StepNote(complete, counted, tuple(self._decided(step)) if self._audits else ())
+        decided = tuple(self._decided(step)) if self._audits else ()
+        return StepNote(complete, counted, decided, self._objects(step))
 
     def idle_note(self) -> StepNote:
         """The note to the scheduler when no work is left: the counters alone."""
@@ -274,10 +284,21 @@ class RunningRequests:
                 self._why.get(place),
             )
 
+    def _objects(self, step: StepContext) -> dict[str, DecidedObject]:
+        """The objects that a step has decided."""
+        return {
+            step.request_ids[place]: DecidedObject(
+                self._requests[step.request_ids[place]].policy,
+                int(step.codes[place]),
+                bool(step.left_at[place] >= 0),
+            )
+            for place in np.flatnonzero(step.codes >= 0).tolist()
+        }
+
     def _complete(self, step: StepContext) -> dict[str, int]:
         """How many tokens of each request that may exit have complete KV."""
         ended = set(step.lacking_kv[~step.continues[step.lacking_kv]].tolist())
-        ends = (step.layout.last_positions + 1).tolist()
+        ends = (step.layout.last_positions + 1 - step.drafted).tolist()
         return {
             request_id: 0
             if place in ended

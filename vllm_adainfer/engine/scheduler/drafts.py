@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ from vllm_adainfer.engine.scheduler.observer import Observer, Step
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+    from vllm_adainfer.engine.scheduler.objects import WrittenObjects
+
 ROWS_PER_STEP_ON_CPU, ROWS_PER_STEP_ON_GPU = 32.0, 256.0  # until they are measured
 
 
@@ -45,6 +47,7 @@ class Drafting:
         grammar: the record of its grammar.
         end: the token that ends the answer.
         is_drafted: whether a step that runs verifies a draft.
+        guess: what stands behind the prompt while a policy decides the answer; empty without one.
 
     """
 
@@ -52,6 +55,12 @@ class Drafting:
     grammar: Grammar
     end: int
     is_drafted: bool = False
+    guess: Sequence[int] = ()
+
+    @property
+    def is_guessed(self) -> bool:
+        """Whether the next step ends the prompt, and a policy decides the answer in it."""
+        return bool(self.guess) and not self.request.num_output_tokens
 
     @property
     def before(self) -> tuple[int, ...]:
@@ -67,8 +76,9 @@ class Drafts(Observer):
     request from running in the same step.
     """
 
-    def __init__(self, scheduler: Any, on_gpu: bool) -> None:
-        """`scheduler` is vLLM's."""
+    def __init__(self, scheduler: Any, on_gpu: bool, objects: WrittenObjects | None = None) -> None:
+        """`scheduler` is vLLM's; `objects` are those of policies, if there are any."""
+        self._objects = objects
         self._scheduler = scheduler
         self._manager = scheduler.structured_output_manager
         self._most_drafted = most_drafted(scheduler.vllm_config)
@@ -85,14 +95,19 @@ class Drafts(Observer):
         if params is None or structured is None or request.resumable:
             return
         resolved = resolved_of(request)
-        may_exit = resolved is not None and resolved.may_exit
+        policy = None if resolved is None or self._objects is None else resolved.objects
+        may_exit = resolved is not None and resolved.may_exit and policy is None
         if may_exit or params.eos_token_id is None or not only_grammar_decides(params):
             return
         adapter = "" if request.lora_request is None else request.lora_request.lora_name
         kind, text = structured.structured_output_key
-        grammar = self._grammars.arrived(adapter, kind.name, text)
-        if grammar is not None:
-            self._requests[request.request_id] = Drafting(request, grammar, params.eos_token_id)
+        grammar = self._grammars.arrived(adapter, kind.name, text, is_known=policy is not None)
+        if grammar is None:
+            return
+        one = self._requests[request.request_id] = Drafting(request, grammar, params.eos_token_id)
+        if policy is not None and resolved is not None and resolved.may_exit:
+            assert self._objects is not None
+            one.guess = self._objects.guess(policy)
 
     def waiting(self) -> Iterator[Request]:
         """With asynchronous scheduling, the requests that a step scheduled now could not draft for.
@@ -128,7 +143,7 @@ class Drafts(Observer):
     def _may_draft(self, one: Drafting) -> bool:
         request = one.request
         return (
-            not one.grammar.rest
+            (one.is_guessed or not one.grammar.rest)
             and not request.is_prefill_chunk
             and request.num_output_placeholders <= 1  # that of this step
             and not has_stale_output(request)  # of a draft, perhaps
@@ -143,6 +158,10 @@ class Drafts(Observer):
             request.max_tokens - request.num_output_tokens - 1,
             scheduler.max_model_len - request.num_tokens - 1,
         )
+        if one.is_guessed:
+            return list(one.guess) if len(one.guess) <= longest else []
+        if self._objects is not None and (probable := self._objects.rest(request)):
+            return probable[:longest]
         least = self._costs.least_share(len(scheduler.running))
         return one.grammar.answers.draft(one.before, least, longest, one.end)
 
@@ -161,7 +180,10 @@ class Drafts(Observer):
             one = self._requests.get(request.request_id)
             if one is None:
                 continue
-            if draft := step.drafted.get(request.request_id):
+            if self._objects is not None and request.request_id in self._objects.written:
+                continue  # the model has not written it
+            draft = step.drafted.get(request.request_id)
+            if draft and not one.is_guessed:
                 self._judge(one, len(draft), len(tokens) - 1, worth)
             if reads_grammar(self._manager, request):
                 self._learn(one, tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,10 @@ def no_logprobs(_: str) -> None:
     """Those of a step that has none."""
 
 
+def keep_tokens(*_: object) -> None:
+    """In a step without objects, none are replaced."""
+
+
 @dataclass(frozen=True)
 class Step:
     """A step that has run, before the scheduler takes its tokens.
@@ -33,6 +37,7 @@ class Step:
         note: what the worker says of it; None if there was nothing to run.
         choosing: the running requests with a grammar, and the tokens that were sampled for each.
         append: lets tokens count as sampled: a request, its sampled tokens, and those to append.
+        replace: lets other tokens count as sampled: a request, its sampled tokens, and the others.
         scores: what a classifier gave for a request id; None for a request that generates.
         logprobs: by request id, as `sampled_logprobs` of `compat`.
         scheduled_at: when it was scheduled, by `time.perf_counter`.
@@ -46,6 +51,7 @@ class Step:
     append: Callable[[Request, Tokens, Tokens], None]
     scores: Callable[[str], list[float] | None]
     logprobs: Callable[[str], Any] = no_logprobs
+    replace: Callable[[Request, Tokens, Sequence[int]], None] = keep_tokens
     drafted: Mapping[str, Tokens] = field(default_factory=dict)
     scheduled_at: float = 0.0
 

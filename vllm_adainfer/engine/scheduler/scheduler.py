@@ -32,6 +32,7 @@ from vllm_adainfer.engine.compat.scheduler import (
     append_tokens,
     is_output_dropped,
     pooled_output,
+    replace_tokens,
     sampled_logprobs,
     sampled_tokens,
     tell_scheduler_of_arrivals,
@@ -44,6 +45,7 @@ from vllm_adainfer.engine.scheduler.capture import Capture
 from vllm_adainfer.engine.scheduler.drafts import Drafts
 from vllm_adainfer.engine.scheduler.kinds import KindCounts
 from vllm_adainfer.engine.scheduler.observer import Counters, Observer, Step, report_of
+from vllm_adainfer.engine.scheduler.objects import WrittenObjects
 from vllm_adainfer.engine.scheduler.prefix_cache import PrefixCacheGuard, refuse_kv_connector
 from vllm_adainfer.engine.scheduler.prompt_texts import texts_for_students
 from vllm_adainfer.engine.scheduler.rest_of_answer import RestOfAnswer, check_tokenizer
@@ -180,6 +182,7 @@ class ObservedScheduler(_Scheduler):
                 with_drafts=self.drafts is not None,
             ),
             append=partial(append_tokens, self, scheduler_output),
+            replace=partial(replace_tokens, scheduler_output),
             scores=partial(pooled_output, runner_output),
             logprobs=partial(sampled_logprobs, runner_output),
             drafted=scheduler_output.scheduled_spec_decode_tokens,
@@ -271,7 +274,10 @@ def observers_of(
     if settings.drafts_structure:  # before other observers append to what was sampled
         reason = why_nothing_is_drafted(vllm_config)
         if reason is None:
-            observers.append(Drafts(scheduler, on_gpu=not current_platform.is_cpu()))
+            objects = objects_of(scheduler.admission)
+            if objects is not None:
+                observers.append(objects)
+            observers.append(Drafts(scheduler, not current_platform.is_cpu(), objects))
             logger.info("AdaInfer drafts structured answers from earlier ones to the same grammar")
         else:
             logger.warning("structured answers are not drafted, because %s", reason)
@@ -293,6 +299,13 @@ def observers_of(
     if settings.capture is not None:
         observers.append(Capture(settings.capture, engine, model.served_model_name))
     return observers
+
+
+def objects_of(admission: Admission | None) -> WrittenObjects | None:
+    """What writes the objects of policies; None if no policy is for objects."""
+    if admission is None or not admission.has_objects:
+        return None
+    return WrittenObjects(admission.policies.configs)
 
 
 def settings_of(vllm_config: VllmConfig) -> Settings:

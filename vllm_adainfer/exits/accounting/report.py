@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from vllm_adainfer.artifact.kinds import NotCovered
 from vllm_adainfer.exits.accounting.counters import ExitStats
@@ -11,9 +12,15 @@ from vllm_adainfer.exits.accounting.counters import ExitStats
 Outcome = Literal["early", "full_depth", "shadow"]
 # Why a request that its policy serves ran to full depth in a step: its bound covers fewer tokens;
 # others, or its own later tokens, need its keys and values; the weights are not those of the
-# calibration; too many rows wait for layers; or too many of the policy's answers differ.
+# calibration; too many rows wait for layers; too many of the policy's answers differ; or the step
+# had no room for the guess behind the prompt.
 WhyFullDepth = Literal[
-    "beyond_bound", "keys_needed", "other_weights", "deferred_rows", "too_many_differ"
+    "beyond_bound",
+    "keys_needed",
+    "other_weights",
+    "deferred_rows",
+    "too_many_differ",
+    "not_guessed",
 ]
 
 # How one token was decided: the place of its request in the step's batch, the policy that this came
@@ -46,6 +53,17 @@ class Provenance:
     outcome: Outcome
     not_covered: NotCovered | None = None
     why_full_depth: WhyFullDepth | None = None
+
+
+class DecidedObject(NamedTuple):
+    """An object by the heads of a policy, as a number, and whether it is the early answer.
+
+    Otherwise the request has run to full depth, and the object is what it probably says.
+    """
+
+    policy: str
+    code: int
+    is_early: bool
 
 
 Key = tuple[str, ...]  # kind of counter; policy, if any; layer, epsilon or the like, if any
@@ -101,9 +119,11 @@ class StepNote:
             full depth; None where no scheduler needs it.
         counted: the worker's counters; None in most steps.
         decided: where the tokens of the step came from; empty unless answers are audited.
+        objects: the objects that were decided, by request.
 
     """
 
     complete: dict[str, int] | None
     counted: Snapshot | None
     decided: tuple[Provenance, ...] = ()
+    objects: Mapping[str, DecidedObject] = field(default_factory=dict)
