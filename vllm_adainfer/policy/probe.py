@@ -141,7 +141,7 @@ class Probe:
     ) -> Tensor:
         """All scores of a label head, fp32 [rows, head rows].
 
-        `hidden`, `lens` and `texts` are those of `UndecidedRows`; of an object [rows, fields, ...]. `subsets`, bool [rows, labels],
+        `hidden`, `lens` and `texts` are those of `UndecidedRows`. `subsets`, bool [rows, labels],
         are the labels that each row's request names; others get -inf. None: all.
         """
         encoder, bias = self.encoder, self.head.bias

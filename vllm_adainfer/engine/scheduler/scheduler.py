@@ -44,8 +44,8 @@ from vllm_adainfer.engine.scheduler.audit import Audit
 from vllm_adainfer.engine.scheduler.capture import Capture
 from vllm_adainfer.engine.scheduler.drafts import Drafts
 from vllm_adainfer.engine.scheduler.kinds import KindCounts
-from vllm_adainfer.engine.scheduler.observer import Counters, Observer, Step, report_of
 from vllm_adainfer.engine.scheduler.objects import WrittenObjects
+from vllm_adainfer.engine.scheduler.observer import Counters, Observer, Step, report_of
 from vllm_adainfer.engine.scheduler.prefix_cache import PrefixCacheGuard, refuse_kv_connector
 from vllm_adainfer.engine.scheduler.prompt_texts import texts_for_students
 from vllm_adainfer.engine.scheduler.rest_of_answer import RestOfAnswer, check_tokenizer

@@ -1,0 +1,170 @@
+"""Objects that are decided early are those of the heads; all others are stock vLLM's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from tests.byte_model import byte_tokenizer, save_byte_model
+from tests.conftest import tiny_engine
+from tests.e2e.drafted_traffic import (
+    Ask,
+    an_object,
+    assert_same,
+    counted_drafts,
+    prompts,
+    served,
+    traffic,
+)
+from tests.tiny import tiny_config, tiny_tensors
+from vllm_adainfer import stats
+from vllm_adainfer.artifact.artifact import Artifact
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.files import load_artifact, save_artifact
+from vllm_adainfer.artifact.outputs import DecidedField, Objects, Value
+from vllm_adainfer.drafts.schemas import digest_of
+
+ENGINE: dict[str, Any] = {
+    "max_model_len": 256,
+    "kv_cache_memory_bytes": 64 << 20,
+    "max_num_batched_tokens": 2048,  # room for every guess
+    "structured_outputs_config": {"backend": "xgrammar"},
+}
+VALUES: dict[str, list[Any]] = {
+    "mood": ["positive", "negative"],
+    "plot": ["good", "bad", "none"],
+    "seen": [True, False],
+}
+SCHEMA = an_object(
+    mood={"enum": VALUES["mood"]}, plot={"enum": VALUES["plot"]}, seen={"type": "boolean"}
+)
+POOLED_FROM = 2
+THRESHOLDS = torch.tensor([[0.12, 0.09, 0.06], [0.10, 0.08, 0.05]])
+
+
+def objects() -> Objects:
+    """The second value of each field is guessed."""
+    encode = byte_tokenizer().encode
+    behind = ['", "plot": "', '", "seen": ', "}"]
+    fields = []
+    for (path, values), rest in zip(VALUES.items(), behind, strict=True):
+        found = [
+            Value(
+                text=json.dumps(one),
+                written=tuple(encode(one if isinstance(one, str) else json.dumps(one)))
+                + tuple(encode(rest)),
+            )
+            for one in values
+        ]
+        fields.append(DecidedField(path=path, values=tuple(found), guess=1))
+    digest = digest_of(json.dumps(SCHEMA))
+    assert digest is not None
+    return Objects(schema_digest=digest, start=tuple(encode('{"mood": "')), fields=tuple(fields))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_byte_model(tmp_path_factory.mktemp("bytes"))
+
+
+@pytest.fixture(scope="module")
+def policy(model, tmp_path_factory) -> Callable[[str], Path]:
+    def made(probe: str) -> Path:
+        directory = tmp_path_factory.mktemp("artifact") / "policy"
+        more = {"pooled_from": POOLED_FROM} if probe == "pooled-label-head" else {}
+        of_labels = tiny_config(model, probe=probe, **more)
+        config = ArtifactConfig.model_validate({**dict(of_labels), "output": objects()})
+        save_artifact(directory, config, tiny_tensors(config, THRESHOLDS), {}, "card\n")
+        return directory
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def stock(model) -> Any:
+    return tiny_engine(model, None, **ENGINE)
+
+
+def params(**changes: Any) -> SamplingParams:
+    values = {
+        "temperature": 0,
+        "max_tokens": 120,
+        "structured_outputs": StructuredOutputsParams(json=SCHEMA),
+        **changes,
+    }
+    return SamplingParams(**values)
+
+
+class Oracle:
+    """What heads say of an object, by plain transformers."""
+
+    def __init__(self, model: Path, artifact: Artifact) -> None:
+        self.model = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self.artifact, self.tokenizer = artifact, byte_tokenizer()
+        found = artifact.config.objects
+        assert found is not None
+        self.objects = found
+
+    @torch.no_grad()
+    def early(self, prompt: str, level: int) -> tuple[str | None, int | None]:
+        """The text that is written early, and after which layer; None for neither."""
+        config, tensors = self.artifact.config, self.artifact.tensors
+        ids = self.tokenizer.encode(prompt)
+        rows = torch.tensor(self.objects.rows) + len(ids) - 1
+        states = self.model(
+            torch.tensor([[*ids, *self.objects.guess]]), output_hidden_states=True
+        ).hidden_states
+        for index, layer in enumerate(config.exit_points):
+            read = states[layer][0, rows]
+            if config.is_pooled:
+                normed = states[layer][0] / states[layer][0].pow(2).mean(-1, True).add(1e-6).sqrt()
+                mean = normed[POOLED_FROM : len(ids)].mean(0)
+                read = torch.cat([normed[rows], mean.expand(len(rows), -1)], dim=1)
+            weight, bias = (tensors[f"exit.{layer}.head_{name}"] for name in ("weight", "bias"))
+            sizes = [len(one.values) for one in self.objects.fields]
+            scores = [
+                own @ row + at
+                for row, own, at in zip(read, weight.split(sizes), bias.split(sizes), strict=True)
+            ]
+            gaps = [
+                (two := one.softmax(0).topk(2).values)[0] - two[1] for one in scores
+            ]
+            if min(gaps) >= tensors["thresholds"][level, index]:
+                places = [int(one.argmax()) for one in scores]
+                return self.tokenizer.decode(self.objects.written(places)), layer
+        return None, None
+
+
+@pytest.mark.parametrize("probe", ["label-head", "pooled-label-head"])
+def test_objects_are_those_of_the_heads_where_these_are_sure_and_stocks_elsewhere(
+    model, policy, stock, probe
+):
+    artifact = policy(probe)
+    ours = tiny_engine(model, {"artifact": str(artifact), "min_rows_saved": 1}, **ENGINE)
+    oracle = Oracle(model, load_artifact(artifact))
+    texts = [one for one in prompts(3, 40, 100) if len(one) > POOLED_FROM]
+    asks = [Ask(text, params(), step=place // 3) for place, text in enumerate(texts)]
+    theirs = served(stock, asks)
+    with counted_drafts(ours) as counted:
+        found = served(ours, asks)
+    early, depths = 0, {}
+    for ask, own, other in zip(asks, found, theirs, strict=True):
+        expected, layer = oracle.early(ask.prompt, level=1)
+        early += expected is not None
+        if layer is not None:
+            depths[layer] = depths.get(layer, 0) + 1
+        assert own.texts[0] == (expected or other.texts[0]), ask
+        assert own.ends[0][0] == ("stop" if expected else other.ends[0][0])
+    assert 5 < early < len(asks) - 5, early
+    assert len(depths) > 1
+
