@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -20,14 +18,11 @@ from tests.conftest import tiny_engine
 from tests.e2e.drafted_traffic import (
     Ask,
     an_object,
-    assert_same,
     counted_drafts,
     prompts,
     served,
-    traffic,
 )
 from tests.tiny import tiny_config, tiny_tensors
-from vllm_adainfer import stats
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
@@ -136,9 +131,7 @@ class Oracle:
                 own @ row + at
                 for row, own, at in zip(read, weight.split(sizes), bias.split(sizes), strict=True)
             ]
-            gaps = [
-                (two := one.softmax(0).topk(2).values)[0] - two[1] for one in scores
-            ]
+            gaps = [(two := one.softmax(0).topk(2).values)[0] - two[1] for one in scores]
             if min(gaps) >= tensors["thresholds"][level, index]:
                 places = [int(one.argmax()) for one in scores]
                 return self.tokenizer.decode(self.objects.written(places)), layer
@@ -167,4 +160,3 @@ def test_objects_are_those_of_the_heads_where_these_are_sure_and_stocks_elsewher
         assert own.ends[0][0] == ("stop" if expected else other.ends[0][0])
     assert 5 < early < len(asks) - 5, early
     assert len(depths) > 1
-

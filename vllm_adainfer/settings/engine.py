@@ -230,9 +230,9 @@ class Settings(Switch, SwitchInstruments):
 
     @property
     def drafts_structure(self) -> bool:
-        """Whether structured answers are drafted; never while recording."""
+        """Whether structured answers are drafted; while recording, those of objects alone."""
         if self.record is not None:
-            return False
+            return bool(self.record_objects)
         return not self.runs_stock if self.draft_structure is None else self.draft_structure
 
     @property
@@ -246,7 +246,7 @@ class Settings(Switch, SwitchInstruments):
     def _has_one_source(self) -> Settings:
         instruments = self.record, self.exit_script
         if instruments == (None, None):
-            for key in "record_lens", "record_pooled_from", "record_states":
+            for key in "record_lens", "record_pooled_from", "record_states", "record_objects":
                 if getattr(self, key) is not None:
                     raise ValueError(f'"{key}" goes with "record": give both, or neither')
             return self

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from vllm_adainfer.strict import Strict
 
 ROW_ARG = "adainfer_row"
+GUESS_ARG = "adainfer_guess"
 SCRIPT_ARG = "adainfer_exit"
 
 
@@ -38,6 +39,9 @@ class SwitchInstruments(BaseModel):
         record_pooled_from: with `record`, the position from which on to take the mean of the states
             of each prompt, at all of these layers but the last.
         record_states: with `record_pooled_from`, where to keep each of these states instead.
+        record_objects: with `record`, whether requests ask for objects. Their answers are drafted,
+            and what is kept are the states that their fields are decided by, see
+            `adainfer_record_fields`.
         exit_script: instead of an artifact, exit points; a request leaves at the one that its
             ``adainfer_exit`` names, with a meaningless answer. Benchmarks and tests set it.
 
@@ -47,6 +51,7 @@ class SwitchInstruments(BaseModel):
     record_lens: LensRecord | None = None
     record_pooled_from: int | None = Field(None, ge=1)
     record_states: StatesRecord | None = None
+    record_objects: bool | None = None
     exit_script: tuple[int, ...] | None = None
 
 
@@ -55,9 +60,11 @@ class RequestInstruments(BaseModel):
 
     Attributes:
         adainfer_row: under `record`, the row of the calibration data.
+        adainfer_guess: under `record_objects`, the tokens that stand behind the prompt in its step.
         adainfer_exit: under `exit_script`, the exit point at which to leave.
 
     """
 
     adainfer_row: int | None = Field(None, strict=True)
+    adainfer_guess: tuple[int, ...] | None = None
     adainfer_exit: int | None = Field(None, strict=True)

@@ -67,7 +67,9 @@ class Admission:
         self.is_recording = settings.record is not None
         self.has_pools = any(config.label_pool for config in configs.values())
         self.has_choices = any(config.choices for config in configs.values())
-        self.has_objects = any(config.objects for config in configs.values())
+        self.has_objects = bool(settings.record_objects) or any(
+            config.objects for config in configs.values()
+        )
         self.has_pooled = settings.record_pooled_from is not None or any(
             config.is_pooled for config in configs.values()
         )
@@ -129,7 +131,7 @@ class Admission:
             subset=ALL if config is None else _subset(request.output, config),
             certified_tokens=UNLIMITED if config is None else config.max_tokens,
             has_choice_policy=config is not None and bool(config.choices),
-            guessed=len(config.objects.guess) if config is not None and config.objects else 0,
+            guessed=_guessed(request, config),
             answers_stand=config is not None and config.promise.answers_stand,
             text=() if name is None else request.texts.get(name, ()),
             record_row=NOT_RECORDED if record_row is None else record_row,
@@ -153,6 +155,13 @@ def _subset(output: Output | None, config: ArtifactConfig) -> int:
     if not config.label_pool or output is None or output.labels is None:
         return ALL
     return bits_of(output.labels, config.label_ids)
+
+
+def _guessed(request: Running, config: ArtifactConfig | None) -> int:
+    """See `Running.guessed`."""
+    if request.settings.adainfer_guess is not None:
+        return len(request.settings.adainfer_guess)
+    return len(config.objects.guess) if config is not None and config.objects is not None else 0
 
 
 def why_choices_run_on(vllm_config: VllmConfig, settings: Settings) -> str | None:
@@ -182,6 +191,8 @@ def check_request(params: SamplingParams, admission: Admission) -> None:
         raise AdaInferError("adainfer_exit goes with an exit_script, and this engine has none")
     if request.adainfer_row is not None and settings.record is None:
         raise AdaInferError("adainfer_row is for calibration, and this engine records nothing")
+    if request.adainfer_guess is not None and not settings.record_objects:
+        raise AdaInferError("adainfer_guess is for calibration, and this engine records nothing")
     name = request.adainfer_policy
     if name is not None and name not in configs:
         known = ", ".join(configs) or "none"

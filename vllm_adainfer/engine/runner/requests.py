@@ -155,11 +155,10 @@ class RunningRequests:
         if drafted is not None:
             token -= drafted
         continues = token < own.max_tokens  # once this step's token is appended
-        unguessed = None
+        guessed = None
         if admission.has_objects:
-            guessed = (own.guessed > 0) & (token == 1) & (drafted == own.guessed)
+            guessed = (own.guessed > 0) & yields_token & (token == 1) & (drafted == own.guessed)
             continues &= ~guessed  # an early answer is the whole object
-            unguessed = (own.guessed > 0) & ~guessed
         rows, pooled_from = own.threshold_row, None
         if admission.has_pooled:
             pooled_from = own.pooled_from
@@ -177,8 +176,8 @@ class RunningRequests:
             shadow = own.is_shadow != 0
         self._why.clear()
         reasons = [*self._full_depth(request_ids, own, token, needs_all, tightened)]
-        if unguessed is not None:
-            reasons.append(("not_guessed", unguessed))
+        if guessed is not None:
+            reasons.append(("not_guessed", (own.guessed > 0) & ~guessed))
         for why, applies in reasons:
             if self._audits:
                 self._why |= dict.fromkeys(np.flatnonzero(applies & (rows != FULL_DEPTH)), why)
@@ -204,6 +203,7 @@ class RunningRequests:
             texts=[self._requests[one].text for one in request_ids]
             if admission.has_students
             else None,
+            guessed=guessed,
             record_rows=own.record_row if admission.is_recording else None,
             recorded=recorded,
             ends_early=own.has_choice_policy != 0 if admission.has_choices else None,

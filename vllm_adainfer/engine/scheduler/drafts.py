@@ -33,7 +33,7 @@ from vllm_adainfer.engine.scheduler.observer import Observer, Step
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-    from vllm_adainfer.engine.scheduler.objects import WrittenObjects
+    from vllm_adainfer.engine.scheduler.objects import Guesses
 
 ROWS_PER_STEP_ON_CPU, ROWS_PER_STEP_ON_GPU = 32.0, 256.0  # until they are measured
 
@@ -76,8 +76,8 @@ class Drafts(Observer):
     request from running in the same step.
     """
 
-    def __init__(self, scheduler: Any, on_gpu: bool, objects: WrittenObjects | None = None) -> None:
-        """`scheduler` is vLLM's; `objects` are those of policies, if there are any."""
+    def __init__(self, scheduler: Any, on_gpu: bool, objects: Guesses | None = None) -> None:
+        """`scheduler` is vLLM's; `objects` are those that policies decide, if there are any."""
         self._objects = objects
         self._scheduler = scheduler
         self._manager = scheduler.structured_output_manager
@@ -94,20 +94,17 @@ class Drafts(Observer):
         params, structured = request.sampling_params, request.structured_output_request
         if params is None or structured is None or request.resumable:
             return
+        guess = () if self._objects is None else self._objects.guess_of(request)
         resolved = resolved_of(request)
-        policy = None if resolved is None or self._objects is None else resolved.objects
-        may_exit = resolved is not None and resolved.may_exit and policy is None
+        may_exit = resolved is not None and resolved.may_exit and not guess
         if may_exit or params.eos_token_id is None or not only_grammar_decides(params):
             return
         adapter = "" if request.lora_request is None else request.lora_request.lora_name
         kind, text = structured.structured_output_key
-        grammar = self._grammars.arrived(adapter, kind.name, text, is_known=policy is not None)
-        if grammar is None:
-            return
-        one = self._requests[request.request_id] = Drafting(request, grammar, params.eos_token_id)
-        if policy is not None and resolved is not None and resolved.may_exit:
-            assert self._objects is not None
-            one.guess = self._objects.guess(policy)
+        grammar = self._grammars.arrived(adapter, kind.name, text, is_known=bool(guess))
+        if grammar is not None:
+            end = params.eos_token_id
+            self._requests[request.request_id] = Drafting(request, grammar, end, guess=guess)
 
     def waiting(self) -> Iterator[Request]:
         """With asynchronous scheduling, the requests that a step scheduled now could not draft for.

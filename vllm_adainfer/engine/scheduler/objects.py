@@ -6,36 +6,73 @@ then: the answer is the text that the model writes for these values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from typing_extensions import override
 
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.engine.admission.running import resolved_of
 from vllm_adainfer.engine.scheduler.observer import Observer, Step
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-class WrittenObjects(Observer):
+class Guesses(Protocol):
+    """What drafts must know of the objects that policies decide.
+
+    Attributes:
+        written: the requests whose objects were written early in the step that has just ended.
+
+    """
+
+    written: Collection[str]
+
+    def guess_of(self, request: Request) -> Sequence[int]:
+        """What stands behind a prompt while a policy decides its object; empty for no object."""
+
+    def rest(self, request: Request) -> list[int]:
+        """What a policy expects behind what a request has written; empty for nothing."""
+
+
+class RecordedGuesses(Guesses):
+    """Those of calibration, which each request brings."""
+
+    written = frozenset[str]()
+
+    @override
+    def guess_of(self, request: Request) -> Sequence[int]:
+        resolved = resolved_of(request)
+        guess = None if resolved is None else resolved.settings.adainfer_guess
+        return guess or ()
+
+    @override
+    def rest(self, request: Request) -> list[int]:
+        return []
+
+
+class WrittenObjects(Observer, Guesses):
     """Ends a request in the step that has decided its object early.
 
-    Of one that ran to full depth all the same, the object of the heads is what probably follows:
+    Of one that ran to full depth all the same, the object of the heads is what probably follows.
     """
 
     def __init__(self, configs: Mapping[str, ArtifactConfig]) -> None:
         """`configs` are those of the policies."""
         self._objects = {name: one.objects for name, one in configs.items() if one.objects}
         self._probable: dict[str, tuple[int, ...]] = {}
-        self.written: set[str] = set()  # in the step that has just ended
+        self.written: set[str] = set()
 
-    def guess(self, policy: str) -> tuple[int, ...]:
-        """The tokens that stand behind a prompt while a policy decides its object."""
-        return self._objects[policy].guess
+    @override
+    def guess_of(self, request: Request) -> Sequence[int]:
+        resolved = resolved_of(request)
+        if resolved is None or resolved.objects is None or not resolved.may_exit:
+            return ()
+        return self._objects[resolved.objects].guess
 
+    @override
     def rest(self, request: Request) -> list[int]:
-        """What probably follows what a request has written; empty if it has written another."""
         probable, written = self._probable.get(request.request_id, ()), request.output_token_ids
         count = len(written)
         return list(probable[count:]) if probable[:count] == tuple(written) else []

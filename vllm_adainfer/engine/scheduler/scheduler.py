@@ -44,7 +44,7 @@ from vllm_adainfer.engine.scheduler.audit import Audit
 from vllm_adainfer.engine.scheduler.capture import Capture
 from vllm_adainfer.engine.scheduler.drafts import Drafts
 from vllm_adainfer.engine.scheduler.kinds import KindCounts
-from vllm_adainfer.engine.scheduler.objects import WrittenObjects
+from vllm_adainfer.engine.scheduler.objects import Guesses, RecordedGuesses, WrittenObjects
 from vllm_adainfer.engine.scheduler.observer import Counters, Observer, Step, report_of
 from vllm_adainfer.engine.scheduler.prefix_cache import PrefixCacheGuard, refuse_kv_connector
 from vllm_adainfer.engine.scheduler.prompt_texts import texts_for_students
@@ -274,8 +274,8 @@ def observers_of(
     if settings.drafts_structure:  # before other observers append to what was sampled
         reason = why_nothing_is_drafted(vllm_config)
         if reason is None:
-            objects = objects_of(scheduler.admission)
-            if objects is not None:
+            objects = objects_of(settings, scheduler.admission)
+            if isinstance(objects, Observer):
                 observers.append(objects)
             observers.append(Drafts(scheduler, not current_platform.is_cpu(), objects))
             logger.info("AdaInfer drafts structured answers from earlier ones to the same grammar")
@@ -301,8 +301,10 @@ def observers_of(
     return observers
 
 
-def objects_of(admission: Admission | None) -> WrittenObjects | None:
-    """What writes the objects of policies; None if no policy is for objects."""
+def objects_of(settings: Settings, admission: Admission | None) -> Guesses | None:
+    """The objects that policies decide, or that are recorded; None if there are none."""
+    if settings.record_objects:
+        return RecordedGuesses()
     if admission is None or not admission.has_objects:
         return None
     return WrittenObjects(admission.policies.configs)

@@ -57,6 +57,8 @@ class StepContext:
         pooled_from: [requests], the position from which on a pooled policy reads the prompt;
             negative for requests that none reads. None if the engine has no pooled policy.
         texts: [requests], see `Running.text`. None if no policy has a student.
+        guessed: [requests], True for those that ask for an object whose guess stands behind the
+            prompt, which ends in this step; None if the engine decides no objects.
         record_rows: [requests], see `Running.record_row`; None unless the engine records.
         recorded: requests whose states are kept beside serving; None if there are none.
         shadow: the shadow requests that may exit; None where there is no monitor.
@@ -80,6 +82,7 @@ class StepContext:
     ends_early: Bools | None = None
     pooled_from: Ints | None = None
     texts: Sequence[Sequence[int]] | None = None
+    guessed: Bools | None = None
     record_rows: Ints | None = None
     recorded: RecordedRequests | None = None
     shadow: Ints | None = field(default=None, init=False)

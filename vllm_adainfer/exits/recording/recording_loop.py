@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from vllm_adainfer.arrays import Ints
+from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.batch.batch import Batch, StackShape
@@ -62,7 +62,12 @@ class Timings:
 
 
 class RecordingLoop(Loop):
-    """Runs all requests at full depth while calibration data are collected."""
+    """Runs all requests at full depth while calibration data are collected.
+
+    Attributes:
+        answer_rows: as in `ExitPolicy`, where objects are recorded.
+
+    """
 
     def __init__(
         self,
@@ -79,6 +84,7 @@ class RecordingLoop(Loop):
         self.recorder = recorder
         self._keeps_states = keeps_states
         self._reads_prompts = reads_prompts
+        self.answer_rows: Ints | None = None
         self.carried = CarriedPrompts()
         self.timings = Timings()
         self.kv = ExactKV()
@@ -118,7 +124,9 @@ class RecordingLoop(Loop):
         final = batch.run(len(self.recorder.layers), states).hidden
         assert step.record_rows is not None, "the engine records"
         record_rows, positions, last = step.on_device(
-            step.record_rows[step.layout.row_requests], step.layout.positions, step.sampled_rows()
+            step.record_rows[step.layout.row_requests],
+            step.layout.positions,
+            self._decision_rows(step),
         )
         self.recorder.record(recorded, record_rows, positions, last, means)
         if rehearses:
@@ -131,15 +139,30 @@ class RecordingLoop(Loop):
         accounting.decided(policies[: step.num_sampled], depth)
         self.stats.tokens_decided += step.num_sampled
         self.timings.layers_run += rows * depth
-        return StepOutput(final)
+        return StepOutput(final, sampled_lens=step.sampled_lens)
+
+    def _decision_rows(self, step: StepContext) -> Bools:
+        """Whether each row decides an answer, or a field of one, [rows]."""
+        if self.answer_rows is None:
+            return step.sampled_rows()
+        requests = self._decided(step)
+        of_prompts = step.layout.last_rows(requests) - step.drafted[requests]
+        rows = np.zeros(step.layout.num_rows, dtype=np.bool_)
+        rows[(of_prompts[:, None] + self.answer_rows).ravel()] = True
+        return rows
+
+    def _decided(self, step: StepContext) -> Ints:
+        """The recorded requests that are decided in a step."""
+        assert step.record_rows is not None
+        decided = step.yields_token & (step.record_rows >= 0)
+        return np.flatnonzero(decided if step.guessed is None else decided & step.guessed)
 
     def _mean(
         self, exit_index: int, prompts: PooledPrompts, states: HiddenStates, step: StepContext
     ) -> Tensor:
         """fp32 [decision rows, hidden size], see `Recorder.record`."""
-        assert step.record_rows is not None
         assert step.pooled_from is not None
-        decisions = np.flatnonzero(step.yields_token & (step.record_rows >= 0))
+        decisions = self._decided(step)
         whole = np.flatnonzero(step.pooled_from[decisions] >= 0)
         size = states.hidden.shape[1]
         means = states.hidden.new_full((len(decisions), size), torch.nan, dtype=torch.float32)
@@ -150,6 +173,8 @@ class RecordingLoop(Loop):
             self.timings.pooled_rows += step.layout.num_rows
             [places] = step.on_device(whole)
             means[places] = read[:, size:]
+        if self.answer_rows is not None:
+            return means.repeat_interleave(len(self.answer_rows), dim=0)
         return means
 
     def _keep_states(
