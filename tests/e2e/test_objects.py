@@ -148,7 +148,7 @@ def test_objects_are_those_of_the_heads_where_these_are_sure_and_stocks_elsewher
     texts = [one for one in prompts(3, 40, 100) if len(one) > POOLED_FROM]
     asks = [Ask(text, params(), step=place // 3) for place, text in enumerate(texts)]
     theirs = served(stock, asks)
-    with counted_drafts(ours) as counted:
+    with counted_drafts(ours):
         found = served(ours, asks)
     early, depths = 0, {}
     for ask, own, other in zip(asks, found, theirs, strict=True):

@@ -204,7 +204,7 @@ def scored(artifact: Artifact, inputs: Inputs) -> dict[str, list[Scored]]:
             judged = Scored.of(early, target, rows, np.arange(2 * HALF), right)
             one = judged.scored(part.tensors[f"exit.{layer}.classifier"].float())
             never = {config.label_ids[place] for place in config.never_settled}
-            exits.append(one.never_at(never))
+            exits.append(one.never_at(np.isin(one.tokens, [*never])))
         found[name] = exits
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 from vllm_adainfer.artifact.config_fields import ConfigFields
 from vllm_adainfer.artifact.fields import MOST_CHOICE_CHARACTERS
@@ -27,6 +28,9 @@ def broken_rules(config: ConfigFields) -> list[str]:
     tokens: Sequence[int] = config.label_ids
     if isinstance(config.output, Choices):
         tokens = [token for _, own in config.output.columns for token in own]
+    if config.objects is not None:
+        written = (one.written for field in config.objects.fields for one in field.values)
+        tokens = sorted({*config.objects.start, *chain(*written)})
     epsilons = {level.epsilon for level in config.levels}
     certified = [question.certified for question in config.questions]
     names = {label.name for label in labels}
@@ -105,6 +109,19 @@ def broken_rules(config: ConfigFields) -> list[str]:
         "a score_head rules out label_mass: there is no rest of a vocabulary": (
             config.score_head is None or not promise.covers_mass
         ),
+        "objects need a label-head, max_tokens = 1 and the promise changed, and rule out branches "
+        "and by_question": (
+            config.objects is None
+            or (
+                head
+                and config.max_tokens == 1
+                and promise.kind == "changed"
+                and not config.branches
+                and not config.by_question
+            )
+        ),
+        "the guess of each field must be one of its values": config.objects is None
+        or all(field.guess < len(field.values) for field in config.objects.fields),
         "choices rule out promises about probabilities": (
             not choices or not promise.reads_probabilities
         ),

@@ -151,7 +151,7 @@ class Objects(Asked):
 
     @property
     @override
-    def link(self) -> Link:
+    def link(self) -> ByField:
         """One value of each field holds."""
         return ByField([len(field.values) for field in self.fields])
 
@@ -160,6 +160,16 @@ class Objects(Asked):
         """The values of all fields."""
         names = [f"{field.path}={one.text}" for field in self.fields for one in field.values]
         return tuple(Label(name=name, token_id=place) for place, name in enumerate(names))
+
+    def at(self, label: str) -> tuple[int, int]:
+        """The field that a label is about, and the place of its value there."""
+        numbered = enumerate(self.fields)
+        named = {
+            f"{field.path}={one.text}": (number, place)
+            for number, field in numbered
+            for place, one in enumerate(field.values)
+        }
+        return named[label]
 
     @cached_property
     def guess(self) -> tuple[TokenId, ...]:

@@ -19,6 +19,9 @@ def outputs_in_words(config: ArtifactConfig) -> str:
     """What requests ask for that the policy serves; goes on after "requests for"."""
     if config.choices:
         return f"a choice among {', '.join(repr(choice.text) for choice in config.choices)}"
+    if config.objects is not None:
+        fields = ", ".join(field.path for field in config.objects.fields)
+        return f"a JSON object that decides {fields}"
     tokens = "one token" if config.max_tokens == 1 else "any number of tokens"
     if config.candidates != "labels":
         return tokens

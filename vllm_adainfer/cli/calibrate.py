@@ -52,6 +52,14 @@ def calibrate(
         ),
     ] = "",
     lora: Lora = "",
+    schema: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with the JSON schema of the objects that requests ask for. All of its "
+            "fields must have few values, and the bound is on objects of which any field changes. "
+            'Labels are then such as mood="good" or seen=true. Requests bring their own.'
+        ),
+    ] = None,
     probe: Annotated[
         ProbeChoice,
         typer.Option(
@@ -186,6 +194,7 @@ def calibrate(
         labels=names_of(labels),
         label_pool=names_of(label_pool),
         choices=choice_texts(choices),
+        schema=schema,
         adapter=read_adapter(lora),
         probe=probe,
         student=student,

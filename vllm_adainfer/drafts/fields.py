@@ -89,7 +89,7 @@ def probabilities(answer: Sequence[Token], fields: Fields) -> dict[str, dict[str
     for token in answer:
         starts.append(starts[-1] + len(token.text))
     found: dict[str, dict[str, float]] = {}
-    for path, begin in _values_in(text):
+    for path, begin in values_in(text):
         if path in fields and path not in found:
             first = next(place for place, end in enumerate(starts[1:]) if end > begin)
             read = _read_value(answer[first:], fields[path], begin - starts[first])
@@ -142,7 +142,7 @@ def _compatible(values: Sequence[str], begun: str) -> list[str]:
     ]
 
 
-def _values_in(text: str) -> Iterator[tuple[str, int]]:
+def values_in(text: str) -> Iterator[tuple[str, int]]:
     """The paths of an object's values in order, and where each begins; up to a syntax error."""
     decoder = json.JSONDecoder()
     inside: list[str] = []  # the names of the objects that are open

@@ -33,6 +33,17 @@ def digest_of(schema: str) -> str | None:
     of required properties. Parts that are referred to count as if they stood there. The order of
     properties counts: it is that of the answer. Linear in the text, up to `LONGEST_SCHEMA`.
     """
+    plain = plain_schema(schema)
+    if plain is None:
+        return None
+    return sha256(json.dumps(plain).encode(errors="surrogatepass")).hexdigest()
+
+
+def plain_schema(schema: str) -> dict[str, Any] | None:
+    """A schema without what does not count in its digest; None if it has none.
+
+    ``properties`` are lists of a name and a schema; enumerated values are JSON texts.
+    """
     if len(schema) > LONGEST_SCHEMA:
         return None
     try:
@@ -40,9 +51,7 @@ def digest_of(schema: str) -> str | None:
         plain = _Plain(_definitions_of(found)).of(found)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(plain, dict):
-        return None
-    return sha256(json.dumps(plain).encode(errors="surrogatepass")).hexdigest()
+    return plain if isinstance(plain, dict) else None
 
 
 def _definitions_of(schema: Any) -> Mapping[str, Any]:

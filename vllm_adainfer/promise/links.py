@@ -9,11 +9,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import reduce
+from math import prod
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 from typing_extensions import override
+
+from vllm_adainfer.arrays import Ints
+
+AnyCodes = TypeVar("AnyCodes", int, Ints)
 
 
 class Link(ABC):
@@ -54,6 +60,11 @@ class Link(ABC):
         """[rows, 2], the probability of the answer, and its lead over the second."""
         first, second = self.probabilities(scores).topk(2).values.unbind(dim=1)
         return torch.stack([first, first - second], dim=1)
+
+    def lead(self, scores: Tensor) -> Tensor:
+        """[rows], how far the score of the answer is above the second."""
+        first, second = scores.topk(2).values.unbind(dim=1)
+        return first - second
 
     def best(self, scores: Tensor) -> Tensor:
         """int64 [rows], the answer: the column of the best label."""
@@ -196,6 +207,11 @@ class ByField(Link):
         return torch.stack([read(one) for one in self.fields(scores) if one.shape[1] > 1])
 
     @override
+    def lead(self, scores: Tensor) -> Tensor:
+        """That of the field with the least."""
+        return self._of_fields(scores, SOFTMAX.lead).amin(dim=0)
+
+    @override
     def may_be_best(self, scores: Tensor) -> Tensor:
         return torch.cat([SOFTMAX.may_be_best(one) for one in self.fields(scores)], dim=1)
 
@@ -209,11 +225,11 @@ class ByField(Link):
 
     def places(self, code: int) -> tuple[int, ...]:
         """Which label of each field the answer with this code has."""
-        found = []
-        for size in reversed(self.sizes):
-            code, place = divmod(code, size)
-            found.append(place)
-        return tuple(reversed(found))
+        return tuple(int(self.place_in(field, code)) for field in range(len(self.sizes)))
+
+    def place_in(self, field: int, codes: AnyCodes) -> AnyCodes:
+        """Which label of a field the answers with these codes have."""
+        return codes // prod(self.sizes[field + 1 :]) % self.sizes[field]
 
 
 SOFTMAX, SIGMOIDS = Softmax(), Sigmoids()

@@ -99,11 +99,13 @@ def reads_grammar(manager: StructuredOutputManager, request: Request) -> bool:
     return can_look_ahead(structured.grammar)
 
 
-def add_draft(scheduler: Any, scheduled: Any, request: Request, draft: Sequence[int]) -> bool:
+def add_draft(
+    scheduler: Any, scheduled: Any, request: Request, draft: Sequence[int], spare: int
+) -> bool:
     """Let a step that is scheduled verify `draft` behind the other rows of `request`.
 
-    Nobody makes room for a draft: False if it needs a block, and there are not as many free ones
-    beside it as requests run. As in vLLM 0.32's own `schedule`, draft tokens count as computed
+    Nobody makes room for a draft: False if it needs a block, and less than `spare` free ones would
+    be left. As in vLLM 0.32's own `schedule`, draft tokens count as computed
     until their verification takes them back, and never enter the prefix cache: `allocate_slots` of
     the `KVCacheManager` stops at the known tokens.
     """
@@ -113,7 +115,7 @@ def add_draft(scheduler: Any, scheduled: Any, request: Request, draft: Sequence[
     size, computed = scheduler.block_size, request.num_computed_tokens
     new = cdiv(computed + count, size) - cdiv(computed, size)
     free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
-    if new and free < new + len(scheduler.running):
+    if new and free < new + spare:
         return False
     rows = scheduled.num_scheduled_tokens[request_id]
     request.num_computed_tokens -= rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,17 @@ def append_tokens(
         request.num_computed_tokens -= len(more)
     elif isinstance(scheduler, AsyncScheduler):
         request.num_output_placeholders += len(more)
+
+
+@contextmanager
+def fewer_tokens(scheduler: Any, count: int) -> Iterator[None]:
+    """Let `schedule` of vLLM 0.32 leave room for so many tokens in a step."""
+    most = scheduler.max_num_scheduled_tokens
+    scheduler.max_num_scheduled_tokens = most - count
+    try:
+        yield
+    finally:
+        scheduler.max_num_scheduled_tokens = most
 
 
 def replace_tokens(

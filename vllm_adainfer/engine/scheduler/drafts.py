@@ -123,17 +123,37 @@ class Drafts(Observer):
             return False
         return one.grammar.answers.behind_next(one.before, one.end) > 1
 
+    def tokens_of_guesses(self) -> int:
+        """How many tokens of the next step the guesses behind prompts take that end in it.
+
+        Of the prompts that fit into the step with their guesses, in the order of their arrival.
+        """
+        left, found = self._scheduler.max_num_scheduled_tokens, 0
+        for one in self._requests.values() if self._objects is not None else ():
+            if one.is_guessed and not one.request.num_output_placeholders:
+                needed = one.request.num_tokens - one.request.num_computed_tokens + len(one.guess)
+                if needed > left:
+                    break
+                left -= needed
+                found += len(one.guess)
+        return min(found, self._most_drafted)
+
     def plan(self, scheduled: Any) -> None:
         """Add drafts to a step that vLLM has just scheduled."""
         room = self._scheduler.max_num_scheduled_tokens - scheduled.total_num_scheduled_tokens
         room = min(room, self._most_drafted)
-        for request_id in list(scheduled.num_scheduled_tokens) if self._requests else ():
-            one = self._requests.get(request_id)
-            if one is None or room <= 0 or not self._may_draft(one):
+        ids = scheduled.num_scheduled_tokens if self._requests else ()
+        drafting = [one for request_id in ids if (one := self._requests.get(request_id))]
+        if self._objects is not None:  # room was left for guesses
+            drafting.sort(key=lambda one: not one.is_guessed)
+        for one in drafting:
+            if room <= 0 or not self._may_draft(one):
                 continue
             draft = self._draft(one, room)
             draft = draft and self._manager.validate_tokens(one.request, draft)
-            if draft and add_draft(self._scheduler, scheduled, one.request, draft):
+            # The answer takes as many tokens as its guess, whether they come at once or not.
+            spare = 0 if one.is_guessed else len(self._scheduler.running)
+            if draft and add_draft(self._scheduler, scheduled, one.request, draft, spare):
                 one.is_drafted = True
                 room -= len(draft)
 

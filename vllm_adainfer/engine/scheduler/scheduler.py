@@ -30,6 +30,7 @@ from vllm_adainfer.engine.compat.processes import end_with_starter
 from vllm_adainfer.engine.compat.runner import attached_note
 from vllm_adainfer.engine.compat.scheduler import (
     append_tokens,
+    fewer_tokens,
     is_output_dropped,
     pooled_output,
     replace_tokens,
@@ -121,8 +122,11 @@ class ObservedScheduler(_Scheduler):
         """Schedule a step, and keep in mind who is in it."""
         if self._guard is not None:
             self._guard.new_step()
-        step = super().schedule(*args, **kwargs)
-        if self.drafts is not None:
+        if self.drafts is None:
+            step = super().schedule(*args, **kwargs)
+        else:
+            with fewer_tokens(self, self.drafts.tokens_of_guesses()):
+                step = super().schedule(*args, **kwargs)
             self.drafts.plan(step)
         self._running.append((step, time.perf_counter()))
         return step

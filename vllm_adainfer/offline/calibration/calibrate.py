@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.outputs import LabelPool
+from vllm_adainfer.artifact.outputs import LabelPool, Objects
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.label_pool import subsets_of
+from vllm_adainfer.offline.calibration.data.objects import Schema
 from vllm_adainfer.offline.calibration.data.questions import ends_of
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.choose import candidate_layers
@@ -20,11 +22,15 @@ from vllm_adainfer.offline.calibration.fit_policy import fit_policy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
 from vllm_adainfer.offline.calibration.record.collect import Plan, recorded
+from vllm_adainfer.offline.calibration.record.objects import recorded_objects
 from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.pretrained import engine_settings
 from vllm_adainfer.offline.progress import say
 from vllm_adainfer.policy.first_tokens import FirstTokens
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 # How many tokens an exit point can answer with when the vocabulary is open. They make up 87 % of
 # what SmolLM2 writes, and the tokens it is sure of early are common ones: simulated at epsilon
@@ -41,7 +47,10 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
     An AdaInferError if the input, the model or the bound does not allow it; nothing is written.
     """
     prompts = load_prompts(request)
-    rows = record_prompts(request, prompts)
+    if prompts.schema is None:
+        rows = record_prompts(request, prompts)
+    else:
+        prompts, rows = record_objects(request, prompts, prompts.schema)
     say_what_they_share(prompts)
     return fit_and_certify(request, prompts, rows)
 
@@ -62,14 +71,41 @@ def record_prompts(
         prompts.pooled_from,
         branches,
     )
-    settings = engine_settings(
-        request.adapter, request.hf_overrides, request.quantization, request.kv_cache_dtype
-    )
-    adapter = request.adapter and request.adapter.request
+    adapter, settings = engine_of(request)
     rows = recorded(request.model, hf_config, prompts.examples, plan, adapter, **settings)
     if first_tokens is None:
         return rows
     return replace(rows, tokens=np.array(label_ids)[first_tokens.labels_of(rows.tokens)])
+
+
+def engine_of(request: CalibrationRequest) -> tuple[LoRARequest | None, dict[str, Any]]:
+    """The adapter that prompts are run with, and the settings of the engine that runs them."""
+    settings = engine_settings(
+        request.adapter, request.hf_overrides, request.quantization, request.kv_cache_dtype
+    )
+    return request.adapter and request.adapter.request, settings
+
+
+def record_objects(
+    request: CalibrationRequest, prompts: Prompts, schema: Schema
+) -> tuple[Prompts, Rows]:
+    """Run the model at full depth, with a guessed object behind each prompt."""
+    hf_config, (adapter, settings) = prompts.hf_config, engine_of(request)
+    layers = candidate_layers(
+        hf_config.num_hidden_layers, request.options.exit_points, prompts.probe
+    )
+    plan = Plan(layers, pooled_from=prompts.pooled_from)
+    rows, output = recorded_objects(
+        request.model,
+        hf_config,
+        prompts.examples,
+        plan,
+        schema,
+        prompts.tokenizer,
+        adapter,
+        **settings,
+    )
+    return replace(prompts, output=output), rows
 
 
 def say_what_they_share(prompts: Prompts) -> None:
@@ -99,7 +135,9 @@ def fit_and_certify(request: CalibrationRequest, prompts: Prompts, rows: Rows) -
         calibration,
         request.probe,
         prompts.student,
-        lambda layers: record_prompts(request, prompts, layers).own_states,
+        None
+        if prompts.schema is not None
+        else lambda layers: record_prompts(request, prompts, layers).own_states,
     )
     epsilon = request.options.epsilon
     if epsilon not in policy.points:
@@ -140,7 +178,16 @@ def calibration_of(request: CalibrationRequest, prompts: Prompts, rows: Rows) ->
     questions = [one.question for one in prompts.examples if one.question is not None]
     return Calibration(
         rows,
-        Target(prompts.probe, answers, full_depth, subsets, FirstTokens.of(output), promise, never),
+        Target(
+            prompts.probe,
+            answers,
+            full_depth,
+            subsets,
+            FirstTokens.of(output),
+            promise,
+            never,
+            output if isinstance(output, Objects) else None,
+        ),
         split,
         options,
         output,

@@ -124,6 +124,8 @@ def fit_policy(
             say("the student costs more time than it saves, and is left out")
         else:
             policy = with_student
+    if states_after is None:
+        return policy
     target = policy.calibration.target
     wanted = probe == "branch" or (
         probe == "auto"
@@ -131,7 +133,7 @@ def fit_policy(
         and target.promise.link.one_holds  # branches learn which label holds
         and untrained_branch_layers(policy.calibration) < BRANCH_WORTH
     )
-    if states_after is None or not wanted:
+    if not wanted:
         return policy
     layers = layers_to_branch(policy.exits)
     if not layers:

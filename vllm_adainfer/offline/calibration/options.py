@@ -52,10 +52,39 @@ class CalibrationRequest:
     labels: tuple[str, ...] = ()
     label_pool: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    schema: Path | None = None
     adapter: NamedAdapter | None = None
     probe: ProbeChoice = "auto"
     student: str | None = None
     options: PolicyOptions = field(default_factory=PolicyOptions)
+
+
+def check_objects(request: CalibrationRequest) -> None:
+    """Check that the options go with objects of a schema.
+
+    An AdaInferError if they do not; the message says which to drop.
+    """
+    options, promise = request.options, request.options.promise
+    others = {
+        "--labels": request.labels,
+        "--label-pool": request.label_pool,
+        "--choices": request.choices,
+    }
+    refusals = {
+        **{
+            f"a schema brings its values: drop {name}": bool(given)
+            for name, given in others.items()
+        },
+        "an object is decided before its first token: drop --max-tokens": options.max_tokens > 1,
+        f"{promise.option} is not for objects: drop it": (
+            promise.reads_right or promise.reads_probabilities or promise.unit is Unit.QUERY
+        ),
+        f"objects need a label-head for each field: drop --probe {request.probe}": (
+            request.probe not in ("auto", *LABEL_HEADS)
+        ),
+        "--by question is for single answers: drop it": options.by_question,
+    }
+    _refuse(refusals)
 
 
 def check_classifier(request: CalibrationRequest, columns: int, several_hold: bool) -> None:

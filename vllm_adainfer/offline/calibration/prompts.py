@@ -30,6 +30,7 @@ from vllm_adainfer.offline.calibration.data.examples import (
     shared_start,
 )
 from vllm_adainfer.offline.calibration.data.label_pool import common_labels, pool_of
+from vllm_adainfer.offline.calibration.data.objects import Schema, common_schema, read_schema
 from vllm_adainfer.offline.calibration.data.read_examples import read_examples
 from vllm_adainfer.offline.calibration.data.score_labels import (
     score_columns,
@@ -51,6 +52,7 @@ from vllm_adainfer.offline.calibration.enough_rows import (
 from vllm_adainfer.offline.calibration.options import (
     CalibrationRequest,
     check_classifier,
+    check_objects,
     check_options,
 )
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
@@ -75,6 +77,9 @@ class Prompts:
         pooled_from: the position from which on pooled heads read the prompts; None for others.
         student: the encoder to train, and the prompts as it reads them; None without a student.
         shared: the tokens that all prompts that fit begin and end with.
+        schema: that of the objects that are asked for; None for other answers. What the model
+            writes for their values, `output`, is known once they are recorded.
+        tokenizer: the model's.
 
     """
 
@@ -87,6 +92,8 @@ class Prompts:
     pooled_from: int | None = None
     student: StudentBase | None = None
     shared: SharedTokens = field(default_factory=SharedTokens)
+    schema: Schema | None = None
+    tokenizer: Any = None
 
 
 def load_prompts(request: CalibrationRequest) -> Prompts:
@@ -100,6 +107,7 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     hf_config, tokenizer = load_config_and_tokenizer(request.model, request.hf_overrides)
     most = hf_config.max_position_embeddings - options.max_tokens
     output: AnyOutput = Tokens(candidates="shortlist" if options.max_tokens > 1 else "full")
+    schema = None if request.schema is None else read_schema(request.schema)
     classifies = (head := score_head_of(hf_config)) is not None
     if head is not None:
         check_classifier(request, score_columns(hf_config), head == "sigmoids")
@@ -117,14 +125,18 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
         request.label_field,
         most,
     )
-    if classifies:
+    if holds_requests and not classifies:
+        examples, schema = common_schema(examples, schema, data)
+    if schema is not None:
+        check_objects(request)
+    elif classifies:
         check_labels_known(examples, output.labels)
     else:
         examples, answers = _answers(
             request, examples, tokenizer, hf_config.vocab_size, holds_requests
         )
         output = answers or output
-    labels = output.labels
+    labels = output.labels if schema is None else schema.labels
     check_labels(options, labels)
     examples, split = split_examples(examples, options, data)
     fitting = [examples[index] for index in split.fit]
@@ -160,6 +172,8 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
         pooled_from(fitting, len(shortest.token_ids)) if probe == "pooled-label-head" else None,
         student,
         shared,
+        schema,
+        tokenizer,
     )
 
 

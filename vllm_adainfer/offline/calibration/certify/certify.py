@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import numpy as np
@@ -23,11 +23,13 @@ from vllm_adainfer.offline.calibration.certify.path import (
     PathPoint,
     Points,
     Queries,
+    Read,
     combine_questions,
     fitted_path,
     held_out_path,
     pair_path,
     pairs_of_thresholds,
+    same,
     threshold_grid,
 )
 from vllm_adainfer.offline.calibration.data.split import numbered
@@ -50,14 +52,16 @@ class LabelTest:
 
     Attributes:
         promise: what is promised.
-        token: the token that stands for its label.
+        token: the token that stands for its label; of an object, the place of its value.
         bound: the bound, on all held-out rows.
+        read: what the promise reads of answers; of an object, the place of the value of a field.
 
     """
 
     promise: LabelBound
     token: int
     bound: Bound
+    read: Read = same
 
     def holds(self, answers: Ints, full: Ints) -> bool:
         """Whether the rows certify the promise; both arguments are tokens, int64 [rows]."""
@@ -82,7 +86,7 @@ class LabelTest:
         """
         if self.holds(full, full):
             return
-        promise, about, repeats = self.promise, full == self.token, self.bound.repeats
+        promise, about, repeats = self.promise, self.read(full) == self.token, self.bound.repeats
         rows = int(np.count_nonzero(about if repeats is None else about & ~repeats))
         alone = self.bound.of_rows(about)
         needed = alone.groups_needed(int(np.count_nonzero(about)), promise.epsilon)
@@ -96,6 +100,7 @@ class LabelTest:
         )
 
     def _on(self, answers: Ints, full: Ints) -> tuple[Bound, Floats]:
+        answers, full = self.read(answers), self.read(full)
         rows = self.promise.chosen_by(answers, full) == self.token
         return self.bound.of_rows(rows), (answers != full)[rows].astype(np.float64)
 
@@ -124,7 +129,7 @@ def certify(
     for point in path:
         holding = [epsilon for epsilon in holding if bound.holds(point.losses, epsilon)]
         if not holding or not all(
-            test.holds(point.answers_about(test.token), point.full) for test in tests
+            test.holds(point.answers_about(test.token, test.read), point.full) for test in tests
         ):
             break
         found |= dict.fromkeys(holding, point)
@@ -156,8 +161,14 @@ class Terms:
     @property
     def tests(self) -> list[LabelTest]:
         """The promises about one label each, to test on the held-out rows."""
+        asked, objects = self.calibration.options.label_bounds, self.calibration.target.objects
+        if objects is not None:
+            found = [(one, *objects.at(one.label)) for one in asked]
+            return [
+                LabelTest(one, place, self.bound, partial(objects.link.place_in, field))
+                for one, field, place in found
+            ]
         tokens = {label.name: label.token_id for label in self.calibration.labels}
-        asked = self.calibration.options.label_bounds
         return [LabelTest(one, tokens[one.label], self.bound) for one in asked]
 
     @cached_property

@@ -23,8 +23,9 @@ seen, and the proof of `certify` holds for it as it does for one threshold.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -38,6 +39,14 @@ STEPS = 200
 # requests come to them, and a share of the losses buys either part about as many layers: the share
 # that saves most is the share of requests.
 LAST_TOKEN_SHARE = 0.1
+
+
+Read: TypeAlias = Callable[[Ints], Ints]  # what a promise reads of answers, see `LabelTest`
+
+
+def same(answers: Ints) -> Ints:
+    """Answers as they are."""
+    return answers
 
 
 @dataclass(frozen=True)
@@ -74,8 +83,8 @@ class PathPoint:
         """Mean loss."""
         return float(self.losses.mean())
 
-    def answers_about(self, token: int) -> Ints:
-        """The answers that a promise about `token` is about."""
+    def answers_about(self, token: int, read: Read = same) -> Ints:
+        """The answers that a promise about `token` is about, of which it reads `read`."""
         return self.answers
 
 
@@ -102,7 +111,7 @@ class Pair:
         """int64 [rows], the full model's answers."""
         return self.whole.full
 
-    def answers_about(self, token: int) -> Ints:
+    def answers_about(self, token: int, read: Read = same) -> Ints:
         """int64 [rows], the answer of either part that is worse for promises about `token`.
 
         Where full depth answers with `token` that is another one, and elsewhere `token`. So recall
@@ -112,7 +121,8 @@ class Pair:
         wrong: the sum of these least worths bounds that of any mixture.
         """
         whole, last = self.whole.answers, self.last.answers
-        worse = np.where(self.full == token, last != token, last == token)
+        named = read(last) == token
+        worse = np.where(read(self.full) == token, ~named, named)
         answers: Ints = np.where(worse, last, whole)
         return answers
 

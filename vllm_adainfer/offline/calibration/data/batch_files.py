@@ -26,10 +26,9 @@ logger = logging.getLogger("vllm.adainfer.batch_files")  # vLLM's logging shows 
 
 # With one of these in its body, a completion or chat runs at full depth.
 FULL_DEPTH_KEYS = (
-    "prompt_logprobs", "min_tokens", "logit_bias", "bad_words", "response_format",
-    "thinking_token_budget",
+    "prompt_logprobs", "min_tokens", "logit_bias", "bad_words", "thinking_token_budget",
 )  # fmt: skip
-# Likewise, if it chooses from texts.
+# Likewise, if it chooses from texts, or asks for an object.
 FULL_DEPTH_CHOICE_KEYS = (
     "logprobs",
     "logprob_token_ids",
@@ -185,13 +184,20 @@ READERS: Mapping[str, Callable[[Row, Mapping[str, Any], Any], Iterator[Example]]
 
 
 def _answers(body: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """The ``labels`` or ``choices`` of a completion or chat."""
+    """The ``labels``, ``choices`` or ``schema`` of a completion or chat."""
     for key in FULL_DEPTH_KEYS:
         if body.get(key):
             raise LeftOutError(f"a request with {key}, which runs at full depth")
     if body.get("repetition_penalty", 1) != 1:
         raise LeftOutError("a request with repetition_penalty, which runs at full depth")
     tokens = body.get("max_completion_tokens", body.get("max_tokens"))
+    if (schema := _schema(body)) is not None:
+        for key in FULL_DEPTH_CHOICE_KEYS:
+            if body.get(key):
+                raise LeftOutError(f"a request for an object and {key}, which runs at full depth")
+        return {"schema": schema}
+    if body.get("response_format"):
+        raise LeftOutError("a request with a response_format other than json_schema")
     if body.get("structured_outputs"):
         return {"choices": _choices(body, tokens, tokenizer)}
     if tokens != 1:
@@ -200,6 +206,21 @@ def _answers(body: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     if labels is None:
         raise LeftOutError("a request that names no labels")
     return {"labels": _at_least_two(labels)}
+
+
+def _schema(body: Mapping[str, Any]) -> str | None:
+    """The JSON schema of the object that a request asks for, as vLLM 0.32 reads it.
+
+    In ``response_format``, in ``structured_outputs``, or as the arguments of the tool it must call.
+    """
+    asked = body.get("response_format") or {}
+    schema = asked["json_schema"].get("schema") if asked.get("type") == "json_schema" else None
+    schema = (body.get("structured_outputs") or {}).get("json", schema)
+    tool = body.get("tool_choice")
+    if isinstance(tool, Mapping):
+        named = {one["function"]["name"]: one["function"] for one in body.get("tools") or ()}
+        schema = named[tool["function"]["name"]].get("parameters")
+    return schema if schema is None or isinstance(schema, str) else json.dumps(schema)
 
 
 def _choices(body: Mapping[str, Any], tokens: int | None, tokenizer: Any) -> tuple[str, ...]:
@@ -243,6 +264,7 @@ def _example(
     labels: tuple[int, ...] | None = None,
     choices: tuple[str, ...] | None = None,
     question: str | None = None,
+    schema: str | None = None,
 ) -> Example:
     """An example; the row's own name for its question goes before the request's."""
     named, right = row.fields.get("question") or question, row.fields.get("label")
@@ -255,4 +277,5 @@ def _example(
         choices,
         str(named)[:LONGEST_NAME] if named else None,
         group=str(row.fields.get("group") or row.place),
+        schema=schema,
     )

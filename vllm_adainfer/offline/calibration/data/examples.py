@@ -32,6 +32,7 @@ class Example:
         label: the right label: its name, or its token id if the row is a request for a token.
         labels: token ids of the labels that the request names; None if the row is no request.
         choices: the texts that the request chooses from; None if it does not.
+        schema: the JSON schema of the object that the request asks for; None if it does not.
         question: the name of the request's question about its state.
         wording: the question as the prompt puts it; a question may have several.
         group: the group of prompts that came together, such as the questions about one state; None
@@ -48,6 +49,7 @@ class Example:
     question: str | None = None
     wording: str | None = None
     group: str | None = None
+    schema: str | None = None
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -7,7 +7,7 @@ the bound reads the other part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -89,11 +89,8 @@ class Scored:
         """The same with the score of a linear classifier."""
         return replace(self, score=score(self.features, classifier, None))
 
-    def never_at(self, tokens: Collection[int], asked: Bools | None = None) -> Scored:
-        """The same, but never settled where the answer is one of `tokens` or none is `asked`."""
-        never = np.isin(self.tokens, [*tokens])
-        if asked is not None:
-            never |= ~asked
+    def never_at(self, never: Bools) -> Scored:
+        """The same, but never settled where `never` says so, [rows]."""
         return replace(self, score=self.score.masked_fill(torch.from_numpy(never), -torch.inf))
 
     def of_rows(self, rows: Bools | Ints) -> Scored:
@@ -172,7 +169,7 @@ def fit_exit(
     if classifier is None:
         return None
     fitted, certifying = (
-        one.scored(classifier).never_at(target.never_settled, asked(prompts[rows]))
+        one.scored(classifier).never_at(target.are_never_early(one.tokens) | ~asked(prompts[rows]))
         for one, rows in ((unseen, calibration.fitted), (held_out, calibration.held_out))
     )
     return FittedExit(layer, probe, classifier, fitted, certifying)

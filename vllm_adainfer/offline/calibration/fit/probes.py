@@ -10,25 +10,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from adainfer_kernels import Head, Lens
 from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Floats, Ints
 from vllm_adainfer.artifact.kinds import LABEL_HEADS, ProbeKind
+from vllm_adainfer.artifact.outputs import Objects
 from vllm_adainfer.offline.calibration.fit import ridge
 from vllm_adainfer.offline.calibration.fit.distil import (
     PENALTIES,
     PENALTIES_FOR_PROBABILITIES,
     Taught,
     distil,
+    distil_fields,
 )
 from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.promise.changed import Changed
 from vllm_adainfer.promise.label_subsets import restrict
-from vllm_adainfer.promise.links import SOFTMAX, Link
+from vllm_adainfer.promise.links import SOFTMAX, ByField, Link
 from vllm_adainfer.promise.probabilities import LabelProbabilities, probabilities_of_scores
 from vllm_adainfer.promise.promise import Outcome, Promise
 
@@ -55,6 +58,7 @@ class Target:
         first_tokens: the first tokens of choices, if `label_ids` stand for such.
         promise: what is promised of the answers.
         never_early: those of `label_ids` that the policy promises to be no early answer.
+        objects: those that are decided; then `label_ids` are places of values, and answers numbers.
 
     """
 
@@ -65,6 +69,7 @@ class Target:
     first_tokens: FirstTokens | None = None
     promise: Promise = ANSWERS_ALONE
     never_early: frozenset[int] = frozenset()
+    objects: Objects | None = None
 
     @property
     def undecided(self) -> int | None:
@@ -78,6 +83,17 @@ class Target:
     def never_settled(self) -> frozenset[int]:
         """Those of `label_ids` that no early answer is."""
         return self.never_early if self.undecided is None else self.never_early | {self.undecided}
+
+    def are_never_early(self, tokens: Ints) -> Bools:
+        """[rows], whether each answer is one that is never early."""
+        if self.objects is None:
+            return np.isin(tokens, [*self.never_settled])
+        found = np.zeros(len(tokens), dtype=np.bool_)
+        for label in self.objects.labels:
+            if label.token_id in self.never_early:
+                field, place = self.objects.at(label.name)
+                found |= self.objects.link.place_in(field, tokens) == place
+        return found
 
     @property
     def is_pooled(self) -> bool:
@@ -119,12 +135,16 @@ def fit_probes(
     read = rows.read_by_probe(layer, where, target.is_pooled)
     taught = taught_by_full_depth(rows, target, where, read.float())
     penalties = PENALTIES if target.full_depth is None else PENALTIES_FOR_PROBABILITIES
-    _, whole, without = distil(taught, folds, penalties)
-    fused = taught.mass is None and taught.subsets is None
+    columns = () if target.objects is None else target.objects.link.sizes
+    if columns:
+        _, whole, without = distil_fields(taught, columns, folds, penalties)
+    else:
+        _, whole, without = distil(taught, folds, penalties)
+    fused = taught.mass is None and taught.subsets is None and not columns
 
     def head(linear: ridge.Linear) -> Probe:
         rows_of_head = Head(linear.matrix.float().contiguous(), linear.bias.float())
-        return Probe(rows_of_head, token_ids=target.label_ids, fused=fused)
+        return Probe(rows_of_head, token_ids=target.label_ids, columns=columns, fused=fused)
 
     return head(whole), [head(one) for one in without]
 
@@ -132,6 +152,9 @@ def fit_probes(
 def taught_by_full_depth(rows: Rows, target: Target, where: Ints, read: Tensor) -> Taught:
     """What full depth says about the labels of the rows `where`, of which a probe sees `read`."""
     full_depth, subsets = target.full_depth, target.subsets_of(where)
+    if target.objects is not None:
+        labels = values_at_full_depth(rows, target.objects, where)
+        return Taught(read, labels, link=target.objects.link)
     mass = None
     if full_depth is not None:
         assert full_depth.labels is not None
@@ -144,6 +167,28 @@ def taught_by_full_depth(rows: Rows, target: Target, where: Ints, read: Tensor) 
             scores = target.first_tokens.best(scores)
         labels = restrict(scores, subsets).softmax(1)
     return Taught(read, labels, mass, subsets, target.promise.link)
+
+
+def values_at_full_depth(rows: Rows, objects: Objects, where: Ints) -> Tensor:
+    """fp32 [where, labels], how probable full depth finds each value of a field.
+
+    By the first token of each, at the row before it. Where that row follows a wrong guess, or
+    several values have the same first token, the value that was written has all of it.
+    """
+    lens, found = rows.model.as_served(rows.model.logit_lens), []
+    for number, field in enumerate(objects.fields):
+        places = objects.link.place_in(number, rows.tokens[where])
+        written = torch.nn.functional.one_hot(torch.from_numpy(places), len(field.values)).float()
+        firsts = [one.written[0] for one in field.values]
+        if len(set(firsts)) == len(firsts) > 1:
+            of_values = lens.of_tokens(torch.tensor(firsts))
+            read = of_values.readout(rows.final[where, number])
+            scores = of_values.score(read, return_scores=True).scores
+            assert scores is not None
+            agrees = scores.argmax(dim=1).numpy() == places
+            written[agrees] = scores[agrees].softmax(dim=1)
+        found.append(written)
+    return torch.cat(found, dim=1)
 
 
 def answers_of_probe(
@@ -165,7 +210,8 @@ def answers_of_probe(
 def answers_of_scores(probe: Probe, scores: Tensor, promise: Promise) -> ProbeAnswers:
     """The answers of a label head that has given some rows `scores`; see `answers_of_probe`."""
     assert probe.token_ids is not None
-    tokens = probe.token_ids[scores[:, : len(probe.token_ids)].argmax(dim=1)]
+    best = promise.link.best(scores[:, : len(probe.token_ids)])
+    tokens = best if isinstance(promise.link, ByField) else probe.token_ids[best]
     labels = probabilities_of_scores(scores, promise.link) if probe.reads_mass else None
     return promise.features(scores), Outcome(tokens, labels=labels)
 

@@ -238,8 +238,8 @@ def _soften(net: Net, inputs: Sequence[Any], taught: Taught, rows: Ints) -> None
     if not len(rows):
         return
     subsets = None if taught.subsets is None else taught.subsets[torch.from_numpy(rows)]
-    best, second = restrict(_scores(net, inputs, rows), subsets).topk(2).values.unbind(1)
-    factor = LARGEST_LEAD / float((best - second).quantile(LEADS_UP_TO).clamp(LARGEST_LEAD))
+    lead = taught.link.lead(restrict(_scores(net, inputs, rows), subsets))
+    factor = LARGEST_LEAD / float(lead.quantile(LEADS_UP_TO).clamp(LARGEST_LEAD))
     net.head.weight.mul_(factor)
     net.head.bias.mul_(factor)
 

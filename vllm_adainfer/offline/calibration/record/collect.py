@@ -134,7 +134,7 @@ def best_column(probabilities: Tensor) -> int:
     return int(probabilities.argmax())
 
 
-def _recorded(prompts: Iterable[Any] | None = None, **options: Any) -> Any:
+def recorded_bar(prompts: Iterable[Any] | None = None, **options: Any) -> Any:
     """The progress bar of vLLM, which calls this to render prompts and again to run them."""
     return progress(**{**options, "desc": "record"}) if prompts is None else prompts
 
@@ -155,7 +155,7 @@ def record(
         prompts = [{"prompt_token_ids": examples[row].token_ids} for row in rows]
         if classifies:
             scored = [scores_of({ROW_ARG: row}, reuse_prefixes) for row in rows]
-            return engine.encode(prompts, scored, pooling_task="classify", use_tqdm=_recorded)
+            return engine.encode(prompts, scored, pooling_task="classify", use_tqdm=recorded_bar)
         return engine.generate(
             prompts,
             [
@@ -168,30 +168,28 @@ def record(
                 for row in rows
             ],
             lora_request=adapter,
-            use_tqdm=_recorded,
+            use_tqdm=recorded_bar,
         )
 
     outputs = run(range(len(examples)), reuse_prefixes=True)
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        rows, sums, facts = _take(engine, folder)
-        if again := _not_seen_whole(rows, sums):
+        rows, sums, facts = taken_from(engine, folder)
+        if again := not_seen_whole(rows, sums):
             # They share more than all prompts do, so some of their states were in the prefix cache.
             run(again, reuse_prefixes=False)
-            rows, sums, _ = _take(engine, folder)
+            rows, sums, _ = taken_from(engine, folder)
         head = load_file(folder / "head.safetensors")
     texts = [
         [best_column(output.outputs.data)] if classifies else list(output.outputs[0].token_ids)
         for output in outputs
     ]
-    order = torch.from_numpy(
-        rows_of_tokens(
-            rows["tags"].numpy(),
-            rows["positions"].numpy(),
-            [len(example.token_ids) for example in examples],
-            [len(text) for text in texts],
-        )
-    )
+    wanted = [
+        (text, len(example.token_ids) + number - 1)
+        for text, (example, tokens) in enumerate(zip(examples, texts, strict=True))
+        for number in range(len(tokens))
+    ]
+    order = torch.from_numpy(rows_at(wanted, rows))
     states = {layer: state[order] for layer, state in by_layer(rows).items()}
     return Rows(
         model=ServedModel.of_facts(facts, logit_lens_of(head, facts["norm"])),
@@ -211,13 +209,15 @@ def record(
     )
 
 
-def _take(engine: LLM, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+def taken_from(
+    engine: LLM, folder: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """Rows, sums and facts that the engine has recorded; see `adainfer_take_record`."""
     [facts] = engine.collective_rpc("adainfer_take_record", args=(str(folder),))
     return load_shards(read_shards(folder)), load_file(folder / "sums.safetensors"), facts
 
 
-def _not_seen_whole(rows: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> list[int]:
+def not_seen_whole(rows: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> list[int]:
     """Record rows of prompts of which some states never ran, though all are to be read."""
     tags, whole = rows["tags"], sums.get("states.tags")
     if whole is not None:
@@ -226,32 +226,23 @@ def _not_seen_whole(rows: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> l
     return tags[means[0].isnan().any(dim=1)].tolist() if means else []
 
 
-def rows_of_tokens(
-    tags: Ints, positions: Ints, prompt_lens: Sequence[int], text_lens: Sequence[int]
-) -> Ints:
-    """The recorded row that decided each token, sorted by text and by position.
+def rows_at(wanted: Sequence[tuple[int, int]], rows: Mapping[str, Tensor]) -> Ints:
+    """The recorded rows at the `wanted` places: a text, and a position there.
 
     The last row of the prompt decides a text's first token. A text may have rows beyond its end: if
     steps are scheduled ahead, one more has begun when the last token is known. Of a row that ran
-    twice, because of a preemption, the second run counts. `tags` and `positions` [rows] are the
-    text of each recorded row and its place there, in the order they were run.
+    twice, because of a preemption, the second run counts. `rows` are in the order they were run.
 
-    An AdaInferError if a token has no row.
+    An AdaInferError if a place has no row.
     """
-    row_at = {
-        place: row for row, place in enumerate(zip(tags.tolist(), positions.tolist(), strict=True))
-    }
-    wanted = [
-        (text, prompt + number - 1)
-        for text, (prompt, tokens) in enumerate(zip(prompt_lens, text_lens, strict=True))
-        for number in range(tokens)
-    ]
+    places = zip(rows["tags"].tolist(), rows["positions"].tolist(), strict=True)
+    row_at = {place: row for row, place in enumerate(places)}
     missing = [place for place in wanted if place not in row_at]
     if missing:
         text, position = missing[0]
         raise AdaInferError(
-            f"{len(missing)} of {len(wanted)} generated tokens were not recorded, the first is "
-            f"token {position - prompt_lens[text] + 2} after prompt {text + 1}: this is a bug in "
-            "vllm-adainfer or in vLLM's scheduling; please report it with the command"
+            f"{len(missing)} of {len(wanted)} rows that decide an answer were not recorded, the "
+            f"first at position {position} of prompt {text + 1}: this is a bug in vllm-adainfer or "
+            "in vLLM's scheduling; please report it with the command"
         )
     return np.array([row_at[place] for place in wanted], dtype=np.int64)

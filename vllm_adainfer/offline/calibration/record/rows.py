@@ -107,9 +107,11 @@ class Rows:
     Attributes:
         model: the model.
         states: layer -> [rows, hidden size], the residual stream of the decision rows: the rows
-            that yield a token, sorted by prompt and by position.
-        final: [rows, head size], after the last layer: what the model's `logit_lens` reads.
-        tokens: int64 [rows], the full model's answers.
+            that yield a token, sorted by prompt and by position. Of objects [rows, fields, hidden
+            size], those at which each field is decided.
+        final: [rows, head size], or of objects [rows, fields, head size], after the last layer:
+            what the model's `logit_lens` reads.
+        tokens: int64 [rows], the full model's answers; of objects their numbers, see `ByField`.
         prompts: int64 [rows], the prompt of each row.
         computed: [rows], the tokens that the layers ran for each: for a text's first token, those
             of its prompt that were not in the prefix cache; one for each later token.
@@ -136,7 +138,10 @@ class Rows:
         states = self.states[layer][rows]
         if not pooled:
             return states
-        return torch.cat([normed(states), self.means[layer][rows]], dim=1)
+        means, own = self.means[layer][rows], normed(states.flatten(0, -2)).view(states.shape)
+        if own.dim() == 3:  # of each field, and of the prompt that all of them are about
+            means = means.unsqueeze(1).expand_as(own)
+        return torch.cat([own, means], dim=-1)
 
     def of(self, prompts: Ints) -> Ints:
         """The decision rows of `prompts`, in the order of `prompts`."""
