@@ -55,6 +55,7 @@ BELOW = {
     "stats": {"errors"},
     "offline": {
         "auto",
+        "drafts",
         "files",
         "stats",
         "engine",

@@ -279,7 +279,7 @@ def observers_of(
         reason = why_nothing_is_drafted(vllm_config)
         if reason is None:
             objects = objects_of(settings, scheduler.admission)
-            if isinstance(objects, Observer):
+            if isinstance(objects, WrittenObjects):
                 observers.append(objects)
             observers.append(Drafts(scheduler, not current_platform.is_cpu(), objects))
             logger.info("AdaInfer drafts structured answers from earlier ones to the same grammar")

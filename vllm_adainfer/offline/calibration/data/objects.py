@@ -219,9 +219,9 @@ def objects_of(schema: Schema, answers: Sequence[Sequence[int]], tokenizer: Any)
     for number, (path, values) in enumerate(schema.fields.items()):
         own = []
         for place, value in enumerate(values):
-            seen = written[number][place]
-            part = seen.most_common(1)[0][0] if seen else None
-            if part is None:
+            if seen := written[number][place]:
+                [(part, _)] = seen.most_common(1)
+            else:
                 part = _canonical(example, path, value, schema, tokenizer)[number + 1]
             own.append(Value(text=value, written=part))
         fields.append(DecidedField(path=path, values=tuple(own), guess=guess[number]))
