@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adainfer_kernels import Head, Norm
+from adainfer_kernels import Head, Norm, normed
 from torch import Tensor
 
 from tests import student
@@ -24,13 +24,7 @@ from vllm_adainfer.offline.calibration.fit import cost, training
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.probes import Target, full_depth_labels
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.record.rows import (
-    FOLDS,
-    OwnStates,
-    Rows,
-    ServedModel,
-    normed,
-)
+from vllm_adainfer.offline.calibration.record.rows import FOLDS, OwnStates, Rows, ServedModel
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.probe import Probe
 

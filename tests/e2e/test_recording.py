@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adainfer_kernels import normed
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from vllm_adainfer import stats
 from vllm_adainfer.exits.recording.moments import DECISION_ROW_WEIGHT, STRIDE, Moments
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.collect import Plan, record
-from vllm_adainfer.offline.calibration.record.rows import normed
 from vllm_adainfer.settings.instruments import ROW_ARG
 
 RECORDED = (0, 5)

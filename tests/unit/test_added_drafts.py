@@ -55,7 +55,6 @@ def request_with(computed: int, placeholders: int = 0) -> Any:
 
 def scheduler_with(free: int = 99, unclean: list[int] | None = None) -> Any:
     return SimpleNamespace(
-        running=["a", "b"],
         block_size=BLOCK,
         kv_cache_manager=Blocks(free),
         _get_new_block_ids_to_zero=lambda: unclean,
@@ -78,7 +77,7 @@ def test_a_draft_joins_the_rows_and_blocks_of_its_request(
 ):
     step, request = scheduled_step(rows, is_new, before), request_with(computed, placeholders)
     scheduler = scheduler_with()
-    assert add_draft(scheduler, step, request, [7, 8, 9, 7])
+    assert add_draft(scheduler, step, request, [7, 8, 9, 7], spare=2)
     assert scheduler.kv_cache_manager.asked == [(computed - rows, rows + 4)]
     assert step.num_scheduled_tokens == {"a": rows + 4}
     assert step.total_num_scheduled_tokens == rows + 4
@@ -92,11 +91,14 @@ def test_a_draft_joins_the_rows_and_blocks_of_its_request(
 
 
 @pytest.mark.parametrize(
-    ("computed", "free", "fits"), [(30, 2, False), (30, 3, True), (20, 0, True)]
+    ("computed", "free", "spare", "fits"),
+    [(30, 2, 2, False), (30, 3, 2, True), (20, 0, 2, True), (30, 1, 0, True), (30, 0, 0, False)],
 )
-def test_a_draft_leaves_each_running_request_a_free_block(computed, free, fits):
+def test_a_draft_that_needs_a_block_leaves_as_many_free_as_are_to_be_spared(
+    computed, free, spare, fits
+):
     step, request = scheduled_step(1, False, None), request_with(computed)
-    assert add_draft(scheduler_with(free), step, request, [7, 8, 9]) == fits
+    assert add_draft(scheduler_with(free), step, request, [7, 8, 9], spare) == fits
     if not fits:
         assert step.scheduled_spec_decode_tokens == {}
         assert request.num_computed_tokens == computed
@@ -105,7 +107,7 @@ def test_a_draft_leaves_each_running_request_a_free_block(computed, free, fits):
 def test_new_blocks_are_cleaned_in_the_step_that_writes_them():
     step = scheduled_step(1, False, None)
     step.new_block_ids_to_zero = [4]
-    assert add_draft(scheduler_with(unclean=[90]), step, request_with(30), [7, 8, 9])
+    assert add_draft(scheduler_with(unclean=[90]), step, request_with(30), [7, 8, 9], spare=2)
     assert step.new_block_ids_to_zero == [4, 90]
 
 

@@ -119,8 +119,9 @@ def test_answers_that_decide_no_choice_are_the_reason_given_for_no_policy(monkey
     monkeypatch.setattr(calibrating, "calibration_of", lambda *_: policy.calibration)
     monkeypatch.setattr(calibrating, "fit_policy", lambda *_: policy)
     request = CalibrationRequest("m", Path("rows"), Path("out"))
+    prompts = SimpleNamespace(student=None, schema=None)
     with pytest.raises(AdaInferError, match="100% of the answers of m begin with a token that dec"):
-        calibrating.fit_and_certify(request, SimpleNamespace(student=None), policy.calibration.rows)
+        calibrating.fit_and_certify(request, prompts, policy.calibration.rows)
 
 
 def test_of_equal_scores_the_lowest_token_decides_as_in_vllms_sampler():

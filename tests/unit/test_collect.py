@@ -2,22 +2,26 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.record.collect import rows_of_tokens
+from vllm_adainfer.offline.calibration.record.collect import rows_at
 
-PROMPTS, TEXTS = [3, 1, 5], [2, 4, 1]
-# Text and position of each token's row.
+# Text and position of each row that decides an answer.
 ROWS = [(0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3), (2, 4)]
 
 
 def found(rows: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    tags, positions = (np.array(column) for column in zip(*rows, strict=True))
-    return [rows[row] for row in rows_of_tokens(tags, positions, PROMPTS, TEXTS)]
+    return [rows[row] for row in rows_at(ROWS, recorded(rows))]
+
+
+def recorded(rows: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    tags, positions = torch.tensor(rows).T
+    return {"tags": tags, "positions": positions}
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_rows_that_came_in_any_order_are_told_by_text_and_token(seed):
+def test_rows_that_came_in_any_order_are_told_by_text_and_position(seed):
     order = np.random.default_rng(seed).permutation(len(ROWS))
     assert found([ROWS[place] for place in order]) == ROWS
 
@@ -27,20 +31,16 @@ def test_rows_beyond_the_end_of_a_text_shift_nothing():
 
 
 def test_of_a_row_that_came_again_the_last_counts():
-    tags, positions = (np.array(column) for column in zip(*ROWS, ROWS[3], strict=True))
-    assert rows_of_tokens(tags, positions, PROMPTS, TEXTS).tolist() == [0, 1, 2, 7, 4, 5, 6]
+    assert rows_at(ROWS, recorded([*ROWS, ROWS[3]])).tolist() == [0, 1, 2, 7, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
     ("lost", "sentence"),
     [
-        (
-            ROWS[:1],
-            "1 of 7 generated tokens were not recorded, the first is token 1 after prompt 1",
-        ),
-        (ROWS[3:5], "2 of 7 generated tokens .* token 2 after prompt 2"),
+        (ROWS[:1], "1 of 7 rows that decide an answer .* first at position 2 of prompt 1"),
+        (ROWS[3:5], "2 of 7 rows that decide an answer .* first at position 1 of prompt 2"),
     ],
 )
-def test_a_token_without_a_row_is_an_error(lost, sentence):
+def test_an_answer_without_a_row_is_an_error(lost, sentence):
     with pytest.raises(AdaInferError, match=sentence):
         found([row for row in ROWS if row not in lost])

@@ -183,8 +183,9 @@ def test_where_nothing_is_certified_nobody_is_sent_to_the_same_held_out_half_aga
     monkeypatch.setattr(calibrating, "calibration_of", lambda *_: policy.calibration)
     monkeypatch.setattr(calibrating, "fit_policy", lambda *_: replace(policy, points={}))
     request = CalibrationRequest("m", Path("rows"), Path("out"))
+    prompts = SimpleNamespace(student=None, schema=None)
     with pytest.raises(AdaInferError, match="raise --epsilon, or give new rows") as raised:
-        calibrating.fit_and_certify(request, SimpleNamespace(student=None), policy.calibration.rows)
+        calibrating.fit_and_certify(request, prompts, policy.calibration.rows)
     assert "--probe" not in str(raised.value)
 
 

@@ -153,7 +153,7 @@ def test_any_json_in_a_request_is_understood_or_refused(arguments: dict[str, Any
     assert read.adainfer_epsilon is None or 0 <= read.adainfer_epsilon < 1
     given = {key: arguments[key] for key in KEYS if arguments.get(key) is not None}
     given.pop("adainfer", None)
-    assert read.model_dump(exclude={"adainfer"}, exclude_none=True) == given
+    assert read.model_dump(mode="json", exclude={"adainfer"}, exclude_none=True) == given
 
 
 @pytest.mark.parametrize(

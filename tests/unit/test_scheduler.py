@@ -261,7 +261,10 @@ def test_the_switch_says_who_watches(tmp_path, monkeypatch, switch, names):
     assert settings is not None
     manager = SimpleNamespace(tokenizer=None)
     scheduler: Any = SimpleNamespace(
-        structured_output_manager=manager, max_model_len=9, vllm_config=config
+        structured_output_manager=manager,
+        max_model_len=9,
+        vllm_config=config,
+        admission=None,
     )
     watching = observers_of(config, settings, scheduler)
     assert [type(one).__name__ for one in watching] == names

@@ -6,7 +6,7 @@ message offers them.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StrictInt
 
 from vllm_adainfer.strict import Strict
 
@@ -66,5 +66,5 @@ class RequestInstruments(BaseModel):
     """
 
     adainfer_row: int | None = Field(None, strict=True)
-    adainfer_guess: tuple[int, ...] | None = None
+    adainfer_guess: tuple[StrictInt, ...] | None = None
     adainfer_exit: int | None = Field(None, strict=True)
