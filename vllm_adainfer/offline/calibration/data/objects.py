@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from vllm_adainfer.artifact.fields import MOST_ANSWERS, MOST_FIELDS, Label
 from vllm_adainfer.artifact.outputs import DecidedField, Objects, Value
 from vllm_adainfer.drafts.fields import MOST_VALUES, values_in
 from vllm_adainfer.drafts.schemas import LONGEST_SCHEMA, digest_of, plain_schema
+from vllm_adainfer.engine.compat.drafts import LONGEST_DRAFT
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
 
@@ -61,7 +62,7 @@ class Schema:
         if labels > MOST_ANSWERS or prod(map(len, fields.values())) > MOST_OBJECTS:
             raise AdaInferError(
                 f"the fields of {place} have {labels} values in all, and a policy decides at most "
-                f"{MOST_ANSWERS}: {STILL_DRAFTED}"
+                f"{MOST_ANSWERS}, of at most 2^62 objects: {STILL_DRAFTED}"
             )
         return cls(text, digest, fields)
 
@@ -148,10 +149,10 @@ def _leaves(
             f"{path or 'the answer'} of {place} has fields that may be missing: name all of them "
             f"in required. {STILL_DRAFTED}"
         )
-    if part.get("additionalProperties", False) is not False:
+    if part.get("additionalProperties", False) is not False or part.get("patternProperties"):
         raise AdaInferError(
             f"{path or 'the answer'} of {place} may have other fields: set additionalProperties "
-            f"to false. {STILL_DRAFTED}"
+            f"to false, without patternProperties. {STILL_DRAFTED}"
         )
     for name, inner in properties:
         if "." in name or "=" in name:
@@ -169,7 +170,7 @@ def _values_of(part: Mapping[str, Any]) -> tuple[str, ...]:
     kinds = [part]
     for key in "anyOf", "oneOf":
         if isinstance(part.get(key), list):
-            kinds = [one for one in part[key] if isinstance(one, dict)]
+            kinds = [one if isinstance(one, dict) else {} for one in part[key]]
     for kind in kinds:
         own: list[str] = []
         if isinstance(kind.get("enum"), list):
@@ -194,11 +195,14 @@ def _values_of(part: Mapping[str, Any]) -> tuple[str, ...]:
 def objects_of(schema: Schema, answers: Sequence[Sequence[int]], tokenizer: Any) -> Objects:
     """How a model that has given these `answers`, in tokens without the end, writes objects.
 
-    An AdaInferError if none of them is an object of the schema.
+    The commonest object is the guess. Of the ways in which a value was written, the commonest that
+    goes with the guess's other values is taken.
+
+    An AdaInferError if none of them is an object of the schema, or the guess is too long.
     """
     texts = [tokenizer.decode(answer) for answer in answers]
     objects = [
-        (places, text, _parts(answer, text, schema, tokenizer))
+        (places, tuple(answer), text)
         for answer, text in zip(answers, texts, strict=True)
         if (places := schema.places(text)) is not None
     ]
@@ -208,23 +212,40 @@ def objects_of(schema: Schema, answers: Sequence[Sequence[int]], tokenizer: Any)
             f"{texts[0]!r:.200}: check the prompts, and that the model ends its answers"
         )
     [(guess, _)] = Counter(places for places, *_ in objects).most_common(1)
-    [(start, _)] = Counter(parts[0] for *_, parts in objects).most_common(1)
-    written: list[list[Counter[tuple[int, ...]]]] = [
-        [Counter() for _ in values] for values in schema.fields.values()
-    ]
-    for places, _, (_, *parts) in objects:
-        for field, (place, part) in enumerate(zip(places, parts, strict=True)):
-            written[field][place][part] += 1
-    fields, (_, example, _) = [], objects[0]
-    for number, (path, values) in enumerate(schema.fields.items()):
+    [((guessed, text), _)] = Counter(one[1:] for one in objects if one[0] == guess).most_common(1)
+    if len(guessed) > LONGEST_DRAFT:
+        raise AdaInferError(
+            f"the object {text!r:.200} takes {len(guessed)} tokens, and at most {LONGEST_DRAFT} "
+            f"can stand behind a prompt: shorten the names of its fields. {STILL_DRAFTED}"
+        )
+    start, *parts = _parts(guessed, text, schema, tokenizer)
+    seen = [[Counter[tuple[int, ...]]() for _ in values] for values in schema.fields.values()]
+    for places, answer, own_text in objects:
+        for field, part in enumerate(_parts(answer, own_text, schema, tokenizer)[1:]):
+            seen[field][places[field]][part] += 1
+
+    def goes_with_others(field: int, place: int, part: Sequence[int]) -> bool:
+        tokens = [*start, *chain(*parts[:field], part, *parts[field + 1 :])]
+        wanted = (*guess[:field], place, *guess[field + 1 :])
+        return schema.places(tokenizer.decode(tokens)) == wanted
+
+    fields = []
+    for field, (path, values) in enumerate(schema.fields.items()):
         own = []
         for place, value in enumerate(values):
-            if seen := written[number][place]:
-                [(part, _)] = seen.most_common(1)
-            else:
-                part = _canonical(example, path, value, schema, tokenizer)[number + 1]
-            own.append(Value(text=value, written=part))
-        fields.append(DecidedField(path=path, values=tuple(own), guess=guess[number]))
+            ways = [part for part, _ in seen[field][place].most_common()]
+            if place == guess[field]:
+                ways = [parts[field]]
+            elif not any(goes_with_others(field, place, one) for one in ways):
+                ways = [_canonical(text, path, value, schema, tokenizer)[field + 1]]
+            written = next((one for one in ways if goes_with_others(field, place, one)), None)
+            if written is None:
+                raise AdaInferError(
+                    f"the tokenizer writes the value {value:.80} of {path} in one token with what "
+                    f"stands before it, which other values do not share. {STILL_DRAFTED}"
+                )
+            own.append(Value(text=value, written=written))
+        fields.append(DecidedField(path=path, values=tuple(own), guess=guess[field]))
     return Objects(schema_digest=schema.digest, start=start, fields=tuple(fields))
 
 
@@ -233,10 +254,14 @@ def _parts(
 ) -> tuple[tuple[int, ...], ...]:
     """The tokens before the first value, and those from each value to the next.
 
-    A value begins with the token that has its first character, behind the quote of a string.
+    A value begins with the token that has its first character; behind the quote, if all values of
+    its field are strings.
     """
     begins = dict(values_in(text))
-    at = [begins[path] + (text[begins[path]] == '"') for path in schema.fields]
+    at = [
+        begins[path] + all(one[0] == '"' for one in values)
+        for path, values in schema.fields.items()
+    ]
     ends = [len(tokenizer.decode(tokens[: count + 1])) for count in range(len(tokens))]
     cuts = [next(place for place, end in enumerate(ends) if end > one) for one in at]
     return tuple(tuple(tokens[start:end]) for start, end in pairwise([0, *cuts, len(tokens)]))
