@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from tests import student
+from tests.objects import SCHEMA, object_config, two_fields
 from tests.tiny import tiny_config
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Label, LabelBound, LabelRisk, Level, SharedTokens
+from vllm_adainfer.artifact.outputs import Value
 from vllm_adainfer.artifact.words import promise_in_words
 from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.offline.calibration.write.card import model_card
@@ -47,6 +50,7 @@ ABOUT_LABELS: dict[str, Any] = {
     "label_bounds": (LabelBound(kind="recall", label="bad", epsilon=0.1),),
     "never_early": ("good",),
 }
+VALUES = tuple(Value(text=str(number), written=(7,)) for number in range(20))
 SHARED = SharedTokens(start=(1, 2), end=(3,))
 
 
@@ -235,3 +239,19 @@ def test_nothing_in_a_table_is_wrapped_cut_coloured_or_read_as_markup(monkeypatc
     [*_, last] = lay_out([Table([{"a": "1", "b": cell}])]).splitlines()
     assert cell in last
     assert "\x1b" not in last
+
+
+def test_of_objects_the_fields_are_said_and_the_guess_and_the_card_has_a_request(tiny_model):
+    many = two_fields().fields[0].model_copy(update={"path": "stars", "values": VALUES, "guess": 3})
+    of_stars = two_fields().model_copy(update={"fields": (many, two_fields().fields[1])})
+    config = object_config(tiny_model, output=of_stars)
+    [facts, *_] = artifact_facts(config, DETAILS)
+    assert "candidates" not in facts
+    assert facts["field stars"] == "0, 1, 2, 3, 4, 5, 6, 7, ... (20)"
+    assert facts["field seen"] == "false, true"
+    assert facts["guess"] == "stars=3, seen=true (5 tokens)"
+    card = model_card(config, {**DETAILS, "schema": json.dumps(SCHEMA)})
+    [body] = [part for part in card.split("```") if part.startswith("json\n")]
+    asked = json.loads(body.removeprefix("json\n"))
+    assert asked["response_format"]["json_schema"]["schema"] == SCHEMA
+    assert "response_format" not in model_card(tiny_config(tiny_model), DETAILS)

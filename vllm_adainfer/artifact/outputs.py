@@ -171,6 +171,11 @@ class Objects(Asked):
         }
         return named[label]
 
+    def in_words(self, places: Sequence[int]) -> str:
+        """The object with these values, for people."""
+        pairs = zip(self.fields, places, strict=True)
+        return ", ".join(f"{field.path}={field.values[place].text}" for field, place in pairs)
+
     @cached_property
     def guess(self) -> tuple[TokenId, ...]:
         """The tokens of the guessed object."""

@@ -44,6 +44,13 @@ def evaluate(
         typer.Option(help="Measure only this bound; by default all bounds of the artifact."),
     ] = None,
     lora: Lora = "",
+    schema: Annotated[
+        Path | None,
+        typer.Option(
+            help="For objects: a file with their JSON schema, which must be that of the artifact; "
+            "by default the one that calibration has kept there."
+        ),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write the report here (JSON).")] = None,
     html: Annotated[
         Path | None, typer.Option(help="Write the report here as a single HTML page.")
@@ -78,6 +85,7 @@ def evaluate(
         report=report,
         html=html,
         prompts=prompts,
+        schema=schema,
     )
     typer.echo(as_text(evaluation_facts(result)) + "\n")
     typer.echo(summary_line(result))

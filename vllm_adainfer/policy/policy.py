@@ -23,6 +23,7 @@ from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.score import score
 from vllm_adainfer.promise.label_subsets import mask_of, restrict
+from vllm_adainfer.promise.links import ByField
 from vllm_adainfer.promise.probabilities import (
     FEATURES,
     features_among,
@@ -39,11 +40,12 @@ class ProbeView:
     """A policy's view of some rows, as `explain` shows it to people; all tensors are [rows].
 
     Attributes:
-        tokens: int64, the token that the probe would answer.
+        tokens: int64, the token that the probe would answer; of objects their numbers.
         top_prob: fp32, its probability among the tokens that the probe scores.
         gap: fp32, its lead over the second.
         odds: fp32, the classifier's score, log odds that the answer is final.
         threshold: fp32, the least score at which a row is settled.
+        least_sure: int64, of objects, the field that is least sure; None for other answers.
 
     """
 
@@ -52,6 +54,7 @@ class ProbeView:
     gap: Tensor
     odds: Tensor
     threshold: Tensor
+    least_sure: Tensor | None = None
 
 
 class Policy(ExitPolicy):
@@ -197,7 +200,7 @@ class Policy(ExitPolicy):
 
     def view(self, exit_index: int, rows: UndecidedRows) -> ProbeView:
         """The basis of the decision of `decide`."""
-        probe, ids = self.probes[exit_index], self.answer_ids
+        probe, ids, least_sure = self.probes[exit_index], self.answer_ids, None
         if probe.fused:
             result = probe.score(probe.readout(rows.hidden))
             tokens, features = result.top1_id, result.features
@@ -206,13 +209,17 @@ class Policy(ExitPolicy):
             assert ids is not None
             scores = self._scores(probe, rows)
             labels, features = scores[:, : len(ids)], self.promise.features(scores)
-            tokens, shown = ids[labels.argmax(dim=1)], features_among(labels, self.promise.link)
+            best, shown = self.promise.link.best(labels), features_among(labels, self.promise.link)
+            tokens = best if self._columns_of_fields else ids[best]
+            if isinstance(self.promise.link, ByField):
+                least_sure = self.promise.link.least_sure(labels)
         return ProbeView(
             tokens=tokens,
             top_prob=shown[:, 0],
             gap=shown[:, 1],
             odds=score(features, self._classifiers[exit_index], rows.memory),
             threshold=self._thresholds[exit_index][rows.threshold_rows],
+            least_sure=least_sure,
         )
 
     @override

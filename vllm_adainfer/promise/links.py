@@ -215,6 +215,15 @@ class ByField(Link):
     def may_be_best(self, scores: Tensor) -> Tensor:
         return torch.cat([SOFTMAX.may_be_best(one) for one in self.fields(scores)], dim=1)
 
+    def least_sure(self, scores: Tensor) -> Tensor:
+        """int64 [rows], the field whose answer has the least lead in probability."""
+        return torch.stack(
+            [
+                SOFTMAX.top_prob_and_gap(one)[:, 1] if one.shape[1] > 1 else one.new_ones(len(one))
+                for one in self.fields(scores)
+            ]
+        ).argmin(dim=0)
+
     def code(self, places: Tensor) -> Tensor:
         """int64 [rows], the answer with so many-th label of each field, [rows, fields]."""
         return reduce(

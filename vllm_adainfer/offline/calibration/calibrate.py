@@ -155,7 +155,10 @@ def fit_and_certify(request: CalibrationRequest, prompts: Prompts, rows: Rows) -
         )
     adapter = None if request.adapter is None else request.adapter.described
     output, template = request.output, request.template
-    return write_artifact(policy, request.model, prompts.hf_config, template, output, adapter)
+    schema = None if prompts.schema is None else prompts.schema.text
+    return write_artifact(
+        policy, request.model, prompts.hf_config, template, output, adapter, schema
+    )
 
 
 def calibration_of(request: CalibrationRequest, prompts: Prompts, rows: Rows) -> Calibration:

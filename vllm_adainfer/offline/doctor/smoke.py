@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import SharedTokens
+from vllm_adainfer.artifact.files import load_details
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.data.served_schema import served_schema
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.doctor.finding import Finding, fail, ok
 from vllm_adainfer.offline.evaluation.measure import run
 from vllm_adainfer.offline.evaluation.requests import (
     engine_settings,
-    longest_choice,
+    most_tokens,
     request_params,
 )
 from vllm_adainfer.offline.evaluation.run import Run
@@ -39,11 +41,13 @@ def examine_engine(model: Model, artifact: str, config: ArtifactConfig) -> Itera
     """Start an engine with an artifact that fits; run short requests with exits and without."""
     from vllm.platforms import current_platform
 
-    tokens = longest_choice(config.choices) if config.choices else 1
+    tokens, schema = most_tokens(config, 1), None
     longest = model.longest_prompt(tokens)
     examples = smoke_examples(config.shared, model.tokenizer, longest)
     switch = {"artifact": artifact}
     try:
+        if config.objects is not None:
+            schema = served_schema(config.objects, load_details(artifact))
         settings = {**engine_settings(config), **model.engine_settings}
         engine = start_engine(model.path, examples, switch, tokens, **settings)
     except AdaInferError as error:
@@ -53,7 +57,9 @@ def examine_engine(model: Model, artifact: str, config: ArtifactConfig) -> Itera
         yield _model_class(engine)
         if current_platform.is_cuda_alike():
             yield self_test_found(stats(engine)["failed_parts"])
-        asked = [request_params(config, None, extra) for extra in (None, {EXIT_ARG: 0})]
+        asked = [
+            request_params(config, None, extra, schema=schema) for extra in (None, {EXIT_ARG: 0})
+        ]
         early, full = (
             run(engine, examples, [params] * len(examples), config, True, model.lora_request)
             for params in asked

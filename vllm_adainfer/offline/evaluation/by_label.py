@@ -1,4 +1,4 @@
-"""The report's rows about single labels: recall and precision, by full depth and by the data."""
+"""The report's rows about single labels, by full depth and by the data, and about fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import numpy as np
 
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.outputs import Objects
 from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.data.served_schema import NO_OBJECT
 from vllm_adainfer.offline.evaluation.sequences import Tokens
 from vllm_adainfer.offline.reports.shares import Share, verdict
 
@@ -35,6 +37,8 @@ def label_rows(
         ``true_precision`` against those; and ``verdicts``, by promise.
 
     """
+    if config.objects is not None:
+        return _value_rows(config, config.objects, groups, early, full)
     names, columns = _columns(config)
     ours, deep = (
         np.array([columns.get(tuple(text), OTHER) for text in texts]) for texts in (early, full)
@@ -47,13 +51,7 @@ def label_rows(
     rows = []
     for column, name in enumerate(names):
         answered, wanted_by = ours == column, deep == column
-        row: dict[str, Any] = {
-            "label": name,
-            "full_depth": int(wanted_by.sum()),
-            "answered": int(answered.sum()),
-            **_share("recall", answered, wanted_by, groups),
-            **_share("precision", wanted_by, answered, groups),
-        }
+        row = _against_full_depth(name, answered, wanted_by, groups)
         is_right = np.zeros_like(answered)
         if right is not None:
             is_right = right == column
@@ -66,6 +64,59 @@ def label_rows(
         if (answered | wanted_by | is_right).any():
             rows.append(row)
     return rows
+
+
+def field_rows(
+    objects: Objects, groups: Ints, early: Sequence[Tokens], full: Sequence[Tokens]
+) -> list[dict[str, Any]]:
+    """Of each field of an object, the share of the answers in which it ``differs``.
+
+    An answer that is no object of the schema has no values.
+    """
+    pairs = zip(_values(objects, early), _values(objects, full), strict=True)
+    return [
+        {"field": field.path, **_share("differs", ours != deep, np.ones_like(ours, bool), groups)}
+        for field, (ours, deep) in zip(objects.fields, pairs, strict=True)
+    ]
+
+
+def _value_rows(
+    config: ArtifactConfig,
+    objects: Objects,
+    groups: Ints,
+    early: Sequence[Tokens],
+    full: Sequence[Tokens],
+) -> list[dict[str, Any]]:
+    """`label_rows` of objects, whose labels are the values of their fields."""
+    ours, deep, rows = _values(objects, early), _values(objects, full), []
+    for label in config.labels:
+        field, place = objects.at(label.name)
+        answered, wanted_by = ours[field] == place, deep[field] == place
+        row = _against_full_depth(label.name, answered, wanted_by, groups)
+        row["verdicts"] = _verdicts(config, label.name, row)
+        if (answered | wanted_by).any():
+            rows.append(row)
+    return rows
+
+
+def _values(objects: Objects, texts: Sequence[Tokens]) -> list[Ints]:
+    """Of each field, its value in each answer: `OTHER` in one that is no object."""
+    codes = np.array([code for [code] in texts])
+    places = (objects.link.place_in(field, codes) for field in range(len(objects.fields)))
+    return [np.where(codes == NO_OBJECT, OTHER, of_field) for of_field in places]
+
+
+def _against_full_depth(
+    label: str, answered: Bools, wanted_by: Bools, groups: Ints
+) -> dict[str, Any]:
+    """The parts of a row that need no right answers."""
+    return {
+        "label": label,
+        "full_depth": int(wanted_by.sum()),
+        "answered": int(answered.sum()),
+        **_share("recall", answered, wanted_by, groups),
+        **_share("precision", wanted_by, answered, groups),
+    }
 
 
 def _columns(config: ArtifactConfig) -> tuple[list[str], dict[tuple[int, ...], int]]:

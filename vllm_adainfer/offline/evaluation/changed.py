@@ -10,6 +10,7 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.data.served_schema import NO_OBJECT
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.evaluation.sequences import Tokens
 from vllm_adainfer.offline.pretrained import Model
@@ -51,6 +52,8 @@ def changed_prompts(
         artifact, asked = load_artifact(source), {}
         for index, place in pairs:
             example, epsilon = examples[place], config.levels[index].epsilon
+            if config.objects and [NO_OBJECT] in (full[place], runs[epsilon].texts[place]):
+                continue  # it was cut short: there is no object to show a view of
             with suppress(AdaInferError):  # it never exits, so the change is due to rounding
                 part, row, _ = decided_by(artifact, epsilon, example.token_ids)
                 asked[index, place] = example, part, row
@@ -64,7 +67,7 @@ def changed_prompts(
     name = token_namer(config, model.tokenizer)
 
     def answer(text: Tokens) -> str:
-        one_token = len(text) == 1 and not config.choices
+        one_token = len(text) == 1 and not config.choices  # or an object, as a number
         return name(text[0]) if one_token else repr(model.tokenizer.decode(text))
 
     changed = [

@@ -15,12 +15,13 @@ from vllm_adainfer.artifact.files import load_artifact_config, load_details
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.adapter import NamedAdapter
 from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.data.served_schema import served_schema
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.evaluation.changed import changed_prompts
 from vllm_adainfer.offline.evaluation.measure import measure
 from vllm_adainfer.offline.evaluation.prompts import load_examples, right_answers
 from vllm_adainfer.offline.evaluation.report import build_report, write_whole
-from vllm_adainfer.offline.evaluation.requests import engine_settings, longest_choice
+from vllm_adainfer.offline.evaluation.requests import engine_settings, most_tokens
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.evaluation.sequences import compare, rescore
 from vllm_adainfer.offline.pretrained import load_model
@@ -47,6 +48,7 @@ def evaluate(
     report: Path | None = None,
     html: Path | None = None,
     prompts: bool = True,
+    schema: Path | None = None,
 ) -> dict[str, Any]:
     """Measure both engines; write the report and the page if asked to. Returns the report.
 
@@ -63,15 +65,19 @@ def evaluate(
     if html is not None:
         check_installed()
     config = load_artifact_config(artifact)
-    details = {} if html is None else load_details(artifact)
+    objects = config.objects
+    if objects is None and schema is not None:
+        raise AdaInferError("--schema is for objects, which the artifact is not for: drop it")
+    details = {} if html is None and objects is None else load_details(artifact)
+    text = None if objects is None else served_schema(objects, details, schema)
     loaded = load_model(model, config, adapter, hf_overrides)
     if epsilon is not None:
         config = _with_one_level(config, epsilon)
     count = _max_tokens(max_tokens, config)
-    generated = longest_choice(config.choices) if config.choices else count
+    generated = most_tokens(config, count)
     longest = loaded.longest_prompt(generated)
     examples = load_examples(
-        data, template, chat_template, label_field, labels, config, loaded, longest
+        data, template, chat_template, label_field, labels, config, loaded, longest, text
     )
     epsilons = [NEVER_EXIT, *(level.epsilon for level in config.levels)]
     settings = {**engine_settings(config), **loaded.engine_settings}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.data.served_schema import code_of
 from vllm_adainfer.offline.calibration.record.collect import best_column
 from vllm_adainfer.offline.evaluation.requests import (
     chosen,
@@ -45,7 +46,10 @@ def measure(
 
     def once(engine: LLM, epsilon: float | None, prompts: Sequence[Example] = examples) -> Run:
         extra_args = None if epsilon is None else {EPSILON_ARG: epsilon}
-        params = [request_params(config, one.labels, extra_args, max_tokens) for one in prompts]
+        params = [
+            request_params(config, one.labels, extra_args, max_tokens, one.schema)
+            for one in prompts
+        ]
         return run(engine, prompts, params, config, engine is ours, adapter)
 
     once(stock, None, examples[:WARM_UP])
@@ -79,11 +83,14 @@ def run(
     engine.reset_prefix_cache()
     before = stats(engine) if counted else None
     prompts = [{"prompt_token_ids": example.token_ids} for example in examples]
-    start = time.perf_counter()
+    start, written = time.perf_counter(), list[list[int]]()
     if config.score_head is None:
         outputs = engine.generate(prompts, params, lora_request=adapter, use_tqdm=False)
         seconds = time.perf_counter() - start
         texts = [list(output.outputs[0].token_ids) for output in outputs]
+        if (objects := config.objects) is not None:
+            written = texts
+            texts = [[code_of(objects, output.outputs[0].text)] for output in outputs]
         if config.choices:
             texts = chosen(outputs, config.choices)
         read = outputs[0].outputs[0].logprobs
@@ -94,5 +101,5 @@ def run(
         texts = [[best_column(output.outputs.data)] for output in scored]
         logprobs = class_logprobs(scored)
     if before is None:
-        return Run(seconds, texts, logprobs=logprobs)
-    return Run.counted(seconds, texts, before, stats(engine), logprobs)
+        return Run(seconds, texts, logprobs=logprobs, written=written)
+    return Run.counted(seconds, texts, before, stats(engine), logprobs, written)

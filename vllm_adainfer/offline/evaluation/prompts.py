@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.requested import Form, Output
+from vllm_adainfer.drafts.schemas import digest_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.batch_files import are_requests
 from vllm_adainfer.offline.calibration.data.choices import common_choices, find_choices, with_labels
@@ -32,9 +34,11 @@ def load_examples(
     config: ArtifactConfig,
     model: Model,
     longest: int,
+    schema: str | None = None,
 ) -> list[Example]:
     """The tokenised prompts of a data file, of at most `longest` tokens.
 
+    `schema` is that of the objects of the artifact; None if it is for other answers.
     An AdaInferError if the file is not readable, or its prompts or the user's options, such as
     `labels`, do not fit the artifact of `config`.
     """
@@ -50,8 +54,9 @@ def load_examples(
             "--chat-template joins the queries and documents of a reranker, and the artifact is "
             "for a model that generates: drop it"
         )
-    if choices and labels:
-        raise AdaInferError("the artifact is for choices, which it names itself: drop --labels")
+    if (choices or schema is not None) and labels:
+        what = "choices" if choices else "objects"
+        raise AdaInferError(f"the artifact is for {what}, which it names itself: drop --labels")
     if holds_requests and (template is not None or labels or config.max_tokens > 1):
         raise AdaInferError(
             f"{data} holds requests, which bring their prompts, labels and one token each: "
@@ -60,6 +65,8 @@ def load_examples(
     examples = read_examples(
         rows, tokenizer, model.hf_config, template, chat_template, label_field, longest
     )
+    if schema is not None:
+        return _for_the_object(examples, schema, holds_requests, data)
     if choices:
         if holds_requests:
             examples, _ = common_choices(examples, choices)
@@ -86,6 +93,21 @@ def load_examples(
     return examples
 
 
+def _for_the_object(
+    examples: Sequence[Example], schema: str, holds_requests: bool, data: Path
+) -> list[Example]:
+    """The prompts that ask for the object of `schema`: rows all do, requests as they say."""
+    if not holds_requests:
+        return [replace(example, schema=schema) for example in examples]
+    digest = digest_of(schema)
+    found = [one for one in examples if one.schema and digest_of(one.schema) == digest]
+    if not found:
+        raise AdaInferError(
+            f"no request of {data} asks for an object with the schema of the artifact"
+        )
+    return found
+
+
 def _check_requests_served(
     config: ArtifactConfig, examples: Sequence[Example], tokenizer: Any
 ) -> None:
@@ -110,6 +132,8 @@ def right_answers(
 
     None if a row has no label, or if texts are generated and a label is not a number.
     """
+    if config.objects is not None:
+        return None  # a row's label says nothing of a whole object
     answers = [str(example.label) for example in examples if example.label is not None]
     if len(answers) < len(examples):
         return None

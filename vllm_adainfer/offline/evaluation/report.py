@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.files import PUBLIC, replace_file
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.split import groups_of
-from vllm_adainfer.offline.evaluation.by_label import label_rows
+from vllm_adainfer.offline.evaluation.by_label import field_rows, label_rows
 from vllm_adainfer.offline.evaluation.promised import bounded_rows, default_level, promised_rows
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run
 from vllm_adainfer.offline.evaluation.sequences import Tokens, differing
@@ -145,6 +146,9 @@ class _Measured:
         speedup = self.speedup(runs)
         saved = 1 - sum(run.layers_run for run in runs) / sum(run.layers_possible for run in runs)
         histogram: Counter[int] = sum((Counter(run.exit_histogram) for run in runs), Counter())
+        if self.config.objects is not None:  # one that is early is decided at once, others by token
+            early = histogram.total() - histogram.pop(self.config.layers, 0)
+            histogram[self.config.layers] = len(runs) * len(self.examples) - early
         exits = {layer: count / histogram.total() for layer, count in sorted(histogram.items())}
         # As many rows as groups: which rows left where is not recorded.
         rows = int(self.groups.max()) + 1
@@ -157,6 +161,7 @@ class _Measured:
             **self.disagreement("disagreement", runs, self.at(NEVER_EXIT)),
             **self.disagreement("disagreement_with_stock", runs, self.stock),
             **self._accuracy_lost(runs[0]),
+            **self._by_field(runs),
             **self._by_label(runs[0]),
             "efficiency": speedup * (1 - saved),
             "adainfer": {
@@ -176,6 +181,20 @@ class _Measured:
             return {}
         lost = Share.of(full - early, self.groups)
         return {"accuracy_lost": lost.value, "accuracy_lost_95": lost.signed_interval}
+
+    def _by_field(self, runs: Sequence[Run]) -> dict[str, Any]:
+        """Of objects, the share whose text differs, and that of each field, of one round."""
+        if self.config.objects is None:
+            return {}
+        full = self.at(NEVER_EXIT)
+        value, interval = of_rounds(
+            [
+                Share.of(~np.array([*map(eq, run.written, other.written)]), self.groups)
+                for run, other in zip(runs, full, strict=True)
+            ]
+        )
+        rows = field_rows(self.config.objects, self.groups, runs[0].texts, full[0].texts)
+        return {"text_differs": value, "text_differs_95": interval, "by_field": rows}
 
     def _by_label(self, run: Run) -> dict[str, Any]:
         """The rows about single labels, of one round; nothing for a policy without labels."""

@@ -1,4 +1,4 @@
-"""The requests of an evaluation: for a token, a choice, or the probabilities of labels."""
+"""The requests of an evaluation: for a token, a choice, an object, or probabilities of labels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Choice, Label
 from vllm_adainfer.artifact.requested import Form, Output
+from vllm_adainfer.offline.calibration.data.served_schema import longest_object
 from vllm_adainfer.offline.calibration.record.collect import greedy, scores_of
 from vllm_adainfer.offline.evaluation.run import Logprobs
 
@@ -29,10 +30,12 @@ def request_params(
     labels: Sequence[int] | None,
     extra_args: dict[str, Any] | None,
     max_tokens: int = 1,
+    schema: str | None = None,
 ) -> SamplingParams | PoolingParams:
     """Parameters of a greedy request for the output that the policy's bound covers.
 
-    `labels` are ids of those that the request names; None for those of the artifact.
+    `labels` are ids of those that the request names; None for those of the artifact. `schema` is
+    that of the object that it asks for.
     """
     form, ids = Output.of_config(config).form, list(labels or config.label_ids)
     if form is Form.SCORES:
@@ -42,15 +45,27 @@ def request_params(
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    if form is Form.CHOICE:  # with enough tokens for any of them
-        max_tokens = longest_choice(config.choices)
+    max_tokens = most_tokens(config, max_tokens)
+    if form is Form.CHOICE:
         choices = StructuredOutputsParams(choice=[choice.text for choice in config.choices])
         asked: dict[str, Any] = {"structured_outputs": choices}
+    elif form is Form.OBJECT:
+        assert schema is not None, "requests for objects have one"
+        asked = {"structured_outputs": StructuredOutputsParams(json=schema)}
     elif form is Form.IN_VOCABULARY:
         asked = {"logprob_token_ids": ids}
     else:
         asked = {"allowed_token_ids": ids, "logprobs": len(ids)}
     return SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=extra_args, **asked)
+
+
+def most_tokens(config: ArtifactConfig, max_tokens: int) -> int:
+    """The ``max_tokens`` of requests: enough for any choice or object, else those given."""
+    if config.choices:
+        return longest_choice(config.choices)
+    if config.objects is not None:
+        return longest_object(config.objects)
+    return max_tokens
 
 
 def longest_choice(choices: Sequence[Choice]) -> int:

@@ -19,7 +19,8 @@ class Run:
     """One pass over all prompts.
 
     Attributes:
-        texts: the generated token ids of each prompt.
+        texts: the generated token ids of each prompt; of an object its number alone, see `code_of`.
+        written: of objects, the generated token ids of each prompt; empty for other answers.
         layers_run: token-layers that were executed, of those `possible` at full depth.
         passes_run: layers that were entered by at least one token, summed over the steps.
         exit_histogram: layers run -> number of tokens; empty for stock vLLM.
@@ -35,6 +36,7 @@ class Run:
     passes_possible: int = 0
     exit_histogram: Mapping[int, int] = field(default_factory=dict)
     logprobs: Logprobs | None = None
+    written: Sequence[list[int]] = ()
 
     @classmethod
     def counted(
@@ -44,12 +46,13 @@ class Run:
         before: Mapping[str, Any],
         after: Mapping[str, Any],
         logprobs: Logprobs | None = None,
+        written: Sequence[list[int]] = (),
     ) -> Run:
         """A pass of an engine with the plugin, given its `stats` before and after."""
         counters = "layers_run", "layers_possible", "passes_run", "passes_possible"
         left = Counter(after["exit_histogram"]) - Counter(before["exit_histogram"])
         spent: dict[str, int] = {name: after[name] - before[name] for name in counters}
-        return cls(seconds, texts, exit_histogram=left, logprobs=logprobs, **spent)
+        return cls(seconds, texts, exit_histogram=left, logprobs=logprobs, written=written, **spent)
 
     @property
     def layers_saved(self) -> float:
@@ -64,7 +67,7 @@ class Run:
     @property
     def tokens(self) -> int:
         """Tokens generated for all prompts."""
-        return sum(map(len, self.texts))
+        return sum(map(len, self.written or self.texts))
 
 
 Rounds = Sequence[tuple[Run, dict[float, Run]]]

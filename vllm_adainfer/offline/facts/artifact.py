@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
+from vllm_adainfer.artifact.outputs import Objects
 from vllm_adainfer.artifact.scope import (
     after_which_text,
     each_for_itself,
@@ -22,6 +23,7 @@ from vllm_adainfer.artifact.words import (
 )
 from vllm_adainfer.offline.facts.document import Block, Facts, Table
 
+SHOWN_VALUES = 8  # of a field
 WORTH_MORE_PROMPTS = 1.0  # percentage points that the second half of the prompts has brought
 
 
@@ -51,6 +53,7 @@ def _summary(config: ArtifactConfig, details: Mapping[str, Any]) -> Facts:
     labels = ", ".join(f"{label.name} ({label.token_id})" for label in config.labels)
     if config.choices:
         labels = "the first tokens of the choices"
+    objects, whole = config.objects, f"{config.candidates} of the vocabulary"
     adapter, student, lost = config.adapter, config.student, config.promise.lost
     facts = {
         "model": f"{config.base_model} ({config.architecture}, {config.layers} layers, weights "
@@ -58,7 +61,7 @@ def _summary(config: ArtifactConfig, details: Mapping[str, Any]) -> Facts:
         "served with": config.engine_options.in_words,
         "adapter": adapter and f"{adapter.name} (LoRA, fingerprint {adapter.fingerprint})",
         "probes": probes_in_words(config),
-        "candidates": labels or f"{config.candidates} of the vocabulary",
+        **(_fields(objects) if objects else {"candidates": labels or whole}),
         "scores": config.score_head and f"of a classifier ({config.score_head})",
         "student": student and student_in_words(student),
         "classifier": f"{config.classifier} on {', '.join(config.features)}",
@@ -75,6 +78,17 @@ def _summary(config: ArtifactConfig, details: Mapping[str, Any]) -> Facts:
         f"{'per token ' if per_token else ''}({config.bound})",
     }
     return {name: text for name, text in facts.items() if text}
+
+
+def _fields(objects: Objects) -> Facts:
+    """What each field may be, and the object that stands behind a prompt while it is decided."""
+    found = {}
+    for field in objects.fields:
+        shown, count = [one.text for one in field.values[:SHOWN_VALUES]], len(field.values)
+        more = f", ... ({count})" if count > SHOWN_VALUES else ""
+        found[f"field {field.path}"] = f"{', '.join(shown)}{more}"
+    guess = objects.in_words([field.guess for field in objects.fields])
+    return {**found, "guess": f"{guess} ({len(objects.guess)} tokens)"}
 
 
 def _bound(config: ArtifactConfig) -> str:

@@ -28,6 +28,7 @@ def evaluation_facts(report: Mapping[str, Any]) -> list[Block]:
         for layer, share in ours["exit_histogram"].items()
     )
     about: dict[str, Callable[[Any], Iterable[Block]]] = {
+        "by_field": lambda found: facts_of_fields(found, report),
         "by_label": facts_of_labels,
         "gates": facts_of_gates,
         "queries": _queries,
@@ -87,6 +88,18 @@ def _never_exit(never: Row) -> Facts:
 
 def _share_or_dash(row: Row, name: str) -> str:
     return "-" if row[name] is None else share_in(row, name)
+
+
+def facts_of_fields(rows: Sequence[Row], report: Row) -> tuple[Table, str]:
+    """How often each field of an object differs, and its text."""
+    table = [
+        {"field": row["field"], "differs from full depth": share_in(row, "differs")} for row in rows
+    ]
+    text = (
+        "The bound is on objects of which any field differs. Their texts, with white space, differ "
+        f"in {share_in(report, 'text_differs')} of the answers."
+    )
+    return Table(table, text_columns=1), text
 
 
 def facts_of_labels(rows: Sequence[Row]) -> tuple[Table, str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.artifact.files import load_artifact, load_details
 from vllm_adainfer.artifact.scope import served_prompts
 from vllm_adainfer.offline.adapter import NamedAdapter
 from vllm_adainfer.offline.calibration.data.examples import Row, make_examples, read_template
+from vllm_adainfer.offline.calibration.data.served_schema import longest_object, served_schema
 from vllm_adainfer.offline.facts.document import Table, as_text
 from vllm_adainfer.offline.pretrained import load_model
 from vllm_adainfer.offline.reports.views import View, decided_by, views_of_prompts
@@ -81,11 +82,18 @@ def explain(
     """
     artifact = load_artifact(source)
     config = artifact.config
+    schema, tokens = None, 1
+    if config.objects is not None:
+        tokens, schema = (
+            longest_object(config.objects),
+            served_schema(config.objects, load_details(source)),
+        )
     model = load_model(path, config, adapter, hf_overrides)
     template = read_template(template)
     row = Row("the text", {"text" if template is not None else "prompt": text})
-    longest = model.longest_prompt(1)
+    longest = model.longest_prompt(tokens)
     [example] = make_examples([row], model.tokenizer, template, "label", longest)
+    example = replace(example, schema=schema)
     part, row_of_thresholds, bound = decided_by(artifact, epsilon, example.token_ids)
     [views] = views_of_prompts(source, config, model, [(example, part, row_of_thresholds)])
     leaves_after, served = next(view.layer for view in views if view.settled), None

@@ -18,7 +18,11 @@ from vllm_adainfer.artifact.files import load_student_tokenizer
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.data.objects import Schema
+from vllm_adainfer.offline.calibration.data.served_schema import in_words
+from vllm_adainfer.offline.calibration.fit.probes import values_at_full_depth
 from vllm_adainfer.offline.calibration.record.collect import Plan, recorded
+from vllm_adainfer.offline.calibration.record.objects import recorded_objects
 from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.facts.document import Facts
 from vllm_adainfer.offline.pretrained import Model
@@ -38,6 +42,7 @@ class View:
     Attributes:
         layer: number of layers that have run.
         answer: the answer if the request exited here.
+        least_sure: of an object, the field that is least sure; None for other answers.
         top_prob: the answer's probability among the scored tokens.
         gap: the answer's lead over the second token, in probability.
         score: log odds that the answer is final; None at full depth.
@@ -53,6 +58,7 @@ class View:
     score: float | None = None
     threshold: float | None = None
     settled: bool = True
+    least_sure: str | None = None
 
     @property
     def facts(self) -> Facts:
@@ -60,6 +66,7 @@ class View:
         return {
             "answer": self.answer,
             "after layer": str(self.layer),
+            **({} if self.least_sure is None else {"least sure": self.least_sure}),
             "top_prob": f"{self.top_prob:.3f}",
             "gap": f"{self.gap:.3f}",
             "score": "" if self.score is None else f"{self.score:.2f}",
@@ -79,14 +86,24 @@ def record_prompts(model: Model, config: ArtifactConfig, examples: Sequence[Exam
         branches=config.branches,
     )
     settings = {"enforce_eager": True, **model.engine_settings}
-    rows = recorded(model.path, model.hf_config, examples, plan, model.lora_request, **settings)
+    path, hf_config, adapter = model.path, model.hf_config, model.lora_request
+    if (objects := config.objects) is None:
+        rows = recorded(path, hf_config, examples, plan, adapter, **settings)
+    else:
+        assert examples[0].schema is not None, "prompts for objects have one"
+        schema = Schema.of(examples[0].schema, examples[0].place)
+        rows, _ = recorded_objects(
+            path, hf_config, examples, plan, schema, model.tokenizer, adapter, objects, **settings
+        )
     config.check_options(rows.model.engine_options)
     config.check_weights(rows.model.fingerprint)
     return rows
 
 
 def token_namer(config: ArtifactConfig, tokenizer: Any) -> Callable[[int], str]:
-    """A function that returns a token's label, or its text, in quotes."""
+    """A function that returns a token's label, or its text, in quotes; of objects, their values."""
+    if (objects := config.objects) is not None:
+        return partial(in_words, objects)
     names = {label.token_id: label.name for label in config.labels}
     return lambda token: repr(names.get(token) or tokenizer.decode([token]))
 
@@ -173,6 +190,7 @@ def views_of(
 
     policy = Policy(artifact, torch.device("cpu"), logit_lens)
     rows, memory, views = torch.tensor([thresholds]), None, []
+    objects = artifact.config.objects
     place = np.array([prompt])
     for index, (layer, probe_input) in enumerate(
         zip(policy.exit_points, policy.probe_inputs, strict=True)
@@ -198,10 +216,20 @@ def views_of(
                 float(seen.odds),
                 float(seen.threshold),
                 bool(decision.settled),
+                None
+                if objects is None or seen.least_sure is None
+                else objects.fields[int(seen.least_sure)].path,
             )
         )
+    depth, answer = recording.model.depth, name(int(recording.tokens[prompt]))
+    if objects is not None:
+        link = objects.link
+        scores = link.scores_of(values_at_full_depth(recording, objects, place))
+        top_prob, gap = features_among(scores, link)[0].tolist()
+        least_sure = objects.fields[int(link.least_sure(scores))].path
+        return [*views, View(depth, answer, top_prob, gap, least_sure=least_sure)]
     top_prob, gap = _at_full_depth(artifact.config, recording, prompt)
-    return [*views, View(recording.model.depth, name(int(recording.tokens[prompt])), top_prob, gap)]
+    return [*views, View(depth, answer, top_prob, gap)]
 
 
 def _at_full_depth(config: ArtifactConfig, recording: Rows, prompt: int) -> tuple[float, float]:

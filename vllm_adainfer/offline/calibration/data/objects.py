@@ -74,13 +74,18 @@ class Schema:
 
     def places(self, answer: str) -> tuple[int, ...] | None:
         """Which value each field of an answer has; None if it is no such object."""
-        try:
-            found = json.loads(answer)
-            values = [_json(_inside(found, path)) for path in self.fields]
-            pairs = zip(self.fields.values(), values, strict=True)
-            return tuple(own.index(value) for own, value in pairs)
-        except (ValueError, LookupError, TypeError):
-            return None
+        return places_in(answer, self.fields)
+
+
+def places_in(answer: str, fields: Mapping[str, Sequence[str]]) -> tuple[int, ...] | None:
+    """Which of its values each of the `fields` of an answer has; None if it is no such object."""
+    try:
+        found = json.loads(answer)
+        values = [_json(_inside(found, path)) for path in fields]
+        pairs = zip(fields.values(), values, strict=True)
+        return tuple(own.index(value) for own, value in pairs)
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 def read_schema(path: Path) -> Schema:

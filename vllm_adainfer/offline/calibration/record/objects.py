@@ -49,9 +49,12 @@ def recorded_objects(
     schema: Schema,
     tokenizer: Any,
     adapter: LoRARequest | None = None,
+    objects: Objects | None = None,
     **settings: Any,
 ) -> tuple[Rows, Objects]:
     """Run `examples` through an engine of their own, see `recorded`; and how it writes objects.
+
+    `objects` are those of a policy, if there is one; else the first answers tell.
 
     An AdaInferError if the engine cannot start, or an answer is no object of the schema.
     """
@@ -62,7 +65,8 @@ def recorded_objects(
     shortest = len(tokenizer.encode(schema.text)) + 16
     engine = start_engine(model, examples, switch, LONGEST * shortest, **settings)
     try:
-        return _record(engine, examples, plan, schema, tokenizer, LONGEST * shortest, adapter)
+        longest = LONGEST * shortest
+        return _record(engine, examples, plan, schema, tokenizer, longest, adapter, objects)
     finally:
         stop_engine(engine)
 
@@ -75,6 +79,7 @@ def _record(
     tokenizer: Any,
     max_tokens: int,
     adapter: LoRARequest | None,
+    objects: Objects | None,
 ) -> tuple[Rows, Objects]:
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
@@ -103,9 +108,10 @@ def _record(
     def without_end(output: Any) -> list[int]:
         return [token for token in output.outputs[0].token_ids if token != end]
 
-    first = [*map(without_end, answers(range(min(FIRST, len(examples)))))]
-    objects = objects_of(schema, first, tokenizer)
-    say(f"behind each prompt stands {tokenizer.decode(objects.guess)}")
+    if objects is None:
+        first = [*map(without_end, answers(range(min(FIRST, len(examples)))))]
+        objects = objects_of(schema, first, tokenizer)
+        say(f"behind each prompt stands {tokenizer.decode(objects.guess)}")
     engine.collective_rpc("adainfer_record_fields", args=(list(objects.rows),))
     engine.reset_prefix_cache()
     outputs = answers(range(len(examples)), objects.guess)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,8 +39,29 @@ Serve it with the plugin [vllm-adainfer](https://arxiv.org/abs/2403.02181):
 ```
 vllm-adainfer serve MODEL --policy DIR
 ```
-
+{_request(details)}
 {content}
+"""
+
+
+def _request(details: Mapping[str, Any]) -> str:
+    """A request that the policy serves, where it takes more than a prompt: one for an object."""
+    schema = details.get("schema")
+    if schema is None:
+        return ""
+    asked = {"name": "answer", "schema": json.loads(schema)}
+    body = {
+        "model": "MODEL",
+        "messages": [{"role": "user", "content": "PROMPT"}],
+        "temperature": 0,
+        "response_format": {"type": "json_schema", "json_schema": asked},
+    }
+    return f"""
+A request for `/v1/chat/completions` that it serves, with a prompt like those of the calibration:
+
+```json
+{json.dumps(body, indent=2, ensure_ascii=False)}
+```
 """
 
 

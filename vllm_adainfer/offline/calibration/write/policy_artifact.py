@@ -29,10 +29,12 @@ def write_artifact(
     template: str | None,
     directory: Path,
     adapter: Adapter | None = None,
+    schema: str | None = None,
 ) -> ArtifactConfig:
     """Write a policy that certified its own epsilon to `directory`.
 
-    `model` is a directory or hub id, `hf_config` its config; `template` is as it was given.
+    `model` is a directory or hub id, `hf_config` its config; `template` is as it was given, and
+    `schema`, that of objects, as requests send it.
 
     An AdaInferError if `directory` cannot be written.
     """
@@ -40,6 +42,8 @@ def write_artifact(
     config = policy_config(policy, name, hf_config, adapter)
     labels = [label.name for label in policy.calibration.labels]
     details = {"template": template, "labels": labels, **policy_details(policy)}
+    if schema is not None:
+        details["schema"] = schema
     encoder, tokenizer = None, ""
     if policy.student is not None and policy.student.base is not None:
         tokenizer = policy.student.base.tokenizer
