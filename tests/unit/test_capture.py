@@ -10,6 +10,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
 from tests.running import vllm_request
+from vllm_adainfer.drafts.schemas import LONGEST_SCHEMA
 from vllm_adainfer.engine.admission import traffic_sample as sample
 from vllm_adainfer.engine.admission.traffic_sample import in_traffic_sample
 from vllm_adainfer.engine.compat.requests import request_group
@@ -42,6 +43,10 @@ def test_a_line_is_one_of_vllms_batch_files_and_keeps_what_came_together():
             {"structured_outputs": StructuredOutputsParams(choice=["yes", "no"])},
             {"structured_outputs": {"choice": ["yes", "no"]}},
         ),
+        (
+            {"structured_outputs": StructuredOutputsParams(json={"const": 1}), "max_tokens": 9},
+            {"structured_outputs": {"json": {"const": 1}}, "max_tokens": 9},
+        ),
     ],
     ids=lambda value: "-".join(value) or "plain",
 )
@@ -58,6 +63,7 @@ def test_a_line_says_all_that_decides_an_answer(params, said):
         {"allowed_token_ids": [7, 8]},
         {"logprob_token_ids": [7, 8], "logprobs": 2},
         {"structured_outputs": StructuredOutputsParams(choice=["yes", "no"])},
+        {"structured_outputs": StructuredOutputsParams(json={"type": "object"})},
     ],
     ids=lambda params: next(iter(params)),
 )
@@ -84,7 +90,8 @@ def test_vllm_reads_a_body_as_the_request_that_was_sent(params):
         {"frequency_penalty": 1.0, "max_tokens": 2},
         {"thinking_token_budget": 5},
         {"structured_outputs": StructuredOutputsParams(regex="a|b")},
-        {"structured_outputs": StructuredOutputsParams(json={"type": "object"})},
+        {"structured_outputs": StructuredOutputsParams(json_object=True)},
+        {"structured_outputs": StructuredOutputsParams(json={"title": "x" * LONGEST_SCHEMA})},
     ],
     ids=lambda params: next(iter(params)),
 )

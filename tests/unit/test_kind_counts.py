@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.request import Request, RequestStatus
 
+from tests.objects import SCHEMA, two_fields
 from tests.running import vllm_request
 from tests.waiting import wait_for
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
@@ -59,6 +61,19 @@ def test_rows_are_those_of_the_kind_of_each_request_until_it_has_ended(counts):
     assert Kind.of_dict(kind["kind"]) == Kind("label", (7, 11))
     assert (kind["requests"], kind["tokens"]) == (RECURS, 3 * RECURS)
     assert (found["requests"], found["tokens"]) == (RECURS + 1, 53 * RECURS + 3)
+
+
+def test_objects_are_counted_by_schema_with_the_fields_that_people_know_them_by(counts):
+    asked = StructuredOutputsParams(json=SCHEMA)
+    for number in range(RECURS):
+        one = request(f"a{number}", structured_outputs=asked, max_tokens=99)
+        assert one.sampling_params is not None
+        one.sampling_params._eos_token_id = 2  # as vLLM's frontend sets it
+        counts.arrived(one)
+    [(_, kind)] = counted(counts)["kinds"].items()
+    assert kind["kind"]["reads"] == "object"
+    assert kind["kind"]["schema"] == two_fields().schema_digest
+    assert kind["kind"]["paths"] == ["mood", "seen"]
 
 
 def test_the_end_of_a_request_is_not_that_of_another_one_with_its_name(counts):

@@ -11,14 +11,19 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
+from tests.objects import SCHEMA
 from vllm_adainfer.artifact.fields import MOST_ANSWERS, MOST_CHOICE_CHARACTERS
 from vllm_adainfer.auto.kinds import Kind
+from vllm_adainfer.drafts.schemas import LONGEST_PATH, LONGEST_SCHEMA, digest_of
 from vllm_adainfer.engine.admission.arrival import kind_of
+from vllm_adainfer.engine.admission.requested_output import requested_fields
 
 LORA = LoRARequest("mood", 1, "/nowhere")
 
 
-def params_of(choice: list[str] | None = None, **given: Any) -> SamplingParams:
+def params_of(choice: list[str] | None = None, json: Any = None, **given: Any) -> SamplingParams:
+    if json is not None:
+        given["structured_outputs"] = StructuredOutputsParams(json=json)
     if choice is not None:
         given["structured_outputs"] = StructuredOutputsParams(choice=choice)
     params = SamplingParams(**{"temperature": 0, "max_tokens": 1, **given})
@@ -59,6 +64,31 @@ def test_choices_that_vllm_has_made_a_grammar_of_are_the_same_kind():
     assert kind(params) == Kind("choice", choices=("no", "yes"))
 
 
+def test_objects_are_of_one_kind_if_their_schemas_allow_the_same_answers():
+    titled = {**SCHEMA, "title": "A review"}
+    found = [kind(params_of(json=one, max_tokens=99)) for one in (SCHEMA, titled)]
+    digest = digest_of(json.dumps(SCHEMA))
+    assert found == [Kind("object", schema=digest)] * 2
+    assert kind(params_of(json=SCHEMA), adapter=LORA) == Kind("object", (), (), "mood", digest)
+    other = {**SCHEMA, "properties": {"seen": {"type": "boolean"}}}
+    assert kind(params_of(json=other)) not in (found[0], None)
+
+
+def test_an_object_is_counted_with_names_of_its_fields_and_the_server_makes_no_policy_for_it():
+    named = "n" * 99
+    fields = {**SCHEMA["properties"], "reason": {"type": "string"}, named: {"const": 1}}
+    params = params_of(json={"type": "object", "properties": fields})
+    assert requested_fields(params) == ("mood", "seen", named[:LONGEST_PATH])
+    found = Kind("object", schema="digest", paths=requested_fields(params))
+    assert Kind.of_dict(json.loads(json.dumps(found.as_dict()))).paths == found.paths
+    assert "no policy by themselves yet" in str(found.why_full_depth)
+
+
+def test_kinds_have_the_names_of_before_there_were_objects():
+    assert Kind("label", (7, 11)).name(b"salt") == "kind-cc57fff841a0"
+    assert Kind("object", schema="a").name(b"salt") != Kind("object", schema="b").name(b"salt")
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -69,6 +99,9 @@ def test_choices_that_vllm_has_made_a_grammar_of_are_the_same_kind():
         {"allowed_token_ids": [7, 11], "temperature": 0.5},
         {"choice": ["yes", "no"], "temperature": 0.5},
         {"choice": ["yes", "no"], "stop": ["o"]},
+        {"json": SCHEMA, "temperature": 0.5},
+        {"json": SCHEMA, "stop": ["o"]},
+        {"json": {"title": "x" * LONGEST_SCHEMA}},
         {"allowed_token_ids": [7, 11], "logit_bias": {7: 1.0}},
         {"allowed_token_ids": [7, 11], "prompt_logprobs": 1},
         {"allowed_token_ids": list(range(5000))},

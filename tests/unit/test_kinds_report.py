@@ -106,6 +106,23 @@ def test_each_kind_has_a_row_with_what_it_reads_and_its_share(served):
     assert "calibrate with --tolerance or --gate" in served.line_of(PROBABILITIES)
 
 
+def test_objects_are_told_by_their_fields_with_the_command_for_a_policy(served):
+    assert "Objects" not in served.ran()
+    content = json.loads(served.directory.kinds.read_text())
+    kind = Kind("object", schema="d", paths=("mood", "\x1b[2J"))
+    table = KindTable(served.directory.salt)
+    for _ in range(RECURS):
+        table.arrived(kind, 10, MAY_3).tokens += 10
+    content["kinds"] |= table.as_dict()["kinds"]
+    write_json(served.directory.kinds, content)
+    name = kind.name(served.directory.salt)
+    [line] = [line for line in served.ran().splitlines() if line.startswith(name)]
+    assert r"object: 'mood', '\x1b[2J'" in line
+    assert "objects get no policy by themselves yet" in line
+    assert f"Objects ({name}): the server does not calibrate itself for them." in served.ran()
+    assert "vllm-adainfer calibrate --model MODEL --data CAPTURED --schema" in served.ran()
+
+
 def test_texts_of_clients_cannot_move_the_cursor(served):
     line = served.line_of(CHOICE)
     assert r"choice: '\x1b[2J', '<script>', 'yes'" in line

@@ -1,15 +1,15 @@
-"""Kinds of one-answer requests: what they read, and under which adapter."""
+"""Kinds of requests that read one answer: what that is, and under which adapter."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
-Reads = Literal["label", "choice", "probabilities"]
+Reads = Literal["label", "choice", "probabilities", "object"]
 KNOWN = 1024  # kinds whose names are kept
 
 
@@ -18,11 +18,14 @@ class Kind:
     """The common output of requests of one kind.
 
     Attributes:
-        reads: what a client reads of the answer: one label, one of several texts, or the labels'
-            probabilities.
+        reads: what a client reads of the answer: one label, one of several texts, the labels'
+            probabilities, or a JSON object.
         labels: token ids of the labels, ascending; empty for texts.
         choices: the texts, in alphabetical order; empty for labels.
         adapter: name of the LoRA adapter; None for the base model.
+        schema: digest of the schema of objects, see `vllm_adainfer.drafts.schemas`; None for
+            other answers.
+        paths: for people, the fields of objects that have few values.
 
     """
 
@@ -30,10 +33,19 @@ class Kind:
     labels: tuple[int, ...] = ()
     choices: tuple[str, ...] = ()
     adapter: str | None = None
+    schema: str | None = None
+    paths: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def answers(self) -> tuple[int, ...] | tuple[str, ...]:
+        """What there is to choose from; of objects their fields."""
+        return self.labels or self.choices or self.paths
 
     @property
     def why_full_depth(self) -> str | None:
         """Why requests of this kind never exit; None for a kind that may get a policy."""
+        if self.reads == "object":
+            return "objects get no policy by themselves yet: they are drafted, or calibrate one"
         if self.adapter is not None:
             return "only kinds of the base model get a policy: calibrate this adapter yourself"
         if self.reads == "probabilities":
@@ -44,7 +56,10 @@ class Kind:
 
     def name(self, salt: bytes) -> str:
         """A name that tells nobody without `salt` what the kind is."""
-        content = json.dumps(vars(self), sort_keys=True).encode(errors="surrogatepass")
+        own = {key: value for key, value in vars(self).items() if key != "paths"}
+        if self.schema is None:  # names of before there were objects hold
+            del own["schema"]
+        content = json.dumps(own, sort_keys=True).encode(errors="surrogatepass")
         return "kind-" + hashlib.blake2b(content, digest_size=6, key=salt).hexdigest()
 
     def as_dict(self) -> dict[str, Any]:
@@ -59,6 +74,8 @@ class Kind:
             tuple(fields.get("labels", ())),
             tuple(fields.get("choices", ())),
             fields.get("adapter"),
+            fields.get("schema"),
+            tuple(fields.get("paths", ())),
         )
 
 

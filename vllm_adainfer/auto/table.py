@@ -145,7 +145,8 @@ class KindTable:
         label = self._labels.get(kind, OTHERS)
         if label == OTHERS and count.recurs and len(self._labels) < NAMED:
             name = self._labels[kind] = kind.name(self._salt)
-            self.reads[name] = f"{kind.reads} among {len(kind.labels or kind.choices)}"
+            among = "of" if kind.reads == "object" else "among"
+            self.reads[name] = f"{kind.reads} {among} {len(kind.answers)}"
         return label
 
     def recurring(self) -> list[KindCount]:

@@ -9,9 +9,12 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
+from vllm_adainfer.drafts.fields import fields_of
+
 LONGEST_SCHEMA = 1 << 16  # characters
 MOST_PARTS = 1024  # of a schema: references may multiply them
 DEEPEST = 16
+LONGEST_PATH = 40  # characters, for people
 KNOWN = 128  # schemas whose digests are kept
 # What a schema says to people, and to programs other than those that read its answers.
 ANNOTATIONS = frozenset(
@@ -37,6 +40,12 @@ def digest_of(schema: str) -> str | None:
     if plain is None:
         return None
     return sha256(json.dumps(plain).encode(errors="surrogatepass")).hexdigest()
+
+
+@lru_cache(KNOWN)
+def paths_of(schema: str) -> tuple[str, ...]:
+    """The fields with few values of a schema that has a digest, each cut to `LONGEST_PATH`."""
+    return tuple(path[:LONGEST_PATH] for path in fields_of(json.loads(schema)))
 
 
 def plain_schema(schema: str) -> dict[str, Any] | None:

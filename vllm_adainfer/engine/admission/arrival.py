@@ -211,6 +211,8 @@ def kind_of_output(
     name = None if adapter is None else adapter.lora_name
     if output.form is Form.CHOICE:
         return Kind("choice", choices=tuple(sorted(output.choices or ())), adapter=name)
+    if output.form is Form.OBJECT:
+        return Kind("object", adapter=name, schema=output.schema)
     if not output.labels or max_tokens != 1:
         return None
     labels = tuple(sorted(output.labels))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.fields import MOST_ANSWERS
 from vllm_adainfer.artifact.requested import Form, Output
-from vllm_adainfer.drafts.schemas import digest_of
+from vllm_adainfer.drafts.schemas import digest_of, paths_of
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
 
 if TYPE_CHECKING:
@@ -94,11 +94,25 @@ def requested_schema(params: SamplingParams) -> str | None:
 
     Forced tool calls have one, too: that of the tool's arguments.
     """
+    text = _schema_text(params)
+    return None if text is None else digest_of(text)
+
+
+def requested_fields(params: SamplingParams) -> tuple[str, ...]:
+    """The fields with few values of the object that a request with a `requested_schema` asks for.
+
+    For people: long names are cut.
+    """
+    text = _schema_text(params)
+    return () if text is None else paths_of(text)
+
+
+def _schema_text(params: SamplingParams) -> str | None:
     structured = params.structured_outputs
     if structured is None or not structured.json:
         return None
     schema = structured.json
-    return digest_of(schema if isinstance(schema, str) else json.dumps(schema))
+    return schema if isinstance(schema, str) else json.dumps(schema)
 
 
 def can_end_with_grammar(params: SamplingParams) -> bool:

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from vllm_adainfer.engine.admission.requested_output import changes_scores, requested_scores
+from vllm_adainfer.engine.admission.requested_output import (
+    changes_scores,
+    requested_schema,
+    requested_scores,
+)
 from vllm_adainfer.engine.admission.traffic_sample import GroupSample
 from vllm_adainfer.engine.compat.requests import request_group, short_id
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
@@ -96,8 +100,10 @@ def body_of(request: Request, model: str) -> dict[str, Any] | None:
     }
     if params.structured_outputs is not None:
         outputs = params.structured_outputs
-        choices = choices_of(outputs.choice, outputs.grammar)
-        if choices is None:
+        if requested_schema(params) is not None:
+            body["structured_outputs"] = {"json": outputs.json}
+        elif (choices := choices_of(outputs.choice, outputs.grammar)) is not None:
+            body["structured_outputs"] = {"choice": choices}
+        else:
             return None
-        body["structured_outputs"] = {"choice": choices}
     return {key: value for key, value in body.items() if value is not None}

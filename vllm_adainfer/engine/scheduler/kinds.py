@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.table import KindCount, KindTable, pools
 from vllm_adainfer.engine.admission.arrival import kind_of, kind_of_output
+from vllm_adainfer.engine.admission.requested_output import requested_fields
 from vllm_adainfer.engine.admission.running import params_of, resolved_of
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.scheduler.observer import Observer, Step
@@ -74,8 +76,12 @@ class KindCounts(Observer):
         """The kind of a request, by what was resolved of it if something was."""
         resolved, adapter = resolved_of(request), request.lora_request
         if resolved is not None and resolved.output is not None:
-            return kind_of_output(resolved.output, resolved.max_tokens, adapter)
-        return kind_of(params_of(request), adapter, request.resumable, self._mode)
+            kind = kind_of_output(resolved.output, resolved.max_tokens, adapter)
+        else:
+            kind = kind_of(params_of(request), adapter, request.resumable, self._mode)
+        if kind is None or kind.schema is None or request.sampling_params is None:
+            return kind
+        return replace(kind, paths=requested_fields(request.sampling_params))
 
     @override
     def stepped(self, step: Step) -> None:

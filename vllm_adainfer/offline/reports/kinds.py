@@ -154,6 +154,9 @@ def reads_of(kind: Kind, texts: Texts) -> str:
     """The output of a kind, in words."""
     if kind.choices:
         return f"choice: {_few([quoted(text) for text in kind.choices[:SHOWN_ANSWERS]], kind)}"
+    if kind.reads == "object":
+        shown = [quoted(path) for path in kind.paths[:SHOWN_ANSWERS]]
+        return f"object: {_few(shown, kind) or 'no field with few values'}"
     return f"{kind.reads}: {_few([texts(label) for label in kind.labels[:SHOWN_ANSWERS]], kind)}"
 
 
@@ -194,6 +197,7 @@ def facts_of_kinds(watched: Watched, texts: Texts) -> list[Block]:
         f"{watched.model} got {watched.requests:,} requests since {day_of(watched.since)}. All "
         f"others, such as free text, ran {watched.share(rest)} of the token rows.",
         *(_pool_candidate(pool, watched, texts) for pool in watched.pools),
+        *_of_objects(watched),
         *promises,
         *([NOT_PROMISED] if promises else []),
     ]
@@ -211,8 +215,21 @@ def _pool_candidate(pool: Mapping[str, Any], watched: Watched, texts: Texts) -> 
     )
 
 
+def _of_objects(watched: Watched) -> list[str]:
+    """How to make policies for the objects that recur; nothing if there are none."""
+    names = [one.name for one in watched.kinds if one.kind.reads == "object"]
+    if not names:
+        return []
+    return [
+        f"Objects ({', '.join(names)}): the server does not calibrate itself for them. Where all "
+        "fields of a schema have few values, a policy can write whole objects early; the server "
+        'captures requests with "capture" in the switch: vllm-adainfer calibrate --model MODEL '
+        "--data CAPTURED --schema SCHEMA.json --output DIR"
+    ]
+
+
 def _few(answers: Sequence[str], kind: Kind) -> str:
-    count = len(kind.labels or kind.choices)
+    count = len(kind.answers)
     more = f", ... ({count})" if count > len(answers) else ""
     return ", ".join(answers) + more
 
