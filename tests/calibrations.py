@@ -16,7 +16,16 @@ from torch import Tensor
 from tests import student
 from vllm_adainfer.artifact.fields import Choice, Label, SharedTokens
 from vllm_adainfer.artifact.kinds import ProbeKind
-from vllm_adainfer.artifact.outputs import AnyOutput, Choices, LabelPool, Labels, Tokens
+from vllm_adainfer.artifact.outputs import (
+    AnyOutput,
+    Choices,
+    DecidedField,
+    LabelPool,
+    Labels,
+    Objects,
+    Tokens,
+    Value,
+)
 from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
@@ -40,6 +49,28 @@ CHOICES = Choices(
         Choice(text="c", token_ids=(30,), first_tokens=(30,)),
     ),
     undecided=(1, 2),
+)
+# One field has a lone value, and the values of another begin with the same token.
+OBJECTS = Objects(
+    schema_digest="0" * 64,
+    start=(1, 2),
+    fields=(
+        DecidedField(
+            path="mood",
+            values=(
+                Value(text='"bad"', written=(7, 4)),
+                Value(text='"fine"', written=(9, 9, 4)),
+                Value(text='"good"', written=(3, 4)),
+            ),
+            guess=2,
+        ),
+        DecidedField(path="kind", values=(Value(text='"film"', written=(12, 13, 4)),), guess=0),
+        DecidedField(
+            path="part.seen",
+            values=(Value(text="false", written=(20, 21, 5)), Value(text="true", written=(20, 5))),
+            guess=1,
+        ),
+    ),
 )
 NORM = Norm("rms", torch.ones(HIDDEN), eps=1e-5)
 SPLIT = Split.halves(PROMPTS)
@@ -190,22 +221,76 @@ def of_choices(choices: Choices = CHOICES, **options: Any) -> Calibration:
     return calibration_of(recording, labels=choices.labels, choices=choices, **options)
 
 
+def recording_of_objects(noise: float = 0.4) -> Rows:
+    """States at the row of each field, which come nearer to the final one from layer to layer.
+
+    In one object of ten another mood is written than at the row behind the guess.
+    """
+    plain, sizes = recording_of(labels=False), OBJECTS.link.sizes
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    final = 2 * normal(PROMPTS, len(sizes), HIDDEN)
+    lens, places = plain.model.logit_lens, torch.zeros(PROMPTS, len(sizes), dtype=torch.int64)
+    for field, tokens in enumerate(([7, 9, 3], [12], [20, 22])):  # the likeliest says what it has
+        logits = lens.readout(final[:, field]) @ lens.head.weight[tokens].T
+        places[:, field] = logits.argmax(dim=1)
+    another = torch.rand(PROMPTS, generator=generator) < 0.1
+    places[another, 0] = (places[another, 0] + 1) % sizes[0]
+    states = {
+        layer: final + noise * (DEPTH - layer) / DEPTH * normal(*final.shape) for layer in LAYERS
+    }
+    mean = normed(final.flatten(0, 1)).view(final.shape).mean(dim=1)
+    means = {layer: mean + noise * normal(PROMPTS, HIDDEN) for layer in states}
+    return replace(
+        plain,
+        model=replace(plain.model, pool_seconds=1e-8),
+        states=states,
+        final=final,
+        tokens=OBJECTS.link.code(places).numpy(),
+        moments={},
+        means=means,
+    )
+
+
+def of_objects(
+    rows: Rows | None = None, kind: ProbeKind = "label-head", **options: Any
+) -> Calibration:
+    """Requests for objects, each field of which is read at a row of its own."""
+    asked = PolicyOptions(**{"epsilon": EPSILON, **options})
+    names = [label.name for label in OBJECTS.labels]
+    target = Target(
+        kind,
+        torch.arange(len(names)),
+        promise=asked.promise.about(names, OBJECTS.link),
+        never_early=frozenset(names.index(one) for one in asked.never_early),
+        objects=OBJECTS,
+    )
+    found = recording_of_objects() if rows is None else rows
+    pooled_from = 3 if target.is_pooled else None
+    return Calibration(found, target, SPLIT, asked, OBJECTS, pooled_from=pooled_from)
+
+
 def of_prompts(rows: Rows, **options: Any) -> Calibration:
     """Heads that read prompts as a whole."""
     return calibration_of(rows, "pooled-label-head", **options)
 
 
-HINTS = (101, 202)  # a word for each label
+HINTS = (101, 202, 110, 120, 130, 140)  # a word for each answer
 
 
-def base_of(recording: Any, unreadable: int = 0) -> StudentBase:
+def base_of(
+    recording: Any, unreadable: int = 0, answers: Sequence[int] = LABEL_IDS.tolist()
+) -> StudentBase:
     """An encoder, and texts of which six in ten have the word that gives the answer away."""
     generator = np.random.default_rng(0)
     texts = []
     for token in recording.tokens.tolist():
         text = generator.integers(400, 900, 6)
         if generator.random() < 0.6:
-            text[2] = HINTS[LABEL_IDS.tolist().index(token)]
+            text[2] = HINTS[answers.index(token)]
         texts.append(tuple(text.tolist()))
     if unreadable:
         texts[-unreadable:] = [()] * unreadable

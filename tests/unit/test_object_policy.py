@@ -1,0 +1,180 @@
+"""Policies for objects: what is certified, and that the loaded artifact decides as it says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.calibrations import (
+    EPSILON,
+    HF_CONFIG,
+    OBJECTS,
+    PROMPTS,
+    base_of,
+    cheap_probes_that_learn_fast,
+    of_objects,
+    recording_of_objects,
+)
+from vllm_adainfer.artifact.fields import LabelBound
+from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.artifact.kinds import ProbeInput
+from vllm_adainfer.offline.calibration.fit import training
+from vllm_adainfer.offline.calibration.fit.probes import values_at_full_depth
+from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, fit_policy, make_policy
+from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
+from vllm_adainfer.policy.exit_policy import UndecidedRows
+from vllm_adainfer.policy.policy import Policy
+
+LINK = OBJECTS.link
+SEEN = 2  # the field, and the place of its value that is true
+TRUE = 1
+
+
+def decided(serving: Policy, policy: FittedPolicy, level: int) -> tuple[Any, Any]:
+    """Where the held-out rows leave the loaded policy, and with which objects."""
+    recording, rows = policy.calibration.rows, policy.calibration.held_out
+    full = len(serving.exit_points)
+    exits, codes, memory = np.full(len(rows), full), recording.tokens[rows].copy(), None
+    for index, layer in enumerate(serving.exit_points):
+        hidden, texts, may_leave = torch.empty(0), (), exits == full
+        if serving.probe_inputs[index] is ProbeInput.TEXT:
+            [student] = policy.calibration.trained
+            may_leave &= student.asked(rows)
+            texts = student.inputs(rows)
+        else:
+            hidden = recording.read_by_probe(layer, rows, policy.calibration.target.is_pooled)
+        levels = torch.full((len(rows),), level)
+        decision = serving.decide(index, UndecidedRows(hidden, levels, memory, texts=texts))
+        assert decision.codes is not None
+        leaves = may_leave & decision.settled.numpy()
+        exits[leaves], codes[leaves] = index, decision.codes.numpy()[leaves]
+        memory = decision.memory
+    return exits, codes
+
+
+def assert_decided_as_certified(policy: FittedPolicy, path: Path) -> list[tuple[Any, Any]]:
+    write_artifact(policy, "tiny", HF_CONFIG, None, path)
+    parts = load_artifact(str(path)).parts("").values()
+    fitted = [policy] if policy.last_token is None else [policy, policy.last_token]
+    found = []
+    for part, own in zip(parts, fitted, strict=True):
+        assert part.config.objects == OBJECTS
+        serving = Policy(part, torch.device("cpu"))
+        assert serving.answer_rows is not None
+        assert serving.answer_rows.tolist() == list(OBJECTS.rows)
+        exits, codes = decided(serving, own, part.config.level_of(EPSILON))
+        point = own.points[EPSILON]
+        full = policy.calibration.rows.tokens[policy.calibration.held_out]
+        assert np.array_equal(exits, point.exits)
+        assert np.array_equal(codes, point.answers)
+        assert np.array_equal(codes != full, point.losses == 1)
+        assert 0 < (codes != full).mean() <= EPSILON
+        assert len(set(exits.tolist())) > 1
+        found.append((exits < len(own.exits), codes))
+    return found
+
+
+@pytest.mark.parametrize("classifier", ["svm", "crf", "threshold"])
+def test_objects_are_decided_by_the_loaded_artifact_as_the_certificate_counted_them(
+    tmp_path, classifier
+):
+    [(early, _)] = assert_decided_as_certified(
+        make_policy(of_objects(classifier=classifier)), tmp_path / "policy"
+    )
+    assert early.mean() > 0.2
+
+
+def test_heads_that_read_the_prompts_mean_beside_each_fields_row(tmp_path):
+    policy = fit_policy(of_objects(kind="pooled-label-head"), "pooled-label-head")
+    assert policy.last_token is not None
+    assert_decided_as_certified(policy, tmp_path / "policy")
+
+
+@pytest.mark.full
+def test_a_student_reads_the_text_for_all_fields(tmp_path, monkeypatch):
+    cheap_probes_that_learn_fast(monkeypatch)
+    monkeypatch.setattr(training, "STUDENT_EPOCHS", 15)  # six answers, not two
+    rows = recording_of_objects()
+    base = base_of(rows, unreadable=4, answers=range(6))
+    policy = fit_policy(of_objects(rows), "label-head", base)
+    assert policy.student is not None
+    [(early, _)] = assert_decided_as_certified(policy, tmp_path / "policy")
+    assert (policy.points[EPSILON].exits == 0).mean() > 0.2
+    assert not early[-4:].all()
+
+
+def test_an_object_with_a_value_that_is_never_early_runs_to_the_end(tmp_path):
+    policy = make_policy(of_objects(never_early=("part.seen=true",)))
+    [(early, codes)] = assert_decided_as_certified(policy, tmp_path / "policy")
+    assert early.any()
+    assert not (LINK.place_in(SEEN, codes[early]) == TRUE).any()
+    full = policy.calibration.rows.tokens[policy.calibration.held_out]
+    assert (LINK.place_in(SEEN, full) == TRUE).mean() > 0.3
+
+
+@pytest.mark.parametrize("kind", ["recall", "precision"])
+def test_a_promise_about_a_value_is_kept_for_the_objects_that_have_it(tmp_path, kind):
+    asked = LabelBound(kind=kind, label='mood="bad"', epsilon=0.04)
+    policy = make_policy(of_objects(label_bounds=(asked,)))
+    [(_, codes)] = assert_decided_as_certified(policy, tmp_path / "policy")
+    full = policy.calibration.rows.tokens[policy.calibration.held_out]
+    moods, of_full = (LINK.place_in(0, one) for one in (codes, full))
+    about = (of_full if kind == "recall" else moods) == 0
+    level = load_artifact(str(tmp_path / "policy")).config.levels[-1]
+    [risk] = level.label_risks
+    assert risk.rows == about.sum() > 50
+    assert risk.risk == np.mean(moods[about] != of_full[about])
+    assert risk.risk <= risk.bound <= 0.04
+    loose = make_policy(of_objects())
+    assert policy.points[EPSILON].layers_saved < loose.points[EPSILON].layers_saved
+
+
+def test_heads_of_a_field_are_as_they_would_be_alone():
+    """So a field whose row says nothing spoils no other."""
+    rows = recording_of_objects()
+    lost = {layer: state.clone() for layer, state in rows.states.items()}
+    for state in lost.values():
+        state[:, SEEN] = torch.randn(PROMPTS, state.shape[2])
+    heads, spoilt = (
+        make_policy(of_objects(one)).candidates for one in (rows, replace(rows, states=lost))
+    )
+    own, other = heads[-1], spoilt[-1]
+    columns = slice(0, LINK.sizes[0] + LINK.sizes[1])
+    torch.testing.assert_close(own.probe.head.weight[columns], other.probe.head.weight[columns])
+    assert other.fitted.agrees.mean() < own.fitted.agrees.mean() - 0.2
+
+
+def test_heads_learn_how_probable_full_depth_finds_each_value_where_its_row_tells():
+    """Not where another value was written than the row says, nor where first tokens are shared."""
+    rows = recording_of_objects()
+    where = np.arange(PROMPTS)
+    taught = values_at_full_depth(rows, OBJECTS, where)
+    assert taught.shape == (PROMPTS, sum(LINK.sizes))
+    lens = rows.model.logit_lens
+    logits = lens.readout(rows.final[:, 0]) @ lens.head.weight.T
+    firsts = [one.written[0] for one in OBJECTS.fields[0].values]
+    soft, places = logits[:, firsts].softmax(1), LINK.place_in(0, rows.tokens)
+    tells = soft.argmax(1).numpy() == places
+    assert 0.05 < 1 - tells.mean() < 0.15
+    torch.testing.assert_close(taught[tells, :3], soft[tells])
+    written = torch.nn.functional.one_hot(torch.from_numpy(places), 3).float()
+    assert torch.equal(taught[~tells, :3], written[~tells])
+    assert torch.equal(taught[:, 3], torch.ones(PROMPTS))
+    seen = torch.nn.functional.one_hot(torch.from_numpy(LINK.place_in(SEEN, rows.tokens)), 2)
+    assert torch.equal(taught[:, 4:], seen.float())
+
+
+def test_codes_are_known_before_an_object_is_settled():
+    """They are the draft of what the model goes on to write."""
+    policy = make_policy(of_objects())
+    rows = policy.calibration.held_out
+    exit = policy.exits[0]
+    states = policy.calibration.rows.states[exit.layer][rows]
+    scores = exit.probe.label_scores(states)
+    by_field = [one.argmax(1).tolist() for one in scores.split(LINK.sizes, dim=1)]
+    assert [LINK.places(code) for code in exit.held_out.tokens] == [*zip(*by_field, strict=True)]
