@@ -12,6 +12,7 @@ import pytest
 from tests.byte_model import byte_tokenizer
 from tests.objects import BAD, FAIR, FAIR_SEEN, GOOD, GOOD_SEEN, SCHEMA, object_config, two_fields
 from tests.tiny import LAYERS
+from vllm_adainfer.engine.admission.requested_output import requested_output
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.served_schema import (
@@ -54,6 +55,17 @@ def test_an_evaluation_asks_for_the_object_with_room_for_white_space(tiny_model)
     assert params.structured_outputs.json == TEXT
     assert params.temperature == 0
     assert params.max_tokens == most_tokens(config, 1) > 2 * two_fields().longest
+
+
+@pytest.mark.parametrize(("temperature", "promised"), [(0, True), (0.7, False)])
+def test_the_policy_serves_what_is_asked_if_it_is_greedy(tiny_model, temperature, promised):
+    """An early object is the best one, also where a server lets sampled answers be early."""
+    config = object_config(tiny_model)
+    params: Any = request_params(config, None, None, schema=TEXT)
+    params._eos_token_id, params.temperature = 2, temperature
+    asked = requested_output(params, "raw_logprobs", any_temperature=True)
+    assert asked is not None
+    assert asked.is_promised_by(config) is promised
 
 
 def test_the_schema_is_that_of_a_file_or_of_the_calibration(tmp_path):

@@ -62,8 +62,8 @@ class Output:
             return False
         if config.score_head is not None or self.form is Form.SCORES:
             return config.score_head is not None and self.form is Form.SCORES
-        if config.objects is not None or self.form is Form.OBJECT:
-            return config.objects is not None and self.has_labels_of(config)
+        if config.objects is not None or self.form is Form.OBJECT:  # an early one is not sampled
+            return config.objects is not None and self.is_greedy and self.has_labels_of(config)
         if config.choices or self.form is Form.CHOICE:
             return bool(config.choices) and self.has_labels_of(config)
         if not self.has_labels_of(config) and not self._is_in_pool(config):
