@@ -75,7 +75,7 @@ def _values_of(schema: Mapping[str, Any]) -> list[str] | None:
             values = range(low, high + 1)
     if values is None or not 0 < len(values) <= MOST_VALUES:
         return None
-    return [json.dumps(value, ensure_ascii=False) for value in values]
+    return [*map(_as_json, values)]
 
 
 def probabilities(answer: Sequence[Token], fields: Fields) -> dict[str, dict[str, float]]:
@@ -172,6 +172,27 @@ def values_in(text: str) -> Iterator[tuple[str, int]]:
                 return
     except (ValueError, IndexError, RecursionError):
         return  # the answer was cut short, or nests too deep
+
+
+def places_in(answer: str, fields: Fields) -> tuple[int, ...] | None:
+    """Which value each field of a JSON answer has; None if it lacks one, or has another value."""
+    try:
+        found = json.loads(answer)
+        values = [_as_json(_inside(found, path)) for path in fields]
+        pairs = zip(fields.values(), values, strict=True)
+        return tuple(own.index(value) for own, value in pairs)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _inside(found: Any, path: str) -> Any:
+    for name in path.split("."):
+        found = found[name]
+    return found
 
 
 def _skip(text: str, place: int) -> int:

@@ -232,6 +232,14 @@ class ByField(Link):
             torch.zeros_like(places[:, 0]),
         )
 
+    def code_of(self, places: Sequence[int]) -> int:
+        """`code` of one answer."""
+        return reduce(
+            lambda code, field: code * field[1] + field[0],
+            zip(places, self.sizes, strict=True),
+            0,
+        )
+
     def places(self, code: int) -> tuple[int, ...]:
         """Which label of each field the answer with this code has."""
         return tuple(int(self.place_in(field, code)) for field in range(len(self.sizes)))
@@ -239,6 +247,15 @@ class ByField(Link):
     def place_in(self, field: int, codes: AnyCodes) -> AnyCodes:
         """Which label of a field the answers with these codes have."""
         return codes // prod(self.sizes[field + 1 :]) % self.sizes[field]
+
+    def label_beside(self, column: int, code: int) -> int:
+        """Which label the answer with this code has in the field of a label, both as columns."""
+        first = 0
+        for field, size in enumerate(self.sizes):
+            if column < first + size:
+                return first + int(self.place_in(field, code))
+            first += size
+        raise IndexError(column)
 
 
 SOFTMAX, SIGMOIDS = Softmax(), Sigmoids()

@@ -82,23 +82,33 @@ class Units:
         self._of_parts: OrderedDict[str, Unit] = OrderedDict()  # the one seen last comes last
         self._to_count: deque[Unit] = deque()
 
+    def expect(self, request_id: str, level: int) -> None:
+        """An answer begins that is compared later, if it ever is: its unit counts in this place."""
+        self._unit_of(request_id, level, ends_now=False)
+
     def add(self, request_id: str, level: int, differs: bool) -> None:
         """Count an answer in its unit."""
-        name = self._group_of(request_id)
-        units = self._alone if name is None else self._of_parts
-        key = request_id if name is None else name
-        unit = units.get(key) or Unit(level)
+        unit = self._unit_of(request_id, level, ends_now=self._most == 1)
         if unit.is_over:  # a client may use one id for ever: this does not keep its unit going
             return
-        if not unit.checked:
-            self._to_count.append(unit)
-            if name is not None or self._most > 1:
-                units[key] = unit
-        if name is not None:
-            self._seen(name)
         unit.checked += 1
         unit.disagreed += differs
         unit.is_over = unit.checked == self._most
+
+    def _unit_of(self, request_id: str, level: int, ends_now: bool) -> Unit:
+        """The unit of an answer, which is new or goes on; one alone that `ends_now` is not kept."""
+        name = self._group_of(request_id)
+        units = self._alone if name is None else self._of_parts
+        key = request_id if name is None else name
+        unit = units.get(key)
+        if unit is None:
+            unit = Unit(level)
+            self._to_count.append(unit)
+            if name is not None or not ends_now:
+                units[key] = unit
+        if name is not None and not unit.is_over:
+            self._seen(name)
+        return unit
 
     def ended(self, request_id: str, ran: bool) -> None:
         """A request, of a unit or not, has ended; `ran`: whether it ever ran."""

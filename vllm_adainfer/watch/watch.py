@@ -147,6 +147,13 @@ class Watch:
             watch.about, watch.tightened = (promise, column), self.tightened
             self.labels.append(watch)
 
+    def expect(self, request_id: str, level: int) -> None:
+        """An answer begins that `observe` counts later: before all that begin after it.
+
+        If its request ends first, it never counts.
+        """
+        self._units.expect(request_id, level)
+
     def observe(self, request_ids: Sequence[str], levels: Ints, disagreed: Bools) -> list[Reading]:
         """Count answers that have been compared with full depth; all are [answers].
 

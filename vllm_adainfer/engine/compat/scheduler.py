@@ -80,6 +80,22 @@ def replace_tokens(
     sampled[:] = tokens
 
 
+def attach_written_objects(scheduled: Any, codes: dict[str, int]) -> None:
+    """Tell the workers of all ranks, with a step, which objects ended requests have written.
+
+    vLLM 0.32 has no field for plugins in a `SchedulerOutput`, but pickles the object with any extra
+    attribute. It sends the ids of ended requests in the next one, which it makes for these alone
+    where nothing is left to run.
+    """
+    scheduled.adainfer_objects = codes
+
+
+def written_objects(scheduled: Any) -> dict[str, int]:
+    """The codes that `attach_written_objects` sent, by request; of vLLM's own steps none."""
+    found: dict[str, int] = getattr(scheduled, "adainfer_objects", {})
+    return found
+
+
 def wait_for_token(scheduler: Any, request: Request) -> None:
     """Keep the next `schedule` from scheduling `request`, whose token in flight is not yet known.
 

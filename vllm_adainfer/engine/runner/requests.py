@@ -124,8 +124,9 @@ class RunningRequests:
         self._table.drop(request_id)
         self._loop.forget(request_id)
 
-    def ended(self, request_ids: Iterable[str]) -> None:
-        """Note that these requests get no more tokens."""
+    def ended(self, request_ids: Iterable[str], objects: Mapping[str, int]) -> None:
+        """Note that these requests get no more tokens, and which `objects` some have written."""
+        self._loop.written(objects)
         for request_id in request_ids:
             self._loop.ended(request_id, ran=self.knows(request_id))
 

@@ -1,22 +1,29 @@
 """Writes the objects that a policy has decided, and ends their requests.
 
 The worker decides which value each field has. What is sampled in the same step counts for nothing
-then: the answer is the text that the model writes for these values.
+then: the answer is the text that the model writes for these values. What a shadow request writes is
+read at its end, for the workers to compare.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from typing_extensions import override
 
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.outputs import Objects
+from vllm_adainfer.drafts.fields import places_in
 from vllm_adainfer.engine.admission.running import resolved_of
 from vllm_adainfer.engine.scheduler.observer import Observer, Step
+from vllm_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
+
+ENDED_BY_ITSELF = "stop"  # in vLLM's words, neither cut short nor given up
+MOST_TOKENS_READ = 4096  # of an object that is compared
 
 
 class Guesses(Protocol):
@@ -58,9 +65,16 @@ class WrittenObjects(Observer, Guesses):
     Of one that ran to full depth all the same, the object of the heads is what probably follows.
     """
 
-    def __init__(self, configs: Mapping[str, ArtifactConfig]) -> None:
-        """`configs` are those of the policies."""
+    def __init__(self, configs: Mapping[str, ArtifactConfig], tokenizer: Any) -> None:
+        """`configs` are those of the policies; `tokenizer` is the engine's.
+
+        An AdaInferError if that does not write the objects of a policy as in calibration.
+        """
         self._objects = {name: one.objects for name, one in configs.items() if one.objects}
+        for name, objects in self._objects.items():
+            check_objects(tokenizer, name, objects)
+        self._tokenizer = tokenizer
+        self._read: dict[str, int] = {}
         self._probable: dict[str, tuple[int, ...]] = {}
         self.written: set[str] = set()
 
@@ -99,4 +113,45 @@ class WrittenObjects(Observer, Guesses):
 
     @override
     def ended(self, request: Request, why: str | None) -> None:
-        self._probable.pop(request.request_id, None)
+        """Read what a shadow request has written, if it is whole."""
+        was_decided = self._probable.pop(request.request_id, None) is not None
+        resolved = resolved_of(request)
+        if not was_decided or why != ENDED_BY_ITSELF or resolved is None or not resolved.is_shadow:
+            return
+        assert resolved.objects is not None, "a policy decides it"
+        if request.num_output_tokens <= MOST_TOKENS_READ:
+            tokens = [*request.output_token_ids]
+            if request.sampling_params and tokens[-1] == request.sampling_params.eos_token_id:
+                tokens.pop()
+            objects = self._objects[resolved.objects]
+            self._read[request.request_id] = code_of(self._tokenizer, tokens, objects)
+
+    def take_read(self) -> dict[str, int]:
+        """The objects that shadow requests have written since the last call, see `code_of`."""
+        read, self._read = self._read, {}
+        return read
+
+
+def code_of(tokenizer: Any, tokens: Sequence[int], objects: Objects) -> int:
+    """The object that these tokens write, as `ByField.code`; -1 if it is none of `objects`."""
+    fields = {field.path: [one.text for one in field.values] for field in objects.fields}
+    places = places_in(tokenizer.decode(tokens), fields)
+    return -1 if places is None else objects.link.code_of(places)
+
+
+def check_objects(tokenizer: Any, name: str, objects: Objects) -> None:
+    """Check that an engine's tokenizer writes a policy's objects as in calibration.
+
+    That of the guess, and one with each value in its place: early answers consist of these tokens.
+    """
+    guess = [field.guess for field in objects.fields]
+    for number, field in enumerate(objects.fields):
+        for place in range(len(field.values)):
+            places = [*guess[:number], place, *guess[number + 1 :]]
+            tokens = objects.written(places)
+            if code_of(tokenizer, tokens, objects) != objects.link.code_of(places):
+                raise AdaInferError(
+                    f"policy {name}: this engine's tokenizer reads {tokenizer.decode(tokens)!r} "
+                    f"where the calibration wrote {field.path} = {field.values[place].text}: serve "
+                    "with the same tokenizer, or calibrate again"
+                )

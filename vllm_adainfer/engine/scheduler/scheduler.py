@@ -30,6 +30,7 @@ from vllm_adainfer.engine.compat.processes import end_with_starter
 from vllm_adainfer.engine.compat.runner import attached_note
 from vllm_adainfer.engine.compat.scheduler import (
     append_tokens,
+    attach_written_objects,
     fewer_tokens,
     is_output_dropped,
     pooled_output,
@@ -80,6 +81,8 @@ class ObservedScheduler(_Scheduler):
             self._make_exits(settings)
         self.observers = observers_of(self.vllm_config, settings, self)
         self.drafts = next((one for one in self.observers if isinstance(one, Drafts)), None)
+        of_objects = (one for one in self.observers if isinstance(one, WrittenObjects))
+        self._objects = next(of_objects, None)
         # vLLM's descriptions of the steps that run, and when each was scheduled.
         self._running: deque[tuple[Any, float]] = deque()
         self._leaving: dict[str, Request] = {}  # ended from outside while such a step has them
@@ -128,6 +131,8 @@ class ObservedScheduler(_Scheduler):
             with fewer_tokens(self, self.drafts.tokens_of_guesses()):
                 step = super().schedule(*args, **kwargs)
             self.drafts.plan(step)
+        if self._objects is not None and (read := self._objects.take_read()):
+            attach_written_objects(step, read)
         self._running.append((step, time.perf_counter()))
         return step
 
@@ -278,13 +283,17 @@ def observers_of(
     if settings.drafts_structure:  # before other observers append to what was sampled
         reason = why_nothing_is_drafted(vllm_config)
         if reason is None:
-            objects = objects_of(settings, scheduler.admission)
+            objects = objects_of(settings, scheduler)
             if isinstance(objects, WrittenObjects):
                 observers.append(objects)
             observers.append(Drafts(scheduler, not current_platform.is_cpu(), objects))
             logger.info("AdaInfer drafts structured answers from earlier ones to the same grammar")
         else:
             logger.warning("structured answers are not drafted, because %s", reason)
+    else:
+        reason = '"draft_structure" is false'
+    if reason is not None and scheduler.admission is not None:
+        warn_of_inactive_objects(scheduler.admission, reason)
     if settings.finishes_choices:
         manager = scheduler.structured_output_manager
         for name, config in served_configs(vllm_config, settings).items():
@@ -305,13 +314,29 @@ def observers_of(
     return observers
 
 
-def objects_of(settings: Settings, admission: Admission | None) -> Guesses | None:
-    """The objects that policies decide, or that are recorded; None if there are none."""
+def objects_of(settings: Settings, scheduler: ObservedScheduler) -> Guesses | None:
+    """The objects that policies decide, or that are recorded; None if there are none.
+
+    An AdaInferError if this engine's tokenizer does not write them as in calibration.
+    """
     if settings.record_objects:
         return RecordedGuesses()
-    if admission is None or not admission.has_objects:
+    if scheduler.admission is None or not scheduler.admission.has_objects:
         return None
-    return WrittenObjects(admission.policies.configs)
+    tokenizer = scheduler.structured_output_manager.tokenizer
+    return WrittenObjects(scheduler.admission.policies.configs, tokenizer)
+
+
+def warn_of_inactive_objects(admission: Admission, reason: str) -> None:
+    """Say which policies decide nothing, because nothing is drafted for this `reason`."""
+    names = [name for name, one in admission.policies.configs.items() if one.objects]
+    if names:
+        logger.warning(
+            "AdaInfer decides no object by policy %s: it reads a guessed object behind each "
+            "prompt, and none is drafted, because %s",
+            ", ".join(names),
+            reason,
+        )
 
 
 def settings_of(vllm_config: VllmConfig) -> Settings:

@@ -93,6 +93,11 @@ class ServedPolicies:
                 f"policy {name} has a student, and only policies that the engine starts with may "
                 "have one: name it in the engine switch, or calibrate without --student"
             )
+        elif config.objects is not None:
+            raise AdaInferError(
+                f"policy {name} decides objects, and only policies that the engine starts with "
+                "may: name it in the engine switch"
+            )
         if config.choices:
             tokenizer = cached_tokenizer_from_config(self.vllm_config.model_config)
             check_tokenizer(tokenizer, name, config.choices)
@@ -196,6 +201,7 @@ def _admitted_by(config: ArtifactConfig) -> dict[str, object]:
     facts: dict[str, object] = {
         "its LoRA adapter, or in the weights of that": config.adapter,
         "its choices, or in their tokens": {one.text: one.token_ids for one in config.choices},
+        "its schema, its guess, or how its objects are written": config.objects,
         "its labels": set(config.label_ids),
         "what its scores are made into": config.score_head,
         "whether it serves any of its labels (--label-pool)": config.label_pool,

@@ -17,6 +17,7 @@ from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.compat.lora import lora_manager_of
 from vllm_adainfer.engine.compat.processes import end_with_starter
 from vllm_adainfer.engine.compat.runner import attach_note
+from vllm_adainfer.engine.compat.scheduler import written_objects
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.runner.v2_drafts import verify_drafts
 from vllm_adainfer.engine.worker.adapter_policy import bundled_policy
@@ -123,7 +124,7 @@ class ExitWorker(_Worker):
 
         A classifier's step ends here, too: nothing is sampled.
         """
-        self._running.ended(scheduler_output.finished_req_ids)
+        self._running.ended(scheduler_output.finished_req_ids, written_objects(scheduler_output))
         if self._self_calibration is not None:
             self._serve_certified(self._self_calibration)
         output = super().execute_model(scheduler_output)

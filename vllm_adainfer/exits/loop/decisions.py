@@ -18,6 +18,7 @@ from vllm_adainfer.exits.loop.forward_pass import ForwardPass
 from vllm_adainfer.exits.loop.loop import ScoredRequests
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers
+from vllm_adainfer.exits.loop.shadow_objects import EarlyObject
 from vllm_adainfer.exits.loop.step import NOBODY
 from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.exit_policy import Decision, UndecidedRows
@@ -243,7 +244,8 @@ class Decisions:
     ) -> Iterator[ShadowAnswers]:
         """The early answers of shadow requests, for each policy that has some.
 
-        An order is also that of documents which no policy may decide.
+        An order is also that of documents which no policy may decide. Objects are not among them,
+        see `objects_of_shadows`.
         """
         step = self._step
         if step.shadow is None:
@@ -255,6 +257,8 @@ class Decisions:
             of_queries = {name for name, watch in monitors.items() if watch.queries is not None}
             seen |= {index for index, name in enumerate(names) if name in of_queries}
         for index in sorted(seen):
+            if self._policies.policies[index].answer_rows is not None:
+                continue
             name, own = names[index], step.shadow[owners == index]
             monitor = monitors[name]
             own_rows = self._policies.own_rows(step.threshold_rows[own], self._forward.owners[own])
@@ -278,6 +282,30 @@ class Decisions:
                 subsets=None if step.subsets is None else step.subsets[shadow],
                 answers=None if answers is None else answers.subset(requests),
                 read=self._read,
+            )
+
+    def objects_of_shadows(
+        self, monitors: Mapping[str, Watch]
+    ) -> Iterator[tuple[str, EarlyObject]]:
+        """The early objects of shadow requests, which full depth goes on to write; by request."""
+        step = self._step
+        if step.shadow is None:
+            return
+        decided = step.shadow[step.codes[step.shadow] >= 0]
+        owners = self._forward.owners[decided]
+        rows = self._policies.own_rows(step.threshold_rows[decided], owners)
+        pairs = zip(decided.tolist(), owners.tolist(), rows.tolist(), strict=True)
+        for place, owner, row in pairs:
+            name = self._policies.names[owner]
+            yield (
+                step.request_ids[place],
+                EarlyObject(
+                    policy=name,
+                    monitor=monitors[name],
+                    promise=self._policies.policies[owner].promise,
+                    level=int(monitors[name].levels_of(row)),
+                    code=int(step.codes[place]) if step.settled(place) else None,
+                ),
             )
 
 

@@ -18,7 +18,6 @@ from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.decisions import Decisions
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST, ForwardPass
 from vllm_adainfer.exits.loop.loop import Loop, StateKeeper, StepOutput
-from vllm_adainfer.exits.loop.pooling import CarriedPrompts
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.watch.watch import Watch
@@ -57,6 +56,7 @@ class ExitLoop(Loop):
             read: copies a tensor to the host: the first rank's on every rank, so that all agree.
 
         """
+        super().__init__()
         self.policies = policies
         self.kv = kv
         self.monitors = monitors
@@ -66,7 +66,6 @@ class ExitLoop(Loop):
         self._max_rows = max_rows
         self._read = read
         self.keep_states: StateKeeper | None = None
-        self.carried = CarriedPrompts()
         self._owners = NOBODY  # of the last step's requests, see `ForwardPass`
         self.stats = ExitStats()
         self.reset_counters()
@@ -166,6 +165,8 @@ class ExitLoop(Loop):
         self.carried.step_ended(step)
         scored = decisions.place(hidden)
         shadows = tuple(decisions.of_shadows(self.monitors, self.stats))
+        for request_id, early in decisions.objects_of_shadows(self.monitors):
+            self.shadow_objects.expect(request_id, early)
         if step.device.type == "cpu":  # elsewhere the host's clock says nothing about the device
             self.stats.seconds += time.perf_counter() - start
             self.stats.probe_seconds += deciding

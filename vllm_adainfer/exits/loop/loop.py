@@ -18,6 +18,7 @@ from vllm_adainfer.exits.batch.batch import Batch
 from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn
+from vllm_adainfer.exits.loop.shadow_objects import ShadowObjects
 from vllm_adainfer.exits.loop.step import NOBODY, RecordedRequests, StepContext
 from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.watch.watch import Watch
@@ -73,6 +74,7 @@ class Loop(ABC):
         kv: takes care of the layers that exited rows have skipped.
         carried: what earlier chunks of unfinished prompts add to their means.
         monitors: watch shadow requests, by policy; empty where there are none.
+        shadow_objects: early objects of shadow requests that still write their own.
 
     """
 
@@ -80,6 +82,12 @@ class Loop(ABC):
     kv: ExactKV
     carried: CarriedPrompts
     monitors: Mapping[str, Watch] = MappingProxyType({})
+    shadow_objects: ShadowObjects
+
+    def __init__(self) -> None:
+        """Begin without anything that waits."""
+        self.carried = CarriedPrompts()
+        self.shadow_objects = ShadowObjects()
 
     @abstractmethod
     def run(self, batch: Batch, input_ids: Tensor, step: StepContext) -> StepOutput:
@@ -127,8 +135,17 @@ class Loop(ABC):
             if monitor.queries is not None:
                 monitor.queries.began(request_id, query)
 
+    def written(self, objects: Mapping[str, int]) -> None:
+        """Requests have written these objects at full depth, see `ByField.code`; negative for none.
+
+        Call it before `ended`.
+        """
+        for request_id, code in objects.items():
+            self.shadow_objects.compare(request_id, code, self.monitors, self.stats.by_policy)
+
     def ended(self, request_id: str, ran: bool = True) -> None:
         """A request has ended; `ran` is False if it never ran."""
+        self.shadow_objects.forget(request_id)
         for name, monitor in self.monitors.items():
             for watch in (monitor, *monitor.labels):
                 warn(name, watch, watch.ended(request_id, ran))

@@ -19,7 +19,7 @@ from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.loop import Loop, StepOutput
-from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
+from vllm_adainfer.exits.loop.pooling import PooledPrompts
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
 from vllm_adainfer.exits.recording.recorder import Recorder, StateFiles
 from vllm_adainfer.settings.engine import NO_POLICY
@@ -81,11 +81,11 @@ class RecordingLoop(Loop):
         `keeps_states` says that layers keep a recurrent state: a row must not run twice.
         `reads_prompts`: the recorder also gets the mean of each prompt, see `PooledPrompts`.
         """
+        super().__init__()
         self.recorder = recorder
         self._keeps_states = keeps_states
         self._reads_prompts = reads_prompts
         self.answer_rows: Ints | None = None
-        self.carried = CarriedPrompts()
         self.timings = Timings()
         self.kv = ExactKV()
         self._depth = shape.depth

@@ -17,7 +17,7 @@ from typing import Any
 
 from vllm_adainfer.artifact.fields import MOST_ANSWERS, MOST_FIELDS, Label
 from vllm_adainfer.artifact.outputs import DecidedField, Objects, Value
-from vllm_adainfer.drafts.fields import MOST_VALUES, values_in
+from vllm_adainfer.drafts.fields import MOST_VALUES, places_in, values_in
 from vllm_adainfer.drafts.schemas import LONGEST_SCHEMA, digest_of, plain_schema
 from vllm_adainfer.engine.compat.drafts import LONGEST_DRAFT
 from vllm_adainfer.errors import AdaInferError
@@ -77,17 +77,6 @@ class Schema:
         return places_in(answer, self.fields)
 
 
-def places_in(answer: str, fields: Mapping[str, Sequence[str]]) -> tuple[int, ...] | None:
-    """Which of its values each of the `fields` of an answer has; None if it is no such object."""
-    try:
-        found = json.loads(answer)
-        values = [_json(_inside(found, path)) for path in fields]
-        pairs = zip(fields.values(), values, strict=True)
-        return tuple(own.index(value) for own, value in pairs)
-    except (ValueError, LookupError, TypeError):
-        return None
-
-
 def read_schema(path: Path) -> Schema:
     """The schema of a file; an AdaInferError if it cannot be read, see `Schema.of`."""
     try:
@@ -125,12 +114,6 @@ def common_schema(
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _inside(found: Any, path: str) -> Any:
-    for name in path.split("."):
-        found = found[name]
-    return found
 
 
 def _leaves(

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from vllm_adainfer.artifact.outputs import Objects
+from vllm_adainfer.drafts.fields import places_in
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data.objects import Schema, places_in, read_schema
+from vllm_adainfer.offline.calibration.data.objects import Schema, read_schema
 
 TIMES_AN_OBJECT = 4  # as many tokens as a policy writes
 NO_OBJECT = -1  # the number of an answer that is no object of the schema, such as one cut short
