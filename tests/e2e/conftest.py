@@ -7,6 +7,7 @@ from typing import Any
 
 import adainfer_kernels.backend
 import pytest
+from vllm import envs
 
 from tests.e2e.scripted import parts
 from tests.e2e.tasks import saved, three_tasks
@@ -22,6 +23,16 @@ def tasks(tiny_model, reference) -> Any:
 def sources(tasks, tmp_path_factory) -> dict[str, str]:
     """The value of the switch's ``artifact``; a module's own, which it may overwrite."""
     return saved(tasks, tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture
+def ranks_on_cores(all_cores: list[int], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Without memory nodes for each rank vLLM wants to be told where they run."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{all_cores[0]}|{all_cores[-1]}")
+    envs.disable_envs_cache()  # an engine that ran in this process has frozen vLLM's view
+    yield
+    monkeypatch.undo()
+    envs.disable_envs_cache()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,61 +9,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaForCausalLM
-from vllm import SamplingParams
-from vllm.sampling_params import StructuredOutputsParams
 
 from tests.byte_model import byte_tokenizer, save_byte_model
 from tests.conftest import tiny_engine
-from tests.e2e.drafted_traffic import (
-    Ask,
-    an_object,
-    counted_drafts,
-    prompts,
-    served,
-)
-from tests.tiny import tiny_config, tiny_tensors
+from tests.e2e.drafted_traffic import Ask, counted_drafts, prompts, served
+from tests.e2e.objects import ENGINE, POOLED_FROM, params, save_policy
 from vllm_adainfer.artifact.artifact import Artifact
-from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.files import load_artifact, save_artifact
-from vllm_adainfer.artifact.outputs import DecidedField, Objects, Value
-from vllm_adainfer.drafts.schemas import digest_of
-
-ENGINE: dict[str, Any] = {
-    "max_model_len": 256,
-    "kv_cache_memory_bytes": 64 << 20,
-    "max_num_batched_tokens": 2048,  # room for every guess
-    "structured_outputs_config": {"backend": "xgrammar"},
-}
-VALUES: dict[str, list[Any]] = {
-    "mood": ["positive", "negative"],
-    "plot": ["good", "bad", "none"],
-    "seen": [True, False],
-}
-SCHEMA = an_object(
-    mood={"enum": VALUES["mood"]}, plot={"enum": VALUES["plot"]}, seen={"type": "boolean"}
-)
-POOLED_FROM = 2
-THRESHOLDS = torch.tensor([[0.45, 0.40, 0.50], [0.32, 0.28, 0.30]])  # half of all settle
-
-
-def objects() -> Objects:
-    """The second value of each field is guessed."""
-    encode = byte_tokenizer().encode
-    behind = ['", "plot": "', '", "seen": ', "}"]
-    fields = []
-    for (path, values), rest in zip(VALUES.items(), behind, strict=True):
-        found = [
-            Value(
-                text=json.dumps(one),
-                written=tuple(encode(one if isinstance(one, str) else json.dumps(one)))
-                + tuple(encode(rest)),
-            )
-            for one in values
-        ]
-        fields.append(DecidedField(path=path, values=tuple(found), guess=1))
-    digest = digest_of(json.dumps(SCHEMA))
-    assert digest is not None
-    return Objects(schema_digest=digest, start=tuple(encode('{"mood": "')), fields=tuple(fields))
+from vllm_adainfer.artifact.files import load_artifact
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +28,7 @@ def policy(model, tmp_path_factory) -> Callable[[str], Path]:
     def made(probe: str) -> Path:
         directory = tmp_path_factory.mktemp("artifact") / "policy"
         more = {"pooled_from": POOLED_FROM} if probe == "pooled-label-head" else {}
-        of_labels = tiny_config(model, probe=probe, **more)
-        config = ArtifactConfig.model_validate({**dict(of_labels), "output": objects()})
-        save_artifact(directory, config, tiny_tensors(config, THRESHOLDS), {}, "card\n")
-        return directory
+        return save_policy(model, directory, probe=probe, **more)
 
     return made
 
@@ -88,16 +36,6 @@ def policy(model, tmp_path_factory) -> Callable[[str], Path]:
 @pytest.fixture(scope="module")
 def stock(model) -> Any:
     return tiny_engine(model, None, **ENGINE)
-
-
-def params(**changes: Any) -> SamplingParams:
-    values = {
-        "temperature": 0,
-        "max_tokens": 120,
-        "structured_outputs": StructuredOutputsParams(json=SCHEMA),
-        **changes,
-    }
-    return SamplingParams(**values)
 
 
 class Oracle:

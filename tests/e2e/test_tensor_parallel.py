@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from vllm import SamplingParams, envs
+from vllm import SamplingParams
 from vllm.distributed import get_tp_group
 from vllm.lora.request import LoRARequest
 
@@ -52,16 +52,6 @@ def artifacts(tiny_model: Path, tmp_path: Path) -> Artifacts:
         return tmp_path / probe
 
     return artifact
-
-
-@pytest.fixture
-def ranks_on_cores(all_cores: list[int], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Without memory nodes for each rank vLLM wants to be told where they run."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{all_cores[0]}|{all_cores[-1]}")
-    envs.disable_envs_cache()  # an engine that ran in this process has frozen vLLM's view
-    yield
-    monkeypatch.undo()
-    envs.disable_envs_cache()
 
 
 def perturb_second_rank(worker: Any) -> None:

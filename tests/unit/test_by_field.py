@@ -35,6 +35,10 @@ def test_each_answer_has_a_code_of_its_own_by_which_its_labels_are_found_again()
     assert sorted(codes.tolist()) == list(range(len(answers)))
     for answer, code in zip(answers, codes.tolist(), strict=True):
         assert LINK.places(code) == answer
+        assert LINK.code_of(answer) == code
+        for column, first in (1, 0), (3, 3), (5, 4), (10, 6):
+            field = [0, 3, 4, 6].index(first)
+            assert LINK.label_beside(column, code) == first + answer[field]
     for field in range(len(SIZES)):
         assert LINK.place_in(field, codes.numpy()).tolist() == [one[field] for one in answers]
 

@@ -24,6 +24,7 @@ from vllm_adainfer.engine.runner.build_loop import monitor_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.exits.loop.loop import Loop
+from vllm_adainfer.exits.loop.shadow_objects import ShadowObjects
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import LabelTest, certify
 from vllm_adainfer.offline.calibration.certify.path import PathPoint, threshold_path
@@ -286,7 +287,7 @@ def test_a_promise_about_a_label_is_watched_by_groups_too_once_their_requests_ha
         shadowed(monitor, [0, 1, 1, 1], [1, 1, 1, 1], ids)
     [watch] = monitor.labels
     assert watch.readings()[0].checked == 0
-    loop: Any = SimpleNamespace(monitors={"guard": monitor})
+    loop: Any = SimpleNamespace(monitors={"guard": monitor}, shadow_objects=ShadowObjects())
     for number in range(ENDED_SINCE):
         Loop.ended(loop, str(number))
     assert watch.readings()[0].checked == 400

@@ -233,6 +233,23 @@ def test_texts_count_in_the_order_in_which_they_began():
     assert counts(watch) == (3, 1)
 
 
+def test_answers_that_are_compared_later_count_where_they_began_or_never():
+    """Those that differ take longer to write."""
+    watch = watching()
+    for name in "slow", "hangs up":
+        watch.expect(name, level=0)
+    watch.observe(["fast"], np.array([0]), np.array([False]))
+    assert counts(watch) == (0, 0)
+    watch.observe(["slow"], np.array([0]), np.array([True]))
+    watch.ended("slow")
+    assert counts(watch) == (1, 1), "the second may still come"
+    watch.ended("hangs up")
+    assert counts(watch) == (2, 1)
+    kept: Any = vars(watch._units)
+    assert not kept["_alone"]
+    assert not kept["_to_count"]
+
+
 def test_questions_that_are_part_of_no_request_count_when_it_ends():
     watch = watching(QUESTIONS)
     watch.observe(["chatcmpl-a-00000000"], np.array([0]), np.array([True]))
