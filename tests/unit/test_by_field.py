@@ -44,7 +44,7 @@ def test_each_answer_has_a_code_of_its_own_by_which_its_labels_are_found_again()
 
 
 def test_as_many_objects_as_a_number_can_tell_keep_codes_of_their_own():
-    link = ByField([2] * 61 + [1])
+    link = ByField((2,) * 61 + (1,))
     for places in ([1] * 61 + [0], [0, 1] * 30 + [1, 0]):
         [code] = link.code(torch.tensor([places])).tolist()
         assert 0 <= code < 1 << 61

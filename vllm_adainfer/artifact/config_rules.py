@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from math import prod
 
 from vllm_adainfer.artifact.config_fields import ConfigFields
-from vllm_adainfer.artifact.fields import MOST_CHOICE_CHARACTERS
+from vllm_adainfer.artifact.fields import MOST_ANSWERS, MOST_CHOICE_CHARACTERS, MOST_OBJECTS
 from vllm_adainfer.artifact.outputs import Choices
 from vllm_adainfer.promise.promise import Unit
 
@@ -28,7 +29,9 @@ def broken_rules(config: ConfigFields) -> list[str]:
     tokens: Sequence[int] = config.label_ids
     if isinstance(config.output, Choices):
         tokens = [token for _, own in config.output.columns for token in own]
+    sizes: Sequence[int] = ()  # of the fields of objects
     if config.objects is not None:
+        sizes = config.objects.link.sizes
         written = (one.written for field in config.objects.fields for one in field.values)
         tokens = sorted({*config.objects.start, *chain(*written)})
     epsilons = {level.epsilon for level in config.levels}
@@ -122,6 +125,15 @@ def broken_rules(config: ConfigFields) -> list[str]:
         ),
         "the guess of each field must be one of its values": config.objects is None
         or all(field.guess < len(field.values) for field in config.objects.fields),
+        "one field of an object must have two values: there is nothing to decide otherwise": (
+            config.objects is None or max(sizes) > 1
+        ),
+        f"objects have at most {MOST_ANSWERS} values, and there are at most {MOST_OBJECTS}": (
+            sum(sizes) <= MOST_ANSWERS and prod(sizes) <= MOST_OBJECTS
+        ),
+        "each value of an object needs a path and a text of its own": (
+            config.objects is None or len(names) == len(labels)
+        ),
         "choices rule out promises about probabilities": (
             not choices or not promise.reads_probabilities
         ),

@@ -15,6 +15,7 @@ MOST_ANSWERS = 1024  # label tokens
 MOST_CHOICES = 256
 MOST_CHOICE_CHARACTERS = 16_384  # of all choices together
 MOST_FIELDS = 64  # of an object
+MOST_OBJECTS = 1 << 62  # their numbers are int64
 MOST_PROMISES = 64  # about one label each
 MOST_STUDENT_TOKENS = 512  # what a student reads of a prompt, in tokens of its own
 

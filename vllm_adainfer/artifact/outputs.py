@@ -153,7 +153,7 @@ class Objects(Asked):
     @override
     def link(self) -> ByField:
         """One value of each field holds."""
-        return ByField([len(field.values) for field in self.fields])
+        return ByField(tuple(len(field.values) for field in self.fields))
 
     @cached_property
     def labels(self) -> tuple[Label, ...]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from math import prod
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Link(ABC):
 
     """
 
-    one_holds: bool
+    one_holds: ClassVar[bool]
 
     @abstractmethod
     def probabilities(self, scores: Tensor) -> Tensor:
@@ -143,6 +144,7 @@ class Sigmoids(Link):
         return torch.stack([least, (least / 2).tanh()], dim=1)
 
 
+@dataclass(frozen=True)
 class ByField(Link):
     """One label of each field holds; those of a field are adjacent.
 
@@ -151,11 +153,8 @@ class ByField(Link):
 
     """
 
+    sizes: tuple[int, ...]
     one_holds = True
-
-    def __init__(self, sizes: Sequence[int]) -> None:
-        """Make that of fields with so many labels."""
-        self.sizes = tuple(sizes)
 
     def fields(self, scores: Tensor) -> tuple[Tensor, ...]:
         """The columns of each field, [rows, its labels]."""

@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from vllm_adainfer.artifact.fields import MOST_ANSWERS, MOST_FIELDS, Label
+from vllm_adainfer.artifact.fields import MOST_ANSWERS, MOST_FIELDS, MOST_OBJECTS, Label
 from vllm_adainfer.artifact.outputs import DecidedField, Objects, Value
 from vllm_adainfer.drafts.fields import MOST_VALUES, places_in, values_in
 from vllm_adainfer.drafts.schemas import LONGEST_SCHEMA, digest_of, plain_schema
@@ -24,7 +24,6 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
 
 STILL_DRAFTED = "requests with this schema are drafted and verified all the same, without a policy"
-MOST_OBJECTS = 1 << 62  # their numbers are int64
 
 
 @dataclass(frozen=True)
