@@ -250,6 +250,7 @@ def test_of_objects_the_fields_are_said_and_the_guess_and_the_card_has_a_request
     assert facts["field stars"] == "0, 1, 2, 3, 4, 5, 6, 7, ... (20)"
     assert facts["field seen"] == "false, true"
     assert facts["guess"] == "stars=3, seen=true (5 tokens)"
+    assert facts["promise"].startswith("at most 5 % of the objects, in any field, changed")
     card = model_card(config, {**DETAILS, "schema": json.dumps(SCHEMA)})
     [body] = [part for part in card.split("```") if part.startswith("json\n")]
     asked = json.loads(body.removeprefix("json\n"))

@@ -163,5 +163,6 @@ def test_a_table_shows_the_fields_and_says_what_is_bounded(report):
         ["mood", "25.0%"],
         ["seen", "0.0%"],
     ]
+    assert any(line.startswith("Never exit: drafts alone, in segments") for line in lines)
     [said] = [line for line in lines if "any field differs" in line]
     assert "differ in 50.0%" in said

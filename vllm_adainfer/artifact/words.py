@@ -42,6 +42,8 @@ def at_most(config: ArtifactConfig, epsilon: float | None = None) -> str:
     promise = config.promise
     number = "epsilon" if epsilon is None else f"{100 * epsilon:g} {promise.measure}"
     answers = "answers" if config.max_tokens == 1 else "tokens, each after the same text,"
+    if config.objects is not None:
+        answers = "objects, in any field,"
     return f"at most {number} {promise.bounded.format(answers=answers)}"
 
 

@@ -133,8 +133,10 @@ def check_file(path: Path) -> None:
 def _max_tokens(given: int | None, config: ArtifactConfig) -> int:
     """The number of tokens to generate, by default as many as at calibration.
 
-    An AdaInferError for more than one, if the artifact was calibrated on one.
+    An AdaInferError for more than one, if the artifact was calibrated on one, or on objects.
     """
+    if given is not None and config.objects is not None:
+        raise AdaInferError("requests for an object have room for any of them: drop --max-tokens")
     if given is not None and given > 1 and config.max_tokens == 1:
         raise AdaInferError(
             f"--max-tokens {given}: the artifact was calibrated on one token, so requests for more "

@@ -27,6 +27,7 @@ def evaluation_facts(report: Mapping[str, Any]) -> list[Block]:
         f"{layer}: {spelled(share, ours['exit_histogram_95'][layer], 0)}"
         for layer, share in ours["exit_histogram"].items()
     )
+    costs = "drafts alone, in segments" if "by_field" in report else "the cost of the segments"
     about: dict[str, Callable[[Any], Iterable[Block]]] = {
         "by_field": lambda found: facts_of_fields(found, report),
         "by_label": facts_of_labels,
@@ -45,7 +46,7 @@ def evaluation_facts(report: Mapping[str, Any]) -> list[Block]:
             text_columns=1,
         ),
         Table([*map(level_facts, report["levels"]), _never_exit(report["never_exit"])]),
-        "Never exit: the cost of the segments, and how often their rounding changes an answer.",
+        f"Never exit: {costs}, and how often their rounding changes an answer.",
         f"Requests by layers run: {exits}",
         "In brackets: 95 % intervals, for prompts like these. Measured: the share is within the "
         "bound, compatible with it (the interval includes the bound) or above it.",

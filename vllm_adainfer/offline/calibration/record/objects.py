@@ -20,6 +20,7 @@ from vllm_adainfer.artifact.outputs import Objects
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.objects import Schema, objects_of
+from vllm_adainfer.offline.calibration.data.served_schema import longest_object
 from vllm_adainfer.offline.calibration.record.collect import (
     Plan,
     not_seen_whole,
@@ -62,10 +63,11 @@ def recorded_objects(
     switch["record_objects"] = True
     if plan.pooled_from is not None:
         switch["record_pooled_from"] = plan.pooled_from
-    shortest = len(tokenizer.encode(schema.text)) + 16
-    engine = start_engine(model, examples, switch, LONGEST * shortest, **settings)
+    longest = LONGEST * (len(tokenizer.encode(schema.text)) + 16)
+    if objects is not None:
+        longest = longest_object(objects)
+    engine = start_engine(model, examples, switch, longest, **settings)
     try:
-        longest = LONGEST * shortest
         return _record(engine, examples, plan, schema, tokenizer, longest, adapter, objects)
     finally:
         stop_engine(engine)
