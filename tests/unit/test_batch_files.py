@@ -171,6 +171,51 @@ def test_a_label_is_known_if_it_is_one_that_the_request_names(tokenizer, label, 
     assert example.label == found
 
 
+OF_MOOD, OF_PLOT = ({"type": "object", "properties": {name: {}}} for name in ("mood", "plot"))
+MESSAGES = [{"role": "user", "content": "a film"}]
+TOOLS = [
+    {"type": "function", "function": {"name": "sum", "parameters": OF_PLOT}},
+    {"type": "function", "function": {"name": "mark", "parameters": OF_MOOD}},
+]
+
+
+def format_of(schema: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        format_of(OF_MOOD),
+        {"structured_outputs": {"json": OF_MOOD}},
+        {"structured_outputs": {"json": json.dumps(OF_MOOD)}},
+        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "mark"}}},
+        {**format_of(OF_MOOD), "structured_outputs": {"json": OF_PLOT}},
+        {
+            **format_of(OF_PLOT),
+            "tools": TOOLS,
+            "tool_choice": {"type": "function", "function": {"name": "mark"}},
+        },
+        {**format_of(OF_MOOD), "tools": TOOLS, "tool_choice": "auto", "max_tokens": 50},
+    ],
+    ids=["format", "outputs", "text", "tool", "format and outputs", "format and tool", "auto"],
+)
+def test_a_request_for_an_object_has_the_schema_that_vllm_takes(tokenizer, body):
+    [chat] = read([line("/v1/chat/completions", {"messages": MESSAGES, **body})], tokenizer)
+    assert chat.schema is not None
+    assert json.loads(chat.schema) == OF_MOOD
+    assert (chat.labels, chat.choices) == (None, None)
+    if "tools" not in body:
+        [one] = read([line("/v1/completions", {"prompt": "a film :", **body})], tokenizer)
+        assert one.schema == chat.schema
+
+
+def test_a_format_of_plain_text_asks_for_nothing(tokenizer):
+    body = {**READ, "prompt": "a film :", "response_format": {"type": "text"}}
+    [example] = read([line("/v1/completions", body)], tokenizer)
+    assert (example.labels, example.schema) == ((7, 9), None)
+
+
 FINE = line("/v1/completions", {**READ, "prompt": "a film :"})
 MESSAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
 
@@ -204,6 +249,36 @@ MESSAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url
             "/generative_scoring",
             {"query": "a", "items": ["b"], "label_token_ids": [1]},
             "fewer than two",
+        ),
+        (
+            "/v1/completions",
+            {"prompt": "a", **format_of(OF_MOOD), "logprobs": 1},
+            "a request for an object and logprobs, which runs at full depth",
+        ),
+        (
+            "/v1/completions",
+            {"prompt": "a", "response_format": {"type": "json_object"}},
+            "a request with a response_format other than json_schema",
+        ),
+        ("/v1/completions", {"prompt": "a", "response_format": "json"}, "would refuse it"),
+        (
+            "/v1/completions",
+            {"prompt": "a", "response_format": {"type": "json_schema"}},
+            "would refuse it",
+        ),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": MESSAGES,
+                "tools": TOOLS,
+                "tool_choice": {"type": "function", "function": {"name": "other"}},
+            },
+            "would refuse it",
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "required"},
+            "a request for more than one token",
         ),
     ],
 )

@@ -10,7 +10,13 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from vllm_adainfer.offline.calibration.fit import distil as distilling
-from vllm_adainfer.offline.calibration.fit.distil import Taught, distil, solve, solver
+from vllm_adainfer.offline.calibration.fit.distil import (
+    Taught,
+    distil,
+    distil_fields,
+    solve,
+    solver,
+)
 from vllm_adainfer.offline.calibration.fit.ridge import Linear
 from vllm_adainfer.offline.calibration.record.rows import FOLDS
 
@@ -123,3 +129,26 @@ def test_each_fold_has_a_head_that_has_not_seen_it():
     for fold, without in enumerate(fits):
         own = solve(rows.of_rows(torch.from_numpy(folds != fold)), 0.1)
         torch.testing.assert_close(without.matrix, own.matrix, atol=1e-5, rtol=1e-4)
+
+
+def test_the_heads_of_an_objects_fields_are_those_of_each_alone():
+    """A field with one value has nothing to learn."""
+    folds, penalties = np.arange(ROWS) % FOLDS, (3.0, 0.1)
+    rows = [rows_of(seed, noise=noise) for seed, noise in ((8, 0.1), (9, 30.0))]
+    lone = Taught(rows[0].read, torch.ones(ROWS, 1, dtype=torch.float64))
+    parts = [rows[0], lone, rows[1]]
+    taught = Taught(
+        torch.stack([part.read for part in parts], dim=1),
+        torch.cat([part.labels for part in parts], dim=1),
+    )
+    _, whole, without = distil_fields(taught, (LABELS, 1, LABELS), folds, penalties)
+    alone = [distil(part, folds, penalties) for part in (rows[0], rows[1])]
+    assert alone[0][0] != alone[1][0], "each has the penalty that suits it"
+    for found, *own in zip(
+        [whole, *without], *([one, *more] for _, one, more in alone), strict=True
+    ):
+        assert found.matrix.shape == (2 * LABELS + 1, WIDTH)
+        for columns, one in ((slice(LABELS), own[0]), (slice(LABELS + 1, None), own[1])):
+            torch.testing.assert_close(found.matrix[columns], one.matrix)
+            torch.testing.assert_close(found.bias[columns], one.bias)
+        assert found.matrix[LABELS].abs().max() == 0

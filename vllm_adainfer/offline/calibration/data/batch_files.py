@@ -196,7 +196,7 @@ def _answers(body: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
             if body.get(key):
                 raise LeftOutError(f"a request for an object and {key}, which runs at full depth")
         return {"schema": schema}
-    if body.get("response_format"):
+    if (body.get("response_format") or {}).get("type", "text") != "text":
         raise LeftOutError("a request with a response_format other than json_schema")
     if body.get("structured_outputs"):
         return {"choices": _choices(body, tokens, tokenizer)}
@@ -211,11 +211,13 @@ def _answers(body: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
 def _schema(body: Mapping[str, Any]) -> str | None:
     """The JSON schema of the object that a request asks for, as vLLM 0.32 reads it.
 
-    In ``response_format``, in ``structured_outputs``, or as the arguments of the tool it must call.
+    As the arguments of the tool that it must call, in ``response_format``, or else in
+    ``structured_outputs``.
     """
     asked = body.get("response_format") or {}
-    schema = asked["json_schema"].get("schema") if asked.get("type") == "json_schema" else None
-    schema = (body.get("structured_outputs") or {}).get("json", schema)
+    schema = (body.get("structured_outputs") or {}).get("json")
+    if asked.get("type") == "json_schema":
+        schema = asked["json_schema"].get("schema")
     tool = body.get("tool_choice")
     if isinstance(tool, Mapping):
         named = {one["function"]["name"]: one["function"] for one in body.get("tools") or ()}
