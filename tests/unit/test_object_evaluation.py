@@ -21,12 +21,14 @@ from vllm_adainfer.offline.calibration.data.served_schema import (
     in_words,
     served_schema,
 )
+from vllm_adainfer.offline.evaluation import changed
 from vllm_adainfer.offline.evaluation.prompts import load_examples
 from vllm_adainfer.offline.evaluation.report import build_report
 from vllm_adainfer.offline.evaluation.requests import most_tokens, request_params
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.facts.document import as_text
 from vllm_adainfer.offline.reports.evaluation_facts import evaluation_facts
+from vllm_adainfer.offline.reports.views import View
 
 TEXT = json.dumps(SCHEMA)
 OTHER = json.dumps({**SCHEMA, "properties": {**SCHEMA["properties"], "seen": {"const": True}}})
@@ -166,3 +168,24 @@ def test_a_table_shows_the_fields_and_says_what_is_bounded(report):
     assert any(line.startswith("Never exit: drafts alone, in segments") for line in lines)
     [said] = [line for line in lines if "any field differs" in line]
     assert "differ in 50.0%" in said
+
+
+def test_a_changed_object_is_shown_as_both_were_written_with_what_the_policy_saw(
+    monkeypatch, tiny_model
+):
+    """Of an answer that was cut short there is no view."""
+    config = object_config(tiny_model)
+    one_level = config.model_copy(update={"levels": config.levels[1:]})
+    view = View(2, 'mood="good", seen=false', 0.9, 0.8, least_sure="seen")
+    monkeypatch.setattr(changed, "load_artifact", lambda _: SimpleNamespace(config=config))
+    monkeypatch.setattr(changed, "decided_by", lambda artifact, *_: (artifact, 0, OURS))
+    monkeypatch.setattr(changed, "views_of_prompts", lambda *asked: [[view]] * len(asked[-1]))
+    full, early = run([BAD, FAIR, NO_OBJECT], {}, []), run([BAD, GOOD, GOOD], {}, [])
+    examples = [Example(f"line {number}", "", [1], None) for number in range(3)]
+    model: Any = SimpleNamespace(tokenizer=byte_tokenizer())
+    runs = {NEVER_EXIT: full, OURS: early}
+    shown, _ = changed.changed_prompts(model, "policy", one_level, examples, runs, 1)
+    assert [(row["place"], row["full"], row["early"], row["views"]) for row in shown] == [
+        ("line 1", 'mood="fair", seen=false', 'mood="good", seen=false', [view]),
+        ("line 2", "no object of the schema", 'mood="good", seen=false', ()),
+    ]

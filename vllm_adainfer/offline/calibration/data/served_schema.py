@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vllm_adainfer.artifact.outputs import Objects
 from vllm_adainfer.drafts.fields import places_in
 from vllm_adainfer.errors import AdaInferError
@@ -51,7 +49,7 @@ def code_of(objects: Objects, answer: str) -> int:
     """The number of an answer, see `ByField`; `NO_OBJECT` if it is none of the schema."""
     fields = {field.path: [one.text for one in field.values] for field in objects.fields}
     places = places_in(answer, fields)
-    return NO_OBJECT if places is None else int(objects.link.code(torch.tensor([places])))
+    return NO_OBJECT if places is None else objects.link.code_of(places)
 
 
 def in_words(objects: Objects, code: int) -> str:
