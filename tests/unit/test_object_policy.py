@@ -21,7 +21,7 @@ from tests.calibrations import (
     recording_of_objects,
 )
 from vllm_adainfer.artifact.fields import LabelBound
-from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.artifact.files import load_artifact, load_details
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.offline.calibration.fit import training
 from vllm_adainfer.offline.calibration.fit.probes import values_at_full_depth
@@ -31,6 +31,7 @@ from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy import Policy
 
 LINK = OBJECTS.link
+SCHEMA = '{"title": "as requests send it"}'
 SEEN = 2  # the field, and the place of its value that is true
 TRUE = 1
 
@@ -58,7 +59,8 @@ def decided(serving: Policy, policy: FittedPolicy, level: int) -> tuple[Any, Any
 
 
 def assert_decided_as_certified(policy: FittedPolicy, path: Path) -> list[tuple[Any, Any]]:
-    write_artifact(policy, "tiny", HF_CONFIG, None, path)
+    write_artifact(policy, "tiny", HF_CONFIG, None, path, schema=SCHEMA)
+    assert load_details(str(path))["schema"] == SCHEMA
     parts = load_artifact(str(path)).parts("").values()
     fitted = [policy] if policy.last_token is None else [policy, policy.last_token]
     found = []

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from tests.objects import object_config
 from tests.tiny import LAYERS, word_tokenizer
 from vllm_adainfer.artifact.fields import SharedTokens
+from vllm_adainfer.offline.doctor import smoke
 from vllm_adainfer.offline.doctor.smoke import (
     SENTENCES,
+    examine_engine,
     exits_found,
     full_depth_found,
     self_test_found,
@@ -66,3 +72,13 @@ def test_what_the_self_test_has_switched_off_is_a_failure_with_its_name():
     assert str(self_test_found([])).startswith("ok    self-test: kernels, exits and graphs")
     found = str(self_test_found(["segment_graphs", "exits"]))
     assert found.startswith("FAIL  self-test: segment_graphs, exits gave wrong results")
+
+
+def test_without_the_schema_of_its_objects_no_request_can_be_tried(monkeypatch, tiny_model):
+    monkeypatch.setattr(smoke, "load_details", lambda _: {})
+    model: Any = SimpleNamespace(
+        tokenizer=word_tokenizer(), longest_prompt=lambda tokens: 512 - tokens
+    )
+    [found] = examine_engine(model, "policy", object_config(tiny_model))
+    assert found.failed
+    assert "no schema in its calibration.json" in found.sentence
