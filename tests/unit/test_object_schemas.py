@@ -24,6 +24,13 @@ from vllm_adainfer.offline.calibration.data.objects import (
     objects_of,
     read_schema,
 )
+from vllm_adainfer.offline.calibration.options import (
+    CalibrationRequest,
+    PolicyOptions,
+    check_objects,
+)
+from vllm_adainfer.promise.accuracy import Accuracy
+from vllm_adainfer.promise.tolerance import Tolerance
 
 MOOD = {"type": "string", "enum": ["good", "bad"]}
 YES_OR_NO = {"type": "boolean"}
@@ -116,6 +123,28 @@ def test_a_schema_that_no_policy_decides_is_refused_by_one_sentence(schema, sent
         schema_of(schema)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 450
+
+
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [
+        ({"labels": ("good", "bad")}, "--labels"),
+        ({"label_pool": ("good", "bad")}, "--label-pool"),
+        ({"choices": ("good", "bad")}, "--choices"),
+        ({"probe": "lens"}, "--probe lens"),
+        ({"probe": "branch"}, "--probe branch"),
+        ({"options": PolicyOptions(max_tokens=5)}, "--max-tokens"),
+        ({"options": PolicyOptions(by_question=True)}, "--by question"),
+        ({"options": PolicyOptions(promise=Accuracy())}, "--risk accuracy"),
+        ({"options": PolicyOptions(promise=Tolerance(tolerance=0.1))}, "--tolerance"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else None,
+)
+def test_options_that_are_not_for_objects_are_named(tmp_path, given, option):
+    request = CalibrationRequest("model", tmp_path, tmp_path, **given)
+    with pytest.raises(AdaInferError, match=option):
+        check_objects(request)
+    check_objects(CalibrationRequest("model", tmp_path, tmp_path, student="minilm"))
 
 
 def test_a_schema_file_is_read_or_refused(tmp_path):

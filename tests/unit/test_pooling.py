@@ -101,6 +101,15 @@ def test_a_chunk_before_the_own_tokens_carries_nothing():
     assert [carried.ends.get(name) for name in step.request_ids] == [None, 5]
 
 
+def test_rows_of_a_draft_behind_a_prompt_are_none_of_it():
+    states = torch.randn(12, HIDDEN)
+    step = replace(step_of([8, 4], [8, 4], [True, True], [2, 1]), sampled_lens=np.array([4, 1]))
+    prompts = PooledPrompts(step, CarriedPrompts())
+    read = prompts.read(0, np.array([0, 1]), prompts.chunks, step.layout, HiddenStates(states))
+    expected = torch.stack([definition(states[:5], 2), definition(states[8:], 1)])
+    torch.testing.assert_close(read, expected)
+
+
 def put(carried: CarriedPrompts, *names: str) -> None:
     for name in names:
         carried.read.setdefault(name, {})[0] = torch.ones(HIDDEN)

@@ -116,3 +116,13 @@ def test_one_that_is_expected_to_end_does_so_though_it_may_continue():
     step = step_of([1, 1, 1], ends_early=np.array([False, True, False]))
     assert step.ending(ints(0, 1)).tolist() == [1]
     assert step.continues.all()
+
+
+def test_of_those_who_left_some_have_an_object_as_their_answer():
+    step = step_of([3, 1, 5, 5], sampled_lens=ints(1, 1, 3, 3))
+    assert step.drafted.tolist() == [0, 0, 2, 2]
+    assert step_of([3, 1]).drafted.tolist() == [0, 0]
+    step.codes[2:] = 4, 0  # of which one is not settled
+    step.settle(ints(0, 3))
+    assert leave(step) == [0, 3]
+    assert step.early_objects.tolist() == [3]
