@@ -18,7 +18,7 @@ from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.model.early_exit import EarlyExit
 from vllm_adainfer.engine.pinned_artifacts import pin_artifacts, served_artifacts, served_configs
-from vllm_adainfer.engine.scheduler.scheduler import observers_of
+from vllm_adainfer.engine.scheduler.observers import observers_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.frontend.stat_logger import WithExitStats
 from vllm_adainfer.settings.engine import Settings, read_settings
@@ -44,7 +44,12 @@ class Logger(WithExitStats, AnyBase):
 
 def scheduler_of(vllm_config: VllmConfig) -> Any:
     """As much of vLLM's scheduler as observers are made with."""
-    return SimpleNamespace(structured_output_manager=None, max_model_len=9, vllm_config=vllm_config)
+    return SimpleNamespace(
+        structured_output_manager=None,
+        max_model_len=9,
+        vllm_config=vllm_config,
+        admission=Admission.from_config(vllm_config, settings_of(vllm_config)),
+    )
 
 
 READERS: dict[str, Callable[[VllmConfig], Any]] = {

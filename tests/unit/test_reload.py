@@ -7,12 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import EXIT_POINTS, tiny_config, tiny_tensors
+from tests.e2e.objects import objects
+from tests.tiny import EXIT_POINTS, LAYERS, tiny_config, tiny_tensors
 from vllm_adainfer.artifact.artifact import Artifact, digest_of
+from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Adapter, Label, Level
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
+from vllm_adainfer.artifact.outputs import Objects
 from vllm_adainfer.engine.runner import ranks as agreement
-from vllm_adainfer.engine.worker.served_policies import check_cuts, check_replaces
+from vllm_adainfer.engine.worker import served_policies
+from vllm_adainfer.engine.worker.served_policies import (
+    ServedPolicies,
+    check_cuts,
+    check_replaces,
+)
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.promise.gates import Gate
 
@@ -53,6 +61,50 @@ def test_a_reload_may_not_change_which_requests_are_admitted(tiny_model, before,
     sentence = str(caught.value)
     assert sentence.startswith(f"policy reviews differs from the one before in {what}")
     assert sentence.endswith(": restart the engine")
+
+
+def deciding(model: Path, asked: Objects) -> ArtifactConfig:
+    """The config of a policy for objects."""
+    return ArtifactConfig.model_validate({**dict(tiny_config(model)), "output": asked})
+
+
+OTHER_GUESS = [field.model_copy(update={"guess": 0}) for field in objects().fields]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        objects(space=""),
+        objects().model_copy(update={"schema_digest": "another"}),
+        objects().model_copy(update={"fields": tuple(OTHER_GUESS)}),
+    ],
+    ids=["written", "schema", "guess"],
+)
+def test_a_reload_may_not_change_the_objects_that_the_scheduler_guesses_and_writes(
+    tiny_model, other
+):
+    before = deciding(tiny_model, objects())
+    check_replaces("reviews", deciding(tiny_model, objects()), before)
+    with pytest.raises(AdaInferError, match="its schema, its guess, or how its objects are writte"):
+        check_replaces("reviews", deciding(tiny_model, other), before)
+
+
+def test_an_adapter_brings_no_policy_for_objects_since_the_scheduler_would_not_know_it(
+    tiny_model, monkeypatch
+):
+    monkeypatch.setattr(served_policies, "refuse_policy", lambda *_: None)
+    model = SimpleNamespace(
+        artifacts={},
+        check_calibrated=lambda _: None,
+        num_own_kv_layers=LAYERS,
+        settings=SimpleNamespace(artifacts={}),
+        loop=SimpleNamespace(policies=SimpleNamespace(exit_points=EXIT_POINTS)),
+    )
+    config: Any = None
+    served = ServedPolicies(model, config, running=SimpleNamespace())  # type: ignore[arg-type]
+    served.check("reviews", tiny_config(tiny_model))
+    with pytest.raises(AdaInferError, match="policy reviews decides objects, and only policies"):
+        served.check("reviews", deciding(tiny_model, objects()))
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,16 @@ from tests.running import vllm_request
 from vllm_adainfer.engine.compat.runner import attach_note
 from vllm_adainfer.engine.compat.scheduler import wait_for_token
 from vllm_adainfer.engine.compat.stats import take_report
+from vllm_adainfer.engine.scheduler import observers as observers_module
 from vllm_adainfer.engine.scheduler import scheduler as scheduler_module
 from vllm_adainfer.engine.scheduler.audit import Audit
 from vllm_adainfer.engine.scheduler.observer import Observer, Step
+from vllm_adainfer.engine.scheduler.observers import observers_of
 from vllm_adainfer.engine.scheduler.scheduler import (
     AdaInferAsyncScheduler,
     AdaInferScheduler,
     ObservedScheduler,
     build_scheduler,
-    observers_of,
 )
 from vllm_adainfer.exits.accounting.report import Provenance, StepNote
 from vllm_adainfer.settings.engine import Audit as AuditSettings
@@ -238,8 +239,8 @@ WATCHES: list[tuple[dict[str, Any], list[str]]] = [
 
 @pytest.mark.parametrize(("switch", "names"), WATCHES)
 def test_the_switch_says_who_watches(tmp_path, monkeypatch, switch, names):
-    monkeypatch.setattr(scheduler_module, "served_configs", lambda *_: {})
-    monkeypatch.setattr(scheduler_module, "why_nothing_is_drafted", lambda _: None)
+    monkeypatch.setattr(observers_module, "served_configs", lambda *_: {})
+    monkeypatch.setattr(observers_module, "why_nothing_is_drafted", lambda _: None)
     model = SimpleNamespace(
         served_model_name="name",
         tokenizer="tokenizer",

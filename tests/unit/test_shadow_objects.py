@@ -16,12 +16,14 @@ from tests.running import vllm_request
 from vllm_adainfer.artifact.fields import LabelBound
 from vllm_adainfer.engine.admission.running import Running, attach_resolved
 from vllm_adainfer.engine.compat.scheduler import attach_written_objects, written_objects
+from vllm_adainfer.engine.scheduler import observers
 from vllm_adainfer.engine.scheduler.objects import WrittenObjects, check_objects, code_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.exits.accounting.report import DecidedObject
 from vllm_adainfer.exits.loop.shadow_objects import EarlyObject, ShadowObjects
 from vllm_adainfer.promise.changed import Changed
+from vllm_adainfer.settings.engine import Settings
 from vllm_adainfer.settings.request import RequestSettings
 from vllm_adainfer.watch.watch import Watch
 
@@ -177,6 +179,32 @@ def test_what_was_read_goes_to_every_rank_with_a_step():
     assert written_objects(scheduled) == {}
     attach_written_objects(scheduled, {"a": BAD})
     assert written_objects(pickle.loads(pickle.dumps(scheduled))) == {"a": BAD}
+
+
+@pytest.mark.parametrize(
+    ("drafts", "why"),
+    [
+        ({}, "vLLM's own speculative decoding is on"),
+        ({"draft_structure": False}, '"draft_structure" is false'),
+    ],
+)
+def test_an_engine_that_drafts_nothing_says_which_policies_decide_no_object_and_why(
+    monkeypatch, caplog, drafts, why
+):
+    reason = "vLLM's own speculative decoding is on"
+    monkeypatch.setattr(observers, "why_nothing_is_drafted", lambda _: reason)
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(return_sampling_mask=True),
+        parallel_config=SimpleNamespace(data_parallel_index=0),
+    )
+    configs = {"reviews": SimpleNamespace(objects=ASKED), "mood": SimpleNamespace(objects=None)}
+    admission = SimpleNamespace(policies=SimpleNamespace(configs=configs))
+    scheduler = SimpleNamespace(admission=admission)
+    settings = Settings(artifact="anywhere", finish_choices=False, **drafts)
+    found = observers.observers_of(config, settings, scheduler)
+    assert [type(one).__name__ for one in found] == ["Counters"]
+    [said] = [one for one in caplog.messages if "decides no object by policy reviews:" in one]
+    assert said.endswith(why)
 
 
 def test_an_engine_whose_tokenizer_writes_other_objects_does_not_start():

@@ -2,8 +2,7 @@
 
 On arrival, a request is resolved: all that follows from what its client sent. While it runs, its
 incomplete blocks stay out of the prefix cache. With asynchronous scheduling, no step is scheduled
-ahead of a token that may end its request. Everything else watches, see `observers_of`: the counters
-of the workers, choices that end early, the audit, the counts of kinds, the capture.
+ahead of a token that may end its request. Everything else watches, see `observers_of`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 from vllm.config import VllmConfig
-from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
@@ -24,8 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.running import Running, attach_resolved, params_of, resolved_of
-from vllm_adainfer.engine.compat.drafts import masks_for_drafts, why_nothing_is_drafted
-from vllm_adainfer.engine.compat.logs import get_logger
+from vllm_adainfer.engine.compat.drafts import masks_for_drafts
 from vllm_adainfer.engine.compat.processes import end_with_starter
 from vllm_adainfer.engine.compat.runner import attached_note
 from vllm_adainfer.engine.compat.scheduler import (
@@ -41,24 +38,18 @@ from vllm_adainfer.engine.compat.scheduler import (
     wait_for_token,
 )
 from vllm_adainfer.engine.compat.stats import attach_report
-from vllm_adainfer.engine.pinned_artifacts import served_configs
-from vllm_adainfer.engine.scheduler.audit import Audit
-from vllm_adainfer.engine.scheduler.capture import Capture
 from vllm_adainfer.engine.scheduler.drafts import Drafts
-from vllm_adainfer.engine.scheduler.kinds import KindCounts
-from vllm_adainfer.engine.scheduler.objects import Guesses, RecordedGuesses, WrittenObjects
-from vllm_adainfer.engine.scheduler.observer import Counters, Observer, Step, report_of
+from vllm_adainfer.engine.scheduler.objects import WrittenObjects
+from vllm_adainfer.engine.scheduler.observer import Observer, Step, report_of
+from vllm_adainfer.engine.scheduler.observers import observers_of
 from vllm_adainfer.engine.scheduler.prefix_cache import PrefixCacheGuard, refuse_kv_connector
 from vllm_adainfer.engine.scheduler.prompt_texts import texts_for_students
-from vllm_adainfer.engine.scheduler.rest_of_answer import RestOfAnswer, check_tokenizer
 from vllm_adainfer.settings.engine import Settings, read_settings
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
 else:
     _Scheduler = object
-
-logger = get_logger(__name__)
 
 
 class ObservedScheduler(_Scheduler):
@@ -268,75 +259,6 @@ class AdaInferAsyncScheduler(ObservedScheduler, AsyncScheduler):
                 resolved = resolved_of(request)
                 if resolved is not None and resolved.may_end_after_first_token:
                     yield request
-
-
-def observers_of(
-    vllm_config: VllmConfig, settings: Settings, scheduler: ObservedScheduler
-) -> list[Observer]:
-    """What the engine switch asks to watch.
-
-    An AdaInferError if a directory cannot be written to, or this engine's tokenizer does not write
-    the choices of a policy as in calibration.
-    """
-    model, engine = vllm_config.model_config, vllm_config.parallel_config.data_parallel_index
-    observers: list[Observer] = [] if settings.runs_stock else [Counters()]
-    if settings.drafts_structure:  # before other observers append to what was sampled
-        reason = why_nothing_is_drafted(vllm_config)
-        if reason is None:
-            objects = objects_of(settings, scheduler)
-            if isinstance(objects, WrittenObjects):
-                observers.append(objects)
-            observers.append(Drafts(scheduler, not current_platform.is_cpu(), objects))
-            logger.info("AdaInfer drafts structured answers from earlier ones to the same grammar")
-        else:
-            logger.warning("structured answers are not drafted, because %s", reason)
-    else:
-        reason = '"draft_structure" is false'
-    if reason is not None and scheduler.admission is not None:
-        warn_of_inactive_objects(scheduler.admission, reason)
-    if settings.finishes_choices:
-        manager = scheduler.structured_output_manager
-        for name, config in served_configs(vllm_config, settings).items():
-            if config.choices:
-                check_tokenizer(manager.tokenizer, name, config.choices)
-        # Sampling masks are split by the number of tokens, and appended tokens have none.
-        if not model.return_sampling_mask:
-            observers.append(RestOfAnswer(manager, scheduler.max_model_len))
-    if settings.audit is not None:
-        depth = model.hf_text_config.num_hidden_layers
-        tokenizer = scheduler.structured_output_manager.tokenizer
-        observers.append(Audit(settings.audit, engine, depth, tokenizer))
-    if settings.auto is not None:
-        facts = {"model": model.served_model_name, "tokenizer": str(model.tokenizer)}
-        observers.append(KindCounts(settings.auto.directory, model.logprobs_mode, **facts))
-    if settings.capture is not None:
-        observers.append(Capture(settings.capture, engine, model.served_model_name))
-    return observers
-
-
-def objects_of(settings: Settings, scheduler: ObservedScheduler) -> Guesses | None:
-    """The objects that policies decide, or that are recorded; None if there are none.
-
-    An AdaInferError if this engine's tokenizer does not write them as in calibration.
-    """
-    if settings.record_objects:
-        return RecordedGuesses()
-    if scheduler.admission is None or not scheduler.admission.has_objects:
-        return None
-    tokenizer = scheduler.structured_output_manager.tokenizer
-    return WrittenObjects(scheduler.admission.policies.configs, tokenizer)
-
-
-def warn_of_inactive_objects(admission: Admission, reason: str) -> None:
-    """Say which policies decide nothing, because nothing is drafted for this `reason`."""
-    names = [name for name, one in admission.policies.configs.items() if one.objects]
-    if names:
-        logger.warning(
-            "AdaInfer decides no object by policy %s: it reads a guessed object behind each "
-            "prompt, and none is drafted, because %s",
-            ", ".join(names),
-            reason,
-        )
 
 
 def settings_of(vllm_config: VllmConfig) -> Settings:

@@ -18,7 +18,6 @@ from vllm_adainfer.exits.loop.forward_pass import ForwardPass
 from vllm_adainfer.exits.loop.loop import ScoredRequests
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers
-from vllm_adainfer.exits.loop.shadow_objects import EarlyObject
 from vllm_adainfer.exits.loop.step import NOBODY
 from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.exit_policy import Decision, UndecidedRows
@@ -245,7 +244,7 @@ class Decisions:
         """The early answers of shadow requests, for each policy that has some.
 
         An order is also that of documents which no policy may decide. Objects are not among them,
-        see `objects_of_shadows`.
+        see `ShadowObjects`.
         """
         step = self._step
         if step.shadow is None:
@@ -282,30 +281,6 @@ class Decisions:
                 subsets=None if step.subsets is None else step.subsets[shadow],
                 answers=None if answers is None else answers.subset(requests),
                 read=self._read,
-            )
-
-    def objects_of_shadows(
-        self, monitors: Mapping[str, Watch]
-    ) -> Iterator[tuple[str, EarlyObject]]:
-        """The early objects of shadow requests, which full depth goes on to write; by request."""
-        step = self._step
-        if step.shadow is None:
-            return
-        decided = step.shadow[step.codes[step.shadow] >= 0]
-        owners = self._forward.owners[decided]
-        rows = self._policies.own_rows(step.threshold_rows[decided], owners)
-        pairs = zip(decided.tolist(), owners.tolist(), rows.tolist(), strict=True)
-        for place, owner, row in pairs:
-            name = self._policies.names[owner]
-            yield (
-                step.request_ids[place],
-                EarlyObject(
-                    policy=name,
-                    monitor=monitors[name],
-                    promise=self._policies.policies[owner].promise,
-                    level=int(monitors[name].levels_of(row)),
-                    code=int(step.codes[place]) if step.settled(place) else None,
-                ),
             )
 
 

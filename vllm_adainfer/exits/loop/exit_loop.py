@@ -165,8 +165,7 @@ class ExitLoop(Loop):
         self.carried.step_ended(step)
         scored = decisions.place(hidden)
         shadows = tuple(decisions.of_shadows(self.monitors, self.stats))
-        for request_id, early in decisions.objects_of_shadows(self.monitors):
-            self.shadow_objects.expect(request_id, early)
+        self.shadow_objects.decided(step, owners, self.policies, self.monitors)
         if step.device.type == "cpu":  # elsewhere the host's clock says nothing about the device
             self.stats.seconds += time.perf_counter() - start
             self.stats.probe_seconds += deciding

@@ -11,8 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.exits.loop.shadow import warn
+from vllm_adainfer.exits.loop.step import StepContext
+from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.promise.links import ByField
 from vllm_adainfer.promise.promise import Outcome, Promise
 from vllm_adainfer.watch.watch import Watch
@@ -48,6 +51,26 @@ class ShadowObjects:
     def __len__(self) -> int:
         """How many there are."""
         return len(self._early)
+
+    def decided(
+        self, step: StepContext, owners: Ints, policies: PolicySet, monitors: Mapping[str, Watch]
+    ) -> None:
+        """Expect the objects of the shadow requests that a step has decided.
+
+        `owners` [requests] are the places of those who decided them among `policies`.
+        """
+        if step.shadow is None:
+            return
+        decided = step.shadow[step.codes[step.shadow] >= 0]
+        rows = policies.own_rows(step.threshold_rows[decided], owners[decided])
+        settled = step.settled(decided)
+        for place, row, is_settled in zip(decided.tolist(), rows, settled.tolist(), strict=True):
+            owner = int(owners[place])
+            name, promise = policies.names[owner], policies.policies[owner].promise
+            level = int(monitors[name].levels_of(row))
+            code = int(step.codes[place]) if is_settled else None
+            early = EarlyObject(name, monitors[name], promise, level, code)
+            self.expect(step.request_ids[place], early)
 
     def expect(self, request_id: str, early: EarlyObject) -> None:
         """A shadow request has been decided, and now goes on to the end of its own object."""
