@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 
 from tests.admitted import admitted, resolved
 from tests.calibrations import OBJECTS
@@ -17,17 +19,20 @@ from tests.running import new_request, running_requests
 from tests.tiny import tiny_config, tiny_tensors
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import save_artifact
-from vllm_adainfer.drafts.grammars import Grammars
+from vllm_adainfer.drafts.grammars import Grammar, Grammars
 from vllm_adainfer.drafts.schemas import digest_of
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.compat.scheduler import fewer_tokens, replace_tokens
+from vllm_adainfer.engine.scheduler import drafts as drafts_module
 from vllm_adainfer.engine.scheduler.drafts import Drafting, Drafts
-from vllm_adainfer.engine.scheduler.objects import RecordedGuesses
+from vllm_adainfer.engine.scheduler.objects import Guesses, RecordedGuesses, WrittenObjects
+from vllm_adainfer.engine.scheduler.observer import Step
+from vllm_adainfer.exits.accounting.report import DecidedObject, StepNote
 from vllm_adainfer.exits.loop.step import CPU, FULL_DEPTH
 from vllm_adainfer.settings.engine import Settings
 
 SCHEMA = {"type": "object", "properties": {"mood": {"enum": ["bad", "fine", "good"]}}}
-GUESS, PROMPT = OBJECTS.guess, [5] * 4
+GUESS, PROMPT, END = OBJECTS.guess, [5] * 4, 2
 
 
 def asking(schema: Any = SCHEMA, **settings: Any) -> SamplingParams:
@@ -105,19 +110,40 @@ def test_an_object_may_be_early_only_in_the_step_with_its_whole_guess(
     assert running._why == ({} if why is None else {0: why})
 
 
-def waiting(name: str, **changes: Any) -> Drafting:
+def waiting(name: str, guess: Sequence[int] = GUESS, **changes: Any) -> Drafting:
     """A request whose prompt of 40 tokens has not begun."""
+    grammar = XgrammarGrammar.__new__(XgrammarGrammar)
     values = {
         "request_id": name,
         "num_tokens": 40,
         "num_computed_tokens": 0,
         "num_output_tokens": 0,
+        "output_token_ids": [],
         "num_output_placeholders": 0,
+        "num_stale_output_tokens": 0,
+        "is_prefill_chunk": False,
+        "max_tokens": 40,
+        "sampling_params": asking(),
+        "structured_output_request": SimpleNamespace(grammar=grammar, reasoning_ended=None),
         **changes,
     }
     request: Any = SimpleNamespace(**values)
-    grammar: Any = None
-    return Drafting(request, grammar, 2, guess=GUESS)
+    return Drafting(request, Grammar("g"), END, guess=guess)
+
+
+def drafts_of(objects: Guesses | None, *requests: Drafting) -> Drafts:
+    """In an engine whose steps have 100 tokens."""
+    manager = SimpleNamespace(reasoner_cls=None, validate_tokens=lambda _, draft: draft)
+    scheduler = SimpleNamespace(
+        structured_output_manager=manager,
+        vllm_config=SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 100)),
+        max_num_scheduled_tokens=100,
+        max_model_len=200,
+        running=[one.request for one in requests],
+    )
+    drafts = Drafts(scheduler, False, objects)
+    drafts._requests = {one.request.request_id: one for one in requests}
+    return drafts
 
 
 @pytest.mark.parametrize(
@@ -133,14 +159,95 @@ def waiting(name: str, **changes: Any) -> Drafting:
     ],
 )
 def test_a_step_leaves_room_for_the_guesses_of_the_prompts_that_end_in_it(requests, guesses):
-    config = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 100))
-    scheduler = SimpleNamespace(
-        structured_output_manager=None, vllm_config=config, max_num_scheduled_tokens=100
+    own = [waiting(str(number), **one) for number, one in enumerate(requests)]
+    assert drafts_of(RecordedGuesses(), *own).tokens_of_guesses() == guesses * len(GUESS)
+    assert drafts_of(None, *own).tokens_of_guesses() == 0
+
+
+def objects_of_policy() -> WrittenObjects:
+    """Of a policy whose tokenizer is not looked at."""
+    found = WrittenObjects({}, None)
+    found._objects = {"policy": OBJECTS}
+    return found
+
+
+def planned(drafts: Drafts, monkeypatch: Any, scheduled: int) -> list[tuple[str, list[int], int]]:
+    """Who gets a draft in a step with so many tokens, which one, and what it is to spare."""
+    found = []
+
+    def add_draft(_: Any, __: Any, request: Any, draft: list[int], spare: int) -> bool:
+        found.append((request.request_id, draft, spare))
+        return True
+
+    monkeypatch.setattr(drafts_module, "add_draft", add_draft)
+    step = SimpleNamespace(
+        num_scheduled_tokens=dict.fromkeys(drafts._requests, 1),
+        total_num_scheduled_tokens=scheduled,
     )
-    for objects, expected in ((RecordedGuesses(), guesses), (None, 0)):
-        drafts = Drafts(scheduler, False, objects)
-        drafts._requests = {str(n): waiting(str(n), **one) for n, one in enumerate(requests)}
-        assert drafts.tokens_of_guesses() == expected * len(GUESS)
+    drafts.plan(step)
+    return found
+
+
+def decided(request: Any, code: int, is_early: bool, told: list[Any]) -> Step:
+    """A step that has decided the object of a request."""
+    note = StepNote(None, None, objects={"b": DecidedObject("policy", code, is_early)})
+    return Step(
+        rows={"b": 4 + len(GUESS)},
+        requests={},
+        note=note,
+        choosing=lambda: [(request, [*GUESS, END])],
+        append=lambda *_: None,
+        scores=lambda _: None,
+        replace=lambda *one: told.append(one),
+        drafted={"b": [*GUESS]},
+    )
+
+
+def test_guesses_come_first_and_whole_and_take_blocks_that_their_answers_need_anyway(monkeypatch):
+    """The other request has written what the heads expect, and gets the rest of it."""
+    written = {"output_token_ids": [*GUESS[:3]], "num_output_tokens": 3}
+    other, own = waiting("a", guess=(), **written), waiting("b")
+    objects = objects_of_policy()
+    objects._probable["a"] = GUESS
+    drafts = drafts_of(objects, other, own)
+    room = 100 - len(GUESS) - 2
+    assert planned(drafts, monkeypatch, room) == [
+        ("b", [*GUESS], 0),
+        ("a", [*GUESS[3:5]], 2),
+    ]
+    assert planned(drafts, monkeypatch, 100 - len(GUESS) + 1) == [
+        ("a", [*GUESS[3:]], 2),
+    ], "a part of a guess decides nothing"
+
+
+def test_an_early_object_is_written_in_place_of_what_was_sampled_and_teaches_no_draft():
+    own, objects = waiting("b"), objects_of_policy()
+    drafts = drafts_of(objects, own)
+    told: list[Any] = []
+    step = decided(own.request, OBJECTS.link.code_of([0, 0, 0]), True, told)
+    for observer in (objects, drafts):
+        observer.stepped(step)
+    assert told == [(own.request, [*GUESS, END], [*OBJECTS.written([0, 0, 0]), END])]
+    assert objects.written == {"b"}
+    assert own.grammar.answers.draft(own.before, 0.0, 1, END) == []
+
+
+def test_an_object_that_is_not_settled_is_drafted_and_its_answer_is_learnt():
+    own, objects = waiting("b"), objects_of_policy()
+    drafts, told = drafts_of(objects, own), []
+    step = decided(own.request, OBJECTS.link.code_of([2, 0, 0]), False, told)
+    for observer in (objects, drafts):
+        observer.stepped(step)
+    assert not told
+    assert not objects.written
+    assert own.grammar.answers.draft(own.before, 0.0, 1, END) == [GUESS[0]]
+    own.request.output_token_ids = [*GUESS[:7]]
+    assert objects.rest(own.request) == [*OBJECTS.written([2, 0, 0])[7:]]
+    own.request.output_token_ids = [*GUESS]  # not as the heads expected
+    assert objects.rest(own.request) == []
+    objects.ended(own.request, "abort")
+    own.request.output_token_ids = []
+    assert objects.rest(own.request) == []
 
 
 def test_vllm_schedules_with_fewer_tokens_for_that_step_alone():
