@@ -250,6 +250,20 @@ def test_answers_that_are_compared_later_count_where_they_began_or_never():
     assert not kept["_to_count"]
 
 
+def test_answers_about_one_text_that_are_compared_later_count_together():
+    watch, parts = watching(QUESTIONS), ids("a", 3)
+    for part in parts:
+        watch.expect(part, level=0)
+    let_others_end(watch, 10)
+    for part, differs in zip(parts[:2], [True, False], strict=True):
+        watch.observe([part], np.array([0]), np.array([differs]))
+        watch.ended(part)
+    watch.ended(parts[2])
+    assert counts(watch) == (0, 0)
+    let_others_end(watch)
+    assert counts(watch) == (2, 1)
+
+
 def test_questions_that_are_part_of_no_request_count_when_it_ends():
     watch = watching(QUESTIONS)
     watch.observe(["chatcmpl-a-00000000"], np.array([0]), np.array([True]))
