@@ -49,14 +49,21 @@ class Oracle:
         self.objects = found
 
     @torch.no_grad()
+    def states(self, tokens: list[int]) -> tuple[torch.Tensor, ...]:
+        """After so many layers, the states of the rows of these tokens."""
+        return self.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+
     def early(self, prompt: str, level: int) -> tuple[str | None, int | None]:
         """The text that is written early, and after which layer; None for neither."""
+        tokens, layer = self.early_tokens(prompt, level)
+        return None if tokens is None else self.tokenizer.decode(tokens), layer
+
+    def early_tokens(self, prompt: str, level: int) -> tuple[tuple[int, ...] | None, int | None]:
+        """Its tokens, and after which layer."""
         config, tensors = self.artifact.config, self.artifact.tensors
         ids = self.tokenizer.encode(prompt)
         rows = torch.tensor(self.objects.rows) + len(ids) - 1
-        states = self.model(
-            torch.tensor([[*ids, *self.objects.guess]]), output_hidden_states=True
-        ).hidden_states
+        states = self.states([*ids, *self.objects.guess])
         for index, layer in enumerate(config.exit_points):
             read = states[layer][0, rows]
             if config.is_pooled:
@@ -72,7 +79,7 @@ class Oracle:
             gaps = [(two := one.softmax(0).topk(2).values)[0] - two[1] for one in scores]
             if min(gaps) >= tensors["thresholds"][level, index]:
                 places = [int(one.argmax()) for one in scores]
-                return self.tokenizer.decode(self.objects.written(places)), layer
+                return self.objects.written(places), layer
         return None, None
 
 

@@ -16,8 +16,11 @@ def sampled_tokens(
     runner_output: Any,
     requests: Mapping[str, Request],
     with_drafts: bool = False,
+    with_preempted: bool = False,
 ) -> Iterator[tuple[Request, list[int]]]:
-    """The running requests with a grammar that a step sampled tokens for, and those tokens.
+    """The requests with a grammar that a step sampled tokens for, and those tokens.
+
+    Those that run, and `with_preempted` all whose output vLLM does not drop.
 
     vLLM 0.32's `Scheduler.update_from_output` reads the tokens from these lists, so a token that is
     appended counts as sampled. Left out are requests whose output it drops, and those with drafts
@@ -34,7 +37,7 @@ def sampled_tokens(
             and request is not None
             and request.use_structured_output
             and not request.is_finished()
-            and not has_stale_output(request)
+            and not (is_output_dropped if with_preempted else has_stale_output)(request)
             and (with_drafts or request_id not in scheduler_output.scheduled_spec_decode_tokens)
         ):
             yield request, tokens
@@ -73,10 +76,12 @@ def replace_tokens(
 ) -> None:
     """Let `tokens` count as sampled for a request with a draft, in place of what was.
 
-    All but one count as drafts that were kept, so as computed; see `append_tokens`.
+    All but one count as drafts that were kept, so as computed; see `append_tokens`. Of one that was
+    preempted meanwhile, nothing counts as computed.
     """
-    drafted = len(scheduled.scheduled_spec_decode_tokens[request.request_id])
-    request.num_computed_tokens -= max(0, len(tokens) - 1 - drafted)
+    if not has_stale_output(request):
+        drafted = len(scheduled.scheduled_spec_decode_tokens[request.request_id])
+        request.num_computed_tokens -= max(0, len(tokens) - 1 - drafted)
     sampled[:] = tokens
 
 

@@ -151,7 +151,7 @@ class ModelHead(_Model):
         early = [output.sampled_row_of(places) for places, _ in scored]
         of_objects = np.flatnonzero(np.isin(requests, output.objects))
         at_full_depth = np.setdiff1d(np.arange(count), np.concatenate([of_objects, *early]))
-        deep, *places = upload([at_full_depth, *early], device)
+        deep, unread, *places = upload([at_full_depth, of_objects, *early], device)
         # bfloat16 is too coarse for probabilities; vLLM's sampler reads logits in fp32 anyway.
         exact = any(answers.has_rest for _, answers in scored)
         size, dtype = self._text_config.vocab_size, torch.float32 if exact else hidden_states.dtype
@@ -160,6 +160,8 @@ class ModelHead(_Model):
             deep_logits = self._head(hidden_states[deep], requests[at_full_depth])
             size, dtype = deep_logits.shape[1], torch.float32 if exact else deep_logits.dtype
         logits = hidden_states.new_full((count, size), -torch.inf, dtype=dtype)
+        if of_objects.size:
+            logits[unread] = 0  # samplers would make NaN of rows without a token
         if deep_logits is not None:
             logits[deep] = deep_logits.to(dtype)
         for (_, answers), place in zip(scored, places, strict=True):

@@ -126,16 +126,25 @@ class Drafts(Observer):
     def tokens_of_guesses(self) -> int:
         """How many tokens of the next step the guesses behind prompts take that end in it.
 
-        Of the prompts that fit into the step with their guesses, in the order of their arrival.
+        Of the prompts that fit into the step with their guesses, in the order of their arrival,
+        beside a token of each request that runs. A prompt that fits, but not with its guess, ends a
+        step later. Prompts that are not cut into chunks may need the whole step: none waits.
         """
-        left, found = self._scheduler.max_num_scheduled_tokens, 0
-        for one in self._requests.values() if self._objects is not None else ():
+        scheduler = self._scheduler
+        most = scheduler.max_num_scheduled_tokens
+        if self._objects is None or not scheduler.scheduler_config.enable_chunked_prefill:
+            return 0
+        left, found = most - len(scheduler.running), 0
+        for one in self._requests.values():
             if one.is_guessed and not one.request.num_output_placeholders:
-                needed = one.request.num_tokens - one.request.num_computed_tokens + len(one.guess)
-                if needed > left:
+                rows = one.request.num_tokens - one.request.num_computed_tokens
+                guess = len(one.guess)
+                if rows + guess > left:
+                    if rows <= left and 2 * guess <= most:
+                        found += min(guess, left - 1)
                     break
-                left -= needed
-                found += len(one.guess)
+                left -= rows + guess
+                found += guess
         return min(found, self._most_drafted)
 
     def plan(self, scheduled: Any) -> None:

@@ -96,7 +96,7 @@ class WrittenObjects(Observer, Guesses):
         self.written.clear()
         if step.note is None or not step.note.objects:
             return
-        for request, tokens in step.choosing():
+        for request, tokens in step.choosing(with_preempted=True):
             decided = step.note.objects.get(request.request_id)
             if decided is None:
                 continue

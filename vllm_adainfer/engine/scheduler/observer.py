@@ -35,7 +35,8 @@ class Step:
             not.
         drafted: the tokens that it verified, by request id.
         note: what the worker says of it; None if there was nothing to run.
-        choosing: the running requests with a grammar, and the tokens that were sampled for each.
+        choosing: the running requests with a grammar, and the tokens that were sampled for each;
+            `with_preempted` also those that were preempted meanwhile, and get their tokens.
         append: lets tokens count as sampled: a request, its sampled tokens, and those to append.
         replace: lets other tokens count as sampled: a request, its sampled tokens, and the others.
         scores: what a classifier gave for a request id; None for a request that generates.
@@ -47,7 +48,7 @@ class Step:
     rows: Mapping[str, int]
     requests: Mapping[str, Request]
     note: StepNote | None
-    choosing: Callable[[], Iterable[tuple[Request, Tokens]]]
+    choosing: Callable[..., Iterable[tuple[Request, Tokens]]]
     append: Callable[[Request, Tokens, Tokens], None]
     scores: Callable[[str], list[float] | None]
     logprobs: Callable[[str], Any] = no_logprobs
