@@ -210,7 +210,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "a small KV cache": SMALL_CACHE,
     "pooled, small steps": {"probe": "pooled-label-head", "max_num_batched_tokens": 96},
     "pooled": {"probe": "pooled-label-head"},
-    "small steps and cache": {"max_num_batched_tokens": 96, **SMALL_CACHE},
+    "small steps and cache": {"max_num_batched_tokens": 128, **SMALL_CACHE},
     "no guess fits": {"max_num_batched_tokens": 24},
     "no prefix cache": {"enable_prefix_caching": False},
     "one request at a time": {"max_num_seqs": 1},
@@ -252,9 +252,7 @@ def test_a_reload_may_not_change_what_the_scheduler_writes(engine):
         update={"fields": (first.model_copy(update={"guess": 0}), *others)}
     )
     check_replaces("objects", before, before)
-    with pytest.raises(
-        AdaInferError, match="its schema, its guess, or how its objects are written"
-    ):
+    with pytest.raises(AdaInferError, match="how its objects are written"):
         check_replaces("objects", before.model_copy(update={"output": other}), before)
 
 
@@ -262,5 +260,5 @@ def test_a_reload_may_not_change_what_the_scheduler_writes(engine):
 def test_in_every_engine(engine_of, stock, kind):
     engine = engine_of(**ENGINES[kind])
     judged, counted = run(engine, stock, traffic(engine.label_ids, 20, 90))
-    assert (judged.early > 1) == (kind != "no guess fits"), judged
+    assert (judged.early > 0) == (kind != "no guess fits"), judged
     assert (counted.preempted > 0) == ("cache" in kind and "prefix" not in kind)
