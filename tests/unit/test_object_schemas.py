@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -246,17 +247,28 @@ def with_tokens(*texts: str) -> Any:
     return tokenizer
 
 
-def test_values_whose_first_token_reaches_back_to_other_text_are_written_some_other_way():
+def test_a_value_whose_first_token_reaches_back_to_other_text_is_written_alone():
     """The quote is a token with "good" but not with "bad", so no row is before both values."""
     tokenizer = with_tokens('"good')
     schema = schema_of(an_object(seen=YES_OR_NO, mood=MOOD))
     answers = encoded({"seen": True, "mood": "bad"}, {"seen": True, "mood": "good"})
-    assert tokenizer.encode('"good')[0] >= len(TOKENIZER)
-    apart = objects_of(schema, answers, tokenizer)  # the model itself writes the quote alone
-    assert_written(apart, schema, tokenizer)
-    merged = [answers[0], tokenizer.encode('{"seen": true, "mood": "good"}')]
-    with pytest.raises(AdaInferError, match=f'value "good" of mood in one token with.*{DRAFTED}'):
-        objects_of(schema, merged, tokenizer)
+    merged = tokenizer.encode('{"seen": true, "mood": "good"}')
+    assert merged != answers[1]
+    for seen in (answers, [answers[0], merged], answers[:1]):
+        objects = objects_of(schema, seen, tokenizer)
+        assert_written(objects, schema, tokenizer)
+        assert objects.written((1, 1)) == tuple(answers[1])
+
+
+def test_a_tokenizer_that_writes_no_value_alone_is_an_error():
+    """Such as those that put a blank before each text."""
+    merging = with_tokens('"good')
+    tokenizer: Any = SimpleNamespace(
+        decode=merging.decode, encode=lambda text, **how: merging.encode(f" {text}", **how)
+    )
+    [answer] = encoded({"mood": "bad"})
+    with pytest.raises(AdaInferError, match=f'not write the value "good" of mood in .*{DRAFTED}'):
+        objects_of(schema_of(OF_MOOD), [answer], tokenizer)
 
 
 def test_a_guess_that_is_longer_than_a_draft_is_refused():

@@ -183,7 +183,7 @@ def objects_of(schema: Schema, answers: Sequence[Sequence[int]], tokenizer: Any)
     """How a model that has given these `answers`, in tokens without the end, writes objects.
 
     The commonest object is the guess. Of the ways in which a value was written, the commonest that
-    goes with the guess's other values is taken.
+    goes with the guess's other values is taken; else the tokenizer's, in the whole object or alone.
 
     An AdaInferError if none of them is an object of the schema, or the guess is too long.
     """
@@ -224,12 +224,22 @@ def objects_of(schema: Schema, answers: Sequence[Sequence[int]], tokenizer: Any)
             if place == guess[field]:
                 ways = [parts[field]]
             elif not any(goes_with_others(field, place, one) for one in ways):
-                ways = [_canonical(text, path, value, schema, tokenizer)[field + 1]]
+                other = _with_value(text, path, value)
+                whole = tokenizer.encode(other, add_special_tokens=False)
+                begin, end = (
+                    len(tokenizer.decode([*start, *chain(*parts[:count])]))
+                    for count in (field, field + 1)
+                )
+                alone = other[begin : end + len(other) - len(text)]
+                ways = [
+                    _parts(whole, other, schema, tokenizer)[field + 1],
+                    tuple(tokenizer.encode(alone, add_special_tokens=False)),
+                ]
             written = next((one for one in ways if goes_with_others(field, place, one)), None)
             if written is None:
                 raise AdaInferError(
-                    f"the tokenizer writes the value {value:.80} of {path} in one token with what "
-                    f"stands before it, which other values do not share. {STILL_DRAFTED}"
+                    f"the tokenizer does not write the value {value:.80} of {path} in tokens of "
+                    f"its own where it writes others. {STILL_DRAFTED}"
                 )
             own.append(Value(text=value, written=written))
         fields.append(DecidedField(path=path, values=tuple(own), guess=guess[field]))
@@ -254,11 +264,8 @@ def _parts(
     return tuple(tuple(tokens[start:end]) for start, end in pairwise([0, *cuts, len(tokens)]))
 
 
-def _canonical(
-    text: str, path: str, value: str, schema: Schema, tokenizer: Any
-) -> tuple[tuple[int, ...], ...]:
-    """`_parts` of an answer whose field has another value, as the tokenizer writes it."""
+def _with_value(text: str, path: str, value: str) -> str:
+    """An answer whose field has another value."""
     begin = dict(values_in(text))[path]
     _, end = json.JSONDecoder().raw_decode(text, begin)
-    other = text[:begin] + value + text[end:]
-    return _parts(tokenizer.encode(other, add_special_tokens=False), other, schema, tokenizer)
+    return text[:begin] + value + text[end:]
