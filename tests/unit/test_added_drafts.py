@@ -11,8 +11,10 @@ from vllm import SamplingParams
 
 from vllm_adainfer.engine.admission.requested_output import only_grammar_decides
 from vllm_adainfer.engine.compat.drafts import add_draft, masks_for_drafts
+from vllm_adainfer.engine.compat.scheduler import fewer_tokens, replace_tokens
 
 BLOCK = 16
+DRAFT = (7, 8, 9, 7, 8, 9, 7, 8, 9)
 
 
 class Blocks:
@@ -152,3 +154,40 @@ def test_there_is_a_mask_for_each_drafted_token_and_threads_fill_none_of_them(dr
 )
 def test_only_answers_that_the_grammar_and_the_sampling_alone_decide_are_drafted(settings, decides):
     assert only_grammar_decides(SamplingParams(**settings)) == decides
+
+
+def test_vllm_schedules_with_fewer_tokens_for_that_step_alone():
+    def schedule() -> None:
+        with fewer_tokens(scheduler, 18):
+            assert scheduler.max_num_scheduled_tokens == 82
+            raise KeyError
+
+    scheduler = SimpleNamespace(max_num_scheduled_tokens=100)
+    with pytest.raises(KeyError):
+        schedule()
+    assert scheduler.max_num_scheduled_tokens == 100
+
+
+@pytest.mark.parametrize("length", [1, 5, len(DRAFT), len(DRAFT) + 1, len(DRAFT) + 6])
+def test_an_object_in_place_of_what_was_sampled_counts_no_row_that_never_ran(length):
+    """vLLM takes back the drafted rows beyond the kept ones: it expects a token more than those."""
+    request: Any = SimpleNamespace(
+        request_id="a", num_computed_tokens=4 + len(DRAFT), num_stale_output_tokens=0
+    )
+    scheduled = SimpleNamespace(scheduled_spec_decode_tokens={"a": list(DRAFT)})
+    sampled, written = [7, 8], list(range(length))
+    replace_tokens(scheduled, request, sampled, written)
+    assert sampled == written
+    accepted = len(sampled) - 1
+    request.num_computed_tokens -= len(DRAFT) - accepted  # `Scheduler.update_from_output`
+    assert request.num_computed_tokens == 4 + min(len(DRAFT), accepted)
+
+
+def test_of_an_object_whose_request_was_preempted_no_row_counts():
+    request: Any = SimpleNamespace(
+        request_id="a", num_computed_tokens=0, num_stale_output_tokens=1 + len(DRAFT)
+    )
+    scheduled = SimpleNamespace(scheduled_spec_decode_tokens={"a": list(DRAFT)})
+    replace_tokens(scheduled, request, sampled := [7, 8], range(30))
+    assert sampled == list(range(30))
+    assert request.num_computed_tokens == 0

@@ -22,7 +22,6 @@ from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.drafts.grammars import Grammar, Grammars
 from vllm_adainfer.drafts.schemas import digest_of
 from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.compat.scheduler import fewer_tokens, replace_tokens
 from vllm_adainfer.engine.scheduler import drafts as drafts_module
 from vllm_adainfer.engine.scheduler.drafts import Drafting, Drafts
 from vllm_adainfer.engine.scheduler.objects import Guesses, RecordedGuesses, WrittenObjects
@@ -131,7 +130,9 @@ def waiting(name: str, guess: Sequence[int] = GUESS, **changes: Any) -> Drafting
     return Drafting(request, Grammar("g"), END, guess=guess)
 
 
-def drafts_of(objects: Guesses | None, *requests: Drafting) -> Drafts:
+def drafts_of(
+    objects: Guesses | None, *requests: Drafting, running: int = 2, chunked: bool = True
+) -> Drafts:
     """In an engine whose steps have 100 tokens."""
     manager = SimpleNamespace(reasoner_cls=None, validate_tokens=lambda _, draft: draft)
     scheduler = SimpleNamespace(
@@ -139,7 +140,8 @@ def drafts_of(objects: Guesses | None, *requests: Drafting) -> Drafts:
         vllm_config=SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 100)),
         max_num_scheduled_tokens=100,
         max_model_len=200,
-        running=[one.request for one in requests],
+        scheduler_config=SimpleNamespace(enable_chunked_prefill=chunked),
+        running=[None] * running,
     )
     drafts = Drafts(scheduler, False, objects)
     drafts._requests = {one.request.request_id: one for one in requests}
@@ -147,21 +149,30 @@ def drafts_of(objects: Guesses | None, *requests: Drafting) -> Drafts:
 
 
 @pytest.mark.parametrize(
-    ("requests", "guesses"),
+    ("requests", "running", "guesses"),
     [
-        ([], 0),
-        ([{}, {}], 2),
-        ([{}, {}, {}, {}], 2),  # 49 tokens each, of 100
-        ([{"num_computed_tokens": 32}] * 4, 4),
-        ([{"num_tokens": 300}, {}], 0),  # the first takes all of the step
-        ([{"num_output_tokens": 1}, {}], 1),
-        ([{"num_output_placeholders": 1}, {}], 1),
+        ([], 0, 0),
+        ([{}, {}], 0, 2),
+        ([{}, {}, {}, {}], 0, 2),  # 49 tokens each, of 100
+        ([{"num_computed_tokens": 32}] * 4, 0, 4),
+        ([{"num_computed_tokens": 32}] * 4, 50, 3),  # the third ends a step later
+        ([{"num_tokens": 300}, {}], 0, 0),  # the first takes all of the step
+        ([{"num_tokens": 95}], 0, 1),  # it ends a step later, with its guess
+        ([{}], 95, 0),
+        ([{"num_output_tokens": 1}, {}], 0, 1),
+        ([{"num_output_placeholders": 1}, {}], 0, 1),
     ],
 )
-def test_a_step_leaves_room_for_the_guesses_of_the_prompts_that_end_in_it(requests, guesses):
+def test_a_step_leaves_room_for_the_guesses_of_the_prompts_that_end_in_it(
+    requests, running, guesses
+):
     own = [waiting(str(number), **one) for number, one in enumerate(requests)]
-    assert drafts_of(RecordedGuesses(), *own).tokens_of_guesses() == guesses * len(GUESS)
-    assert drafts_of(None, *own).tokens_of_guesses() == 0
+    recorded = RecordedGuesses()
+    found = drafts_of(recorded, *own, running=running).tokens_of_guesses()
+    assert found == guesses * len(GUESS)
+    assert drafts_of(None, *own, running=running).tokens_of_guesses() == 0
+    whole = drafts_of(recorded, *own, running=running, chunked=False)
+    assert whole.tokens_of_guesses() == 0, "a prompt may need all of the step"
 
 
 def objects_of_policy() -> WrittenObjects:
@@ -195,7 +206,7 @@ def decided(request: Any, code: int, is_early: bool, told: list[Any]) -> Step:
         rows={"b": 4 + len(GUESS)},
         requests={},
         note=note,
-        choosing=lambda: [(request, [*GUESS, END])],
+        choosing=lambda **_: [(request, [*GUESS, END])],
         append=lambda *_: None,
         scores=lambda _: None,
         replace=lambda *one: told.append(one),
@@ -248,31 +259,6 @@ def test_an_object_that_is_not_settled_is_drafted_and_its_answer_is_learnt():
     objects.ended(own.request, "abort")
     own.request.output_token_ids = []
     assert objects.rest(own.request) == []
-
-
-def test_vllm_schedules_with_fewer_tokens_for_that_step_alone():
-    def schedule() -> None:
-        with fewer_tokens(scheduler, 18):
-            assert scheduler.max_num_scheduled_tokens == 82
-            raise KeyError
-
-    scheduler = SimpleNamespace(max_num_scheduled_tokens=100)
-    with pytest.raises(KeyError):
-        schedule()
-    assert scheduler.max_num_scheduled_tokens == 100
-
-
-@pytest.mark.parametrize("length", [1, 5, len(GUESS), len(GUESS) + 1, len(GUESS) + 6])
-def test_an_object_in_place_of_what_was_sampled_counts_no_row_that_never_ran(length):
-    """vLLM takes back the drafted rows beyond the kept ones: it expects a token more than those."""
-    request: Any = SimpleNamespace(request_id="a", num_computed_tokens=4 + len(GUESS))
-    scheduled = SimpleNamespace(scheduled_spec_decode_tokens={"a": list(GUESS)})
-    sampled, written = [7, 8], list(range(length))
-    replace_tokens(scheduled, request, sampled, written)
-    assert sampled == written
-    accepted = len(sampled) - 1
-    request.num_computed_tokens -= len(GUESS) - accepted  # `Scheduler.update_from_output`
-    assert request.num_computed_tokens == 4 + min(len(GUESS), accepted)
 
 
 def test_a_grammar_that_is_known_to_come_again_is_recorded_at_once():
