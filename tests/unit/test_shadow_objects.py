@@ -164,7 +164,7 @@ def test_the_scheduler_reads_what_a_decided_shadow_request_has_written_once_it_i
     if decided:
         objects = {"a": DecidedObject("reviews", GOOD, is_early=False)}
         note: Any = SimpleNamespace(objects=objects)
-        step: Any = SimpleNamespace(note=note, choosing=lambda: [(request, [])])
+        step: Any = SimpleNamespace(note=note, choosing=lambda **_: [(request, [])])
         observer.stepped(step)
     written = tokenizer.encode('{"mood": "negative", "plot": "bad", "seen": true}')
     request.append_output_token_ids([*written, tokenizer.eos_token_id])
