@@ -33,7 +33,7 @@ class ScriptedAdmission(Admission):
 
     def __init__(self) -> None:
         self.is_recording = self.has_pools = self.has_pooled = self.has_students = False
-        self.has_choices = self.may_serve_choices = self.any_stand = False
+        self.has_choices = self.may_serve_choices = self.any_stand = self.has_objects = False
         self.arrival: Any = self
 
     def resolve(
