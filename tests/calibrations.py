@@ -224,7 +224,8 @@ def of_choices(choices: Choices = CHOICES, **options: Any) -> Calibration:
 def recording_of_objects(noise: float = 0.4) -> Rows:
     """States at the row of each field, which come nearer to the final one from layer to layer.
 
-    In one object of ten another mood is written than at the row behind the guess.
+    In one object of ten another mood is written than at the row behind the guess, and the values
+    are as probable as there in turn.
     """
     plain, sizes = recording_of(labels=False), OBJECTS.link.sizes
     generator = torch.Generator().manual_seed(2)
@@ -233,12 +234,13 @@ def recording_of_objects(noise: float = 0.4) -> Rows:
         return torch.randn(shape, generator=generator)
 
     final = 2 * normal(PROMPTS, len(sizes), HIDDEN)
-    lens, places = plain.model.logit_lens, torch.zeros(PROMPTS, len(sizes), dtype=torch.int64)
+    lens, values = plain.model.logit_lens, []
     for field, tokens in enumerate(([7, 9, 3], [12], [20, 22])):  # the likeliest says what it has
         logits = lens.readout(final[:, field]) @ lens.head.weight[tokens].T
-        places[:, field] = logits.argmax(dim=1)
+        values.append(logits.softmax(dim=1))
     another = torch.rand(PROMPTS, generator=generator) < 0.1
-    places[another, 0] = (places[another, 0] + 1) % sizes[0]
+    values[0][another] = values[0][another].roll(1, dims=1)
+    places = torch.stack([one.argmax(dim=1) for one in values], dim=1)
     states = {
         layer: final + noise * (DEPTH - layer) / DEPTH * normal(*final.shape) for layer in LAYERS
     }
@@ -252,6 +254,7 @@ def recording_of_objects(noise: float = 0.4) -> Rows:
         tokens=OBJECTS.link.code(places).numpy(),
         moments={},
         means=means,
+        values=torch.cat(values, dim=1),
     )
 
 

@@ -24,7 +24,7 @@ from vllm_adainfer.artifact.fields import LabelBound
 from vllm_adainfer.artifact.files import load_artifact, load_details
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.offline.calibration.fit import training
-from vllm_adainfer.offline.calibration.fit.probes import values_at_full_depth
+from vllm_adainfer.offline.calibration.fit.probes import taught_by_full_depth
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, fit_policy, make_policy
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.policy.exit_policy import UndecidedRows
@@ -151,24 +151,16 @@ def test_heads_of_a_field_are_as_they_would_be_alone():
     assert other.fitted.agrees.mean() < own.fitted.agrees.mean() - 0.2
 
 
-def test_heads_learn_how_probable_full_depth_finds_each_value_where_its_row_tells():
-    """Not where another value was written than the row says, nor where first tokens are shared."""
-    rows = recording_of_objects()
-    where = np.arange(PROMPTS)
-    taught = values_at_full_depth(rows, OBJECTS, where)
-    assert taught.shape == (PROMPTS, sum(LINK.sizes))
-    lens = rows.model.logit_lens
-    logits = lens.readout(rows.final[:, 0]) @ lens.head.weight.T
-    firsts = [one.written[0] for one in OBJECTS.fields[0].values]
-    soft, places = logits[:, firsts].softmax(1), LINK.place_in(0, rows.tokens)
-    tells = soft.argmax(1).numpy() == places
-    assert 0.05 < 1 - tells.mean() < 0.15
-    torch.testing.assert_close(taught[tells, :3], soft[tells])
-    written = torch.nn.functional.one_hot(torch.from_numpy(places), 3).float()
-    assert torch.equal(taught[~tells, :3], written[~tells])
-    assert torch.equal(taught[:, 3], torch.ones(PROMPTS))
-    seen = torch.nn.functional.one_hot(torch.from_numpy(LINK.place_in(SEEN, rows.tokens)), 2)
-    assert torch.equal(taught[:, 4:], seen.float())
+def test_heads_learn_how_probable_full_depth_finds_each_value_as_it_writes_it():
+    """So after a wrong guess, too, where the row before the field tells of another object."""
+    calibration = of_objects()
+    rows, where = calibration.rows, calibration.held_out
+    taught = taught_by_full_depth(rows, calibration.target, where, torch.empty(len(where), 3, 0))
+    assert torch.equal(taught.labels, rows.values[where])
+    assert taught.link == LINK
+    codes = LINK.best(taught.labels).numpy()
+    assert np.array_equal(codes, rows.tokens[where])
+    assert 0.05 < (taught.labels > 0.95).float().mean() < 0.5
 
 
 def test_codes_are_known_before_an_object_is_settled():

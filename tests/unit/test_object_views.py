@@ -35,6 +35,7 @@ def recording() -> Rows:
         return 10 * torch.randn(PROMPTS, 2, WIDTH, generator=generator)
 
     head = Head(torch.randn(VOCABULARY, WIDTH, generator=generator))
+    link = two_fields().link
     return Rows(
         ServedModel(LAYERS, LAYERS, Probe(head), "", 1e-4, 1e-5),
         {layer: states() for layer in EXIT_POINTS},
@@ -42,6 +43,7 @@ def recording() -> Rows:
         np.arange(PROMPTS),
         np.arange(PROMPTS),
         np.ones(PROMPTS),
+        values=link.probabilities(torch.randn(PROMPTS, 5, generator=generator)),
     )
 
 
@@ -76,7 +78,8 @@ def test_full_depth_shows_the_object_that_the_model_wrote(artifact, recording):
     wrote = [views(artifact, recording, prompt)[-1] for prompt in range(PROMPTS)]
     link, words = two_fields().link, two_fields().in_words
     assert [view.answer for view in wrote] == [words(link.places(code)) for code in range(PROMPTS)]
-    assert all(0 < view.top_prob <= 1 for view in wrote)
+    for view, values in zip(wrote, recording.values, strict=True):
+        assert view.top_prob == pytest.approx(float(values[:3].max() * values[3:].max()))
 
 
 def test_the_table_has_a_column_for_the_least_sure_field_where_there_are_fields():

@@ -85,6 +85,14 @@ def probabilities(answer: Sequence[Token], fields: Fields) -> dict[str, dict[str
     of the answer never is. White space that could stand instead of a value decides nothing. A field
     that the answer lacks is left out.
     """
+    return {
+        path: {json.loads(one) if one[0] == '"' else one: share for one, share in found.items()}
+        for path, found in probabilities_by_json(answer, fields).items()
+    }
+
+
+def probabilities_by_json(answer: Sequence[Token], fields: Fields) -> dict[str, dict[str, float]]:
+    """The same with each value as JSON, as in `fields`."""
     starts, text = [0], "".join(token.text for token in answer)
     for token in answer:
         starts.append(starts[-1] + len(token.text))
@@ -129,7 +137,7 @@ def _read_value(answer: Sequence[Token], values: Sequence[str], skip: int) -> di
     if len(left) != 1:
         return {}
     found[left[0]] = found.get(left[0], 0.0) + mass
-    return {json.loads(one) if one[0] == '"' else one: share for one, share in found.items()}
+    return found
 
 
 def _compatible(values: Sequence[str], begun: str) -> list[str]:

@@ -20,7 +20,6 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.objects import Schema
 from vllm_adainfer.offline.calibration.data.served_schema import in_words
-from vllm_adainfer.offline.calibration.fit.probes import values_at_full_depth
 from vllm_adainfer.offline.calibration.record.collect import Plan, recorded
 from vllm_adainfer.offline.calibration.record.objects import recorded_objects
 from vllm_adainfer.offline.calibration.record.rows import Rows
@@ -224,7 +223,8 @@ def views_of(
     depth, answer = recording.model.depth, name(int(recording.tokens[prompt]))
     if objects is not None:
         link = objects.link
-        scores = link.scores_of(values_at_full_depth(recording, objects, place))
+        assert recording.values is not None, "those of objects have them"
+        scores = link.scores_of(recording.values[place])
         top_prob, gap = features_among(scores, link)[0].tolist()
         least_sure = objects.fields[int(link.least_sure(scores))].path
         return [*views, View(depth, answer, top_prob, gap, least_sure=least_sure)]

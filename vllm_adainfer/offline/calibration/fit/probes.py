@@ -153,8 +153,8 @@ def taught_by_full_depth(rows: Rows, target: Target, where: Ints, read: Tensor) 
     """What full depth says about the labels of the rows `where`, of which a probe sees `read`."""
     full_depth, subsets = target.full_depth, target.subsets_of(where)
     if target.objects is not None:
-        labels = values_at_full_depth(rows, target.objects, where)
-        return Taught(read, labels, link=target.objects.link)
+        assert rows.values is not None, "those of objects have them"
+        return Taught(read, rows.values[where], link=target.objects.link)
     mass = None
     if full_depth is not None:
         assert full_depth.labels is not None
@@ -167,28 +167,6 @@ def taught_by_full_depth(rows: Rows, target: Target, where: Ints, read: Tensor) 
             scores = target.first_tokens.best(scores)
         labels = restrict(scores, subsets).softmax(1)
     return Taught(read, labels, mass, subsets, target.promise.link)
-
-
-def values_at_full_depth(rows: Rows, objects: Objects, where: Ints) -> Tensor:
-    """fp32 [where, labels], how probable full depth finds each value of a field.
-
-    By the first token of each, at the row before it. Where that row follows a wrong guess, or
-    several values have the same first token, the value that was written has all of it.
-    """
-    lens, found = rows.model.as_served(rows.model.logit_lens), []
-    for number, field in enumerate(objects.fields):
-        places = objects.link.place_in(number, rows.tokens[where])
-        written = torch.nn.functional.one_hot(torch.from_numpy(places), len(field.values)).float()
-        firsts = [one.written[0] for one in field.values]
-        if len(set(firsts)) == len(firsts) > 1:
-            of_values = lens.of_tokens(torch.tensor(firsts))
-            read = of_values.readout(rows.final[where, number])
-            scores = of_values.score(read, return_scores=True).scores
-            assert scores is not None
-            agrees = scores.argmax(dim=1).numpy() == places
-            written[agrees] = scores[agrees].softmax(dim=1)
-        found.append(written)
-    return torch.cat(found, dim=1)
 
 
 def answers_of_probe(

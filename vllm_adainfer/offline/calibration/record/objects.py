@@ -7,7 +7,7 @@ behind it, and goes on to the end of its own answer.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vllm_adainfer.artifact.outputs import Objects
+from vllm_adainfer.drafts.fields import Token, probabilities_by_json
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.objects import Schema, objects_of
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 FIRST = 200  # prompts whose answers decide the guess
+BEST_TOKENS = 20  # vLLM's default `--max-logprobs`
 LONGEST = 4  # times as many tokens as the tokenizer needs for an object that a model may take
 
 
@@ -61,6 +63,7 @@ def recorded_objects(
     """
     switch: dict[str, Any] = {"record": [*plan.layers, hf_config.num_hidden_layers]}
     switch["record_objects"] = True
+    settings = {"max_logprobs": _best_tokens(schema), **settings}
     if plan.pooled_from is not None:
         switch["record_pooled_from"] = plan.pooled_from
     longest = LONGEST * (len(tokenizer.encode(schema.text)) + 16)
@@ -89,7 +92,10 @@ def _record(
     end = tokenizer.eos_token_id
 
     def answers(
-        rows: Sequence[int], guess: Sequence[int] = (), reuse_prefixes: bool = True
+        rows: Sequence[int],
+        guess: Sequence[int] = (),
+        reuse_prefixes: bool = True,
+        logprobs: int | None = None,
     ) -> list[Any]:
         params = [
             SamplingParams(
@@ -98,6 +104,9 @@ def _record(
                 structured_outputs=StructuredOutputsParams(json=schema.text),
                 extra_args={ROW_ARG: row, GUESS_ARG: list(guess)} if guess else None,
                 skip_reading_prefix_cache=None if reuse_prefixes else True,
+                logprobs=logprobs,
+                flat_logprobs=True,
+                detokenize=False,
             )
             for row in rows
         ]
@@ -116,7 +125,7 @@ def _record(
         say(f"behind each prompt stands {tokenizer.decode(objects.guess)}")
     engine.collective_rpc("adainfer_record_fields", args=(list(objects.rows),))
     engine.reset_prefix_cache()
-    outputs = answers(range(len(examples)), objects.guess)
+    outputs = answers(range(len(examples)), objects.guess, logprobs=_best_tokens(schema))
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         rows, sums, facts = taken_from(engine, folder)
@@ -133,7 +142,7 @@ def _record(
                 f"{example.place}: the model answers {text!r:.200}, which is no object of the "
                 "schema: leave this row out"
             )
-        codes.append(int(objects.link.code(torch.tensor([places]))))
+        codes.append(objects.link.code_of(places))
     wanted = [
         (row, len(example.token_ids) - 1 + behind)
         for row, example in enumerate(examples)
@@ -160,9 +169,64 @@ def _record(
                 dtype=np.float64,
             ),
             means={layer: by_field(mean)[:, 0] for layer, mean in by_layer(rows, "mean.").items()},
+            values=values_at_full_depth(
+                objects, codes, [one.outputs[0].logprobs for one in outputs], tokenizer
+            ),
         ),
         objects,
     )
+
+
+def values_at_full_depth(
+    objects: Objects, codes: Sequence[int], answers: Sequence[Iterable[Any]], tokenizer: Any
+) -> Tensor:
+    """fp32 [answers, values of all fields], how probable each value of a field is.
+
+    Read at the tokens that decide it, behind the fields as full depth wrote them; those of a field
+    sum to 1. A value that begins with none of the best tokens has nothing. Of a field that cannot
+    be read, the value that was written has all of it.
+
+    `codes` say what was written, see `ByField.code`; `answers` have, for each token, vLLM's
+    log-probabilities by token, that of the token itself first.
+    """
+    texts: dict[int, str] = {}
+
+    def text_of(token: int) -> str:
+        if token not in texts:
+            texts[token] = tokenizer.decode([token])
+        return texts[token]
+
+    def token_of(others: Mapping[int, Any]) -> Token:
+        known = {token: one.logprob for token, one in others.items()}
+        written = next(iter(known))
+        by_text = {text_of(token): one for token, one in known.items()}
+        return Token(text_of(written), known[written], by_text)
+
+    fields = {field.path: [one.text for one in field.values] for field in objects.fields}
+    found = torch.zeros(len(codes), len(objects.labels))
+    unread = 0
+    for row, (code, answer) in enumerate(zip(codes, answers, strict=True)):
+        read = probabilities_by_json([token_of(others) for others in answer], fields)
+        start = 0
+        for place, (path, values) in zip(objects.link.places(code), fields.items(), strict=True):
+            shares = read.get(path, {})
+            unread += values[place] not in shares
+            if values[place] not in shares:
+                shares = {values[place]: 1.0}
+            own = torch.tensor([shares.get(value, 0.0) for value in values])
+            found[row, start : start + len(values)] = own / own.sum()
+            start += len(values)
+    if unread:
+        say(
+            f"the probabilities of {unread} of {len(codes) * len(fields)} values cannot be read "
+            "from the tokens of their answers: what was written counts as certain"
+        )
+    return found
+
+
+def _best_tokens(schema: Schema) -> int:
+    """How many tokens are asked for at each place: at least as many as a client gets."""
+    return max(BEST_TOKENS, *map(len, schema.fields.values()))
 
 
 def _not_guessed(rows: Mapping[str, Tensor], prompts: int) -> list[int]:

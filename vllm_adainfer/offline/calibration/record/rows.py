@@ -120,6 +120,8 @@ class Rows:
         moments: layer -> for each fold, sums over all rows of the prompts that a tuned lens may
             learn from (see `TunedLensSums`); the target is the change until the last layer.
         own_states: the states of all tokens of each prompt; None if they are not recorded.
+        values: of objects, fp32 [rows, values of all fields], how probable full depth finds each
+            value of a field as it writes the object, see `values_at_full_depth`; None for others.
 
     """
 
@@ -132,6 +134,7 @@ class Rows:
     means: Mapping[int, Tensor] = field(default_factory=dict)
     moments: Mapping[int, Sequence[Moments]] = field(default_factory=dict)
     own_states: OwnStates | None = None
+    values: Tensor | None = None
 
     def read_by_probe(self, layer: int, rows: Ints, pooled: bool) -> Tensor:
         """What a probe after `layer` reads of decision `rows`, see `UndecidedRows.hidden`."""
