@@ -1,31 +1,57 @@
-"""Objects over HTTP: what clients of a server with a policy get, and of the same without."""
+"""Objects over HTTP: which requests get early ones, and what is left of clients that hang up."""
 
 from __future__ import annotations
 
 import json
+import socket
+import time
+import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
+from openai import OpenAI
 
 from benchmarks.common.server import Server, serving
-from tests.byte_model import save_byte_model
+from tests.byte_model import byte_tokenizer, save_byte_model
 from tests.e2e.objects import SCHEMA, VALUES, save_policy
-from tests.e2e.structured_bodies import CHAT, in_format
-from tests.e2e.test_serve import environment, post
+from tests.e2e.structured_bodies import CHAT, COMPLETIONS, RESPONSES, forced, in_format, tool
+from tests.e2e.test_serve import by_policy, environment, post
 from tests.e2e.test_structured_server import FLAGS, hang_up
 from tests.waiting import wait_for
+from vllm_adainfer.settings.engine import NO_POLICY
 
 pytestmark = pytest.mark.full
 
-ASKS: dict[str, dict[str, Any]] = {
-    "response_format": in_format(SCHEMA, strict=True),
-    "structured_outputs": {"structured_outputs": {"json": SCHEMA}},
-}
+# The way in which a function's arguments are restricted to their schema, see `docs/structured.md`.
+PLAIN_TOOLS = {"VLLM_ENFORCE_STRICT_TOOL_CALLING": "0"}
 TEXTS = ["a warm and clever film", "the plot is slow", "never", "a film", "what a plot, no film"]
+FORMAT: dict[str, Any] = {"type": "json_schema", "name": "Review", "schema": SCHEMA}
+EARLY: dict[str, tuple[str, dict[str, Any]]] = {
+    "response_format": (CHAT, in_format(SCHEMA, strict=True)),
+    "response_format, not strict": (CHAT, in_format(SCHEMA)),
+    "another description": (CHAT, in_format({**SCHEMA, "description": "Of a film."})),
+    "structured_outputs": (CHAT, {"structured_outputs": {"json": SCHEMA}}),
+    "a text": (CHAT, {"structured_outputs": {"json": json.dumps(SCHEMA, indent=2)}}),
+    "a seed": (CHAT, {**in_format(SCHEMA), "seed": 7, "top_p": 0.5, "user": "u"}),
+    "completions": (COMPLETIONS, {"structured_outputs": {"json": SCHEMA}}),
+    "completions, response_format": (COMPLETIONS, in_format(SCHEMA)),
+    "Responses": (RESPONSES, {"text": {"format": {**FORMAT, "strict": True}}}),
+    "a function": (CHAT, forced("note", SCHEMA)),
+}
+FULL: dict[str, tuple[str, dict[str, Any]]] = {
+    "opted out": (CHAT, {**in_format(SCHEMA), "vllm_xargs": {"adainfer": 0}}),
+    "sampled": (CHAT, {**in_format(SCHEMA), "temperature": 1.0, "n": 2, "seed": 1}),
+    "stop": (CHAT, {**in_format(SCHEMA), "stop": ["zzz"]}),
+    "a penalty": (CHAT, {**in_format(SCHEMA), "frequency_penalty": 0.1}),
+    "any function": (CHAT, {"tools": [tool("note", SCHEMA)], "tool_choice": "required"}),
+    "too short": (CHAT, {**in_format(SCHEMA), "max_tokens": 20}),
+}
 DEEP: dict[str, Any] = {"type": "object"}
 for _ in range(60):
     DEEP = {"type": "object", "properties": {"a": DEEP}, "required": ["a"]}
@@ -49,66 +75,167 @@ HOSTILE: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
+    """Of a policy that is sure of every object."""
     folder = tmp_path_factory.mktemp("served")
     model = save_byte_model(folder / "model")
-    thresholds = torch.full((2, 3), -1.0)  # every object is early
-    policy: Path = save_policy(model, folder / "policy", thresholds, space=" ")
+    thresholds = torch.full((2, 3), -1.0)
+    policy: Path = save_policy(model, folder / "policy", thresholds, space="")  # as FLAGS ask
     switch = {"artifact": str(policy), "min_rows_saved": 1}
-    with serving(str(model), switch, folder / "server.log", FLAGS, environment()) as running:
+    set_up = environment(**PLAIN_TOOLS)
+    with serving(str(model), switch, folder / "server.log", FLAGS, set_up) as running:
         yield running
 
 
-def body(kind: str, text: str, **more: Any) -> dict[str, Any]:
-    return {
-        "model": "model",
-        "messages": [{"role": "user", "content": text}],
-        "temperature": 0,
-        "max_tokens": 120,
-        **ASKS[kind],
-        **more,
-    }
+@pytest.fixture(scope="module")
+def client(server) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
-def answer(server: Server, kind: str, text: str, **more: Any) -> tuple[dict[str, Any], int]:
-    """The object, and how many tokens the client is told that it has."""
-    status, found = post(server, CHAT, body(kind, text, **more))
+def body(path: str, asked: dict[str, Any], text: str = TEXTS[0]) -> dict[str, Any]:
+    message = [{"role": "user", "content": text}]
+    said: dict[str, Any] = {
+        CHAT: {"messages": message, "max_tokens": 120},
+        COMPLETIONS: {"prompt": text, "max_tokens": 120},
+        RESPONSES: {"input": message, "max_output_tokens": 120},
+    }[path]
+    return {"model": "model", "temperature": 0, **said, **asked}
+
+
+def told(path: str, found: Any) -> tuple[str, int, str]:
+    """The text of an answer, how many tokens the client is told of, and why it ended."""
+    if path == RESPONSES:
+        [[part]] = [one["content"] for one in found["output"]]
+        return part["text"], found["usage"]["output_tokens"], found["status"]
+    choice, counted = found["choices"][0], found["usage"]["completion_tokens"]
+    if path == COMPLETIONS:
+        return choice["text"], counted, choice["finish_reason"]
+    calls = [one["function"]["arguments"] for one in choice["message"].get("tool_calls") or ()]
+    return "".join(calls) or choice["message"]["content"], counted, choice["finish_reason"]
+
+
+def ask(server: Server, path: str, asked: dict[str, Any], text: str) -> tuple[str, int, str]:
+    status, found = post(server, path, body(path, asked, text))
     assert status == 200, found
-    [choice] = found["choices"]
-    return json.loads(choice["message"]["content"]), found["usage"]["completion_tokens"]
+    return told(path, found)
 
 
-def is_one(found: dict[str, Any]) -> bool:
-    return found.keys() == VALUES.keys() and all(found[key] in VALUES[key] for key in VALUES)
+def counted(server: Server, before: Counter[str], policy: str) -> dict[str, int]:
+    """What a counter of answers has gained since, by policy; of this one something."""
+    wait_for(lambda: by_policy(server, "exit_layer_count")[policy] > before[policy])
+    return dict(by_policy(server, "exit_layer_count") - before)
 
 
-def test_every_way_to_ask_gets_the_same_early_object(server):
-    for text in TEXTS:
-        first, other = [answer(server, kind, text) for kind in ASKS]
-        assert is_one(first[0])
-        assert other == first
-        at_full_depth, _ = answer(server, "response_format", text, vllm_xargs={"adainfer": 0})
-        assert is_one(at_full_depth)
+def number_of_tokens(text: str) -> int:
+    """Of an answer with its end, as the tokenizer writes it: the policy has it so, too."""
+    return len(byte_tokenizer().encode(text)) + 1
 
 
-def test_many_clients_at_once_of_whom_some_hang_up_get_what_each_gets_alone(server):
-    wanted = [(kind, text) for kind in ASKS for text in TEXTS]
-    alone = [answer(server, *one) for one in wanted]
+@pytest.mark.parametrize("name", EARLY)
+def test_every_way_to_ask_for_the_schema_gets_the_same_early_object(server, name):
+    for text in TEXTS[:2]:
+        found = []
+        for path, asked in EARLY["structured_outputs"], EARLY[name]:
+            before = by_policy(server, "exit_layer_count")
+            found.append(ask(server, path, asked, text)[:2])
+            assert counted(server, before, "default") == {"default": 1}, "one answer, early"
+        [(written, tokens), other] = found
+        assert other == (written, tokens)
+        assert tokens == number_of_tokens(written)
+        values = json.loads(written)
+        assert values.keys() == VALUES.keys()
+        assert all(values[key] in VALUES[key] for key in VALUES)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_all_other_requests_run_to_full_depth(server, name):
+    path, asked = FULL[name]
+    before = by_policy(server, "exit_layer_count")
+    status, found = post(server, path, body(path, asked))
+    assert status == 200, found
+    assert counted(server, before, NO_POLICY).keys() == {NO_POLICY}
+
+
+def test_a_stream_has_the_object_in_one_delta_and_says_how_many_tokens_it_is(server, client):
+    expected, tokens, _ = ask(server, *EARLY["response_format"], TEXTS[0])
+    for name in ("response_format", "a function"):
+        events = [
+            *client.chat.completions.create(
+                **body(*EARLY[name]), stream=True, stream_options={"include_usage": True}
+            )
+        ]
+        deltas = [choice.delta for event in events for choice in event.choices]
+        calls = [one.function for delta in deltas for one in delta.tool_calls or ()]
+        written = [delta.content for delta in deltas if delta.content]
+        assert written + [one.arguments for one in calls if one.arguments] == [expected]
+        [ended] = [one.finish_reason for e in events for one in e.choices if one.finish_reason]
+        assert ended == "stop"
+        assert events[-1].usage.completion_tokens == tokens
+    written = [
+        event.delta
+        for event in client.responses.create(**body(*EARLY["Responses"]), stream=True)
+        if event.type == "response.output_text.delta"
+    ]
+    assert written == [expected]
+
+
+def leave(server: Server, asked: dict[str, Any], after: float, share: float = 1.0) -> None:
+    """Send a request, or a share of it, and hang up after some seconds without reading."""
+    host, port = server.url.removeprefix("http://").split(":")
+    content = json.dumps(asked).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(content)}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(head.encode() + content[: int(share * len(content))])
+        time.sleep(after)
+
+
+def reload_policies(server: Server, end: Event) -> int:
+    """Reload them again and again; how often."""
+    times = 0
+    while not end.wait(0.05):
+        asked = urllib.request.Request(server.url + "/adainfer/reload", method="POST")
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            assert answer.status == 200
+        times += 1
+    return times
+
+
+def test_clients_that_hang_up_and_reloads_leave_nothing_behind_and_change_no_answer(server):
+    """A step may lack the room for a guess: then full depth answers."""
+    kinds = [EARLY["response_format"], EARLY["a function"], FULL["opted out"]]
+    wanted = [(*kind, text) for kind in kinds for text in TEXTS]
+    alone = {json.dumps(one): ask(server, *one) for one in wanted}
+    deep = {text: alone[json.dumps((*FULL["opted out"], text))] for text in TEXTS}
+    before = by_policy(server, "exit_layer_count")["default"]
+    end = Event()
     with ThreadPoolExecutor(40) as pool:
+        reloaded = pool.submit(reload_policies, server, end)
         left = [pool.submit(hang_up, server, body(*one)) for one in 2 * wanted]
-        asked = [pool.submit(answer, server, *one) for one in 12 * wanted]
-        assert [one.result() for one in asked] == 12 * alone
-        for one in left:
-            one.result()
-    assert server.get("/health") == ""
+        for place, one in enumerate(4 * wanted):
+            after, share = 0.02 * (place % 4), 0.5 if place % 7 == 0 else 1.0
+            asked = {**body(*one), "stream": place % 2 == 0}
+            left.append(pool.submit(leave, server, asked, after, share))
+        answers = [(one, pool.submit(ask, server, *one)) for one in 8 * wanted]
+        for one, answer in answers:
+            found = answer.result()
+            assert found in (alone[json.dumps(one)], deep[one[2]])
+        for gone in left:
+            gone.result()
+        end.set()
+        assert reloaded.result() > 0
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        wait_for(lambda name=name: not sum(server.metrics(f"vllm:{name}{{").values()))
+    assert by_policy(server, "exit_layer_count")["default"] - before > len(wanted)
+    assert [ask(server, *one) for one in wanted] == [*alone.values()]
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_schemas_hold_nobody_up(server, kind):
-    schema = {"structured_outputs": {"json": HOSTILE[kind]}}
-    before = answer(server, "response_format", TEXTS[0])
+    asked, text = EARLY["response_format"], TEXTS[0]
+    hostile = body(CHAT, {"structured_outputs": {"json": HOSTILE[kind]}})
+    before = ask(server, *asked, text)
     with ThreadPoolExecutor(2) as pool:
-        hostile = pool.submit(post, server, CHAT, {**body("response_format", "a"), **schema})
-        assert answer(server, "response_format", TEXTS[0]) == before
-        hostile.result(120)
+        answer = pool.submit(post, server, CHAT, hostile)
+        assert ask(server, *asked, text) == before
+        answer.result(120)
     assert server.get("/health") == ""
-    wait_for(lambda: sum(server.metrics("adainfer:").values()) > 0)

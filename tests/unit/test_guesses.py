@@ -231,6 +231,19 @@ def test_guesses_come_first_and_whole_and_take_blocks_that_their_answers_need_an
     ], "a part of a guess decides nothing"
 
 
+def test_the_log_says_that_a_grammar_does_not_allow_the_guess(monkeypatch):
+    """As where it was calibrated with white space, and is served without."""
+    said: list[str] = []
+    monkeypatch.setattr(drafts_module.logger, "warning_once", said.append)
+    drafts = drafts_of(objects_of_policy(), waiting("b"))
+    assert planned(drafts, monkeypatch, 0) == [("b", [*GUESS], 0)]
+    assert not said
+    drafts._manager.validate_tokens = lambda _, draft: draft[:2]
+    assert planned(drafts, monkeypatch, 0) == [("b", [*GUESS[:2]], 0)]
+    [line] = said
+    assert "disable_any_whitespace" in line
+
+
 def test_an_early_object_is_written_in_place_of_what_was_sampled_and_teaches_no_draft():
     own, objects = waiting("b"), objects_of_policy()
     drafts = drafts_of(objects, own)

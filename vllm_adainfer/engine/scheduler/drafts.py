@@ -27,6 +27,7 @@ from vllm_adainfer.engine.compat.drafts import (
     most_drafted,
     reads_grammar,
 )
+from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.compat.scheduler import has_stale_output
 from vllm_adainfer.engine.scheduler.observer import Observer, Step
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_adainfer.engine.scheduler.objects import Guesses
+
+logger = get_logger(__name__)
 
 ROWS_PER_STEP_ON_CPU, ROWS_PER_STEP_ON_GPU = 32.0, 256.0  # until they are measured
 
@@ -159,7 +162,14 @@ class Drafts(Observer):
             if room <= 0 or not self._may_draft(one):
                 continue
             draft = self._draft(one, room)
-            draft = draft and self._manager.validate_tokens(one.request, draft)
+            accepted = draft and self._manager.validate_tokens(one.request, draft)
+            if one.is_guessed and len(accepted) < len(draft):
+                logger.warning_once(
+                    "objects are not decided early where the grammar does not allow the guess of "
+                    "their policy: white space must be allowed here as in calibration, so leave "
+                    "disable_any_whitespace out"
+                )
+            draft = accepted
             # The answer takes as many tokens as its guess, whether they come at once or not.
             spare = 0 if one.is_guessed else len(self._scheduler.running)
             if draft and add_draft(self._scheduler, scheduled, one.request, draft, spare):
