@@ -31,7 +31,11 @@ from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit import cost, training
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
-from vllm_adainfer.offline.calibration.fit.probes import Target, full_depth_labels
+from vllm_adainfer.offline.calibration.fit.probes import (
+    Target,
+    full_depth_labels,
+    full_depth_objects,
+)
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.record.rows import FOLDS, OwnStates, Rows, ServedModel
 from vllm_adainfer.policy.first_tokens import FirstTokens
@@ -264,14 +268,15 @@ def of_objects(
     """Requests for objects, each field of which is read at a row of its own."""
     asked = PolicyOptions(**{"epsilon": EPSILON, **options})
     names = [label.name for label in OBJECTS.labels]
+    found = recording_of_objects() if rows is None else rows
     target = Target(
         kind,
         torch.arange(len(names)),
+        full_depth_objects(found) if asked.promise.reads_probabilities else None,
         promise=asked.promise.about(names, OBJECTS.link),
         never_early=frozenset(names.index(one) for one in asked.never_early),
         objects=OBJECTS,
     )
-    found = recording_of_objects() if rows is None else rows
     pooled_from = 3 if target.is_pooled else None
     return Calibration(found, target, SPLIT, asked, OBJECTS, pooled_from=pooled_from)
 

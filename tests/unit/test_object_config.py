@@ -90,10 +90,20 @@ def test_a_sampled_object_is_not_promised(tiny_model):
     assert not sampled.is_promised_by(config_with(tiny_model))
 
 
-NEEDS = "objects need a label-head, max_tokens = 1 and the promise changed, and rule out branches"
+NEEDS = "objects need a label-head, max_tokens = 1 and a promise about changed answers or each valu"
 RISK = LabelRisk(rows=100, risk=0.0, bound=0.04)
 RISKY = Level(epsilon=0.05, disagreement=0, risk=0, bound=0.04, layers_saved=0, label_risks=(RISK,))
 BAD = LabelBound(kind="recall", label="mood=bad", epsilon=0.05)
+
+
+def about(promise: dict[str, Any]) -> dict[str, Any]:
+    """Changes to a config for a promise about probabilities."""
+    features = ("gate_distance", "gate_margin")
+    if promise["kind"] == "tolerance":
+        features = ("top_logit", "gap", "mass_logit")
+    return {"promise": promise, "features": features}
+
+
 MANY = [f'"{place}"' for place in range(200)]
 
 
@@ -104,6 +114,8 @@ MANY = [f'"{place}"' for place in range(200)]
         ({"max_tokens": 2}, NEEDS),
         ({**POOLED, "branches": (2,)}, NEEDS),
         ({"promise": {"kind": "accuracy"}}, NEEDS),
+        (about({"kind": "gates", "gates": [{"probability": 0.8}]}), NEEDS),
+        (about({"kind": "tolerance", "tolerance": 0.1, "label_mass": True}), NEEDS),
         (
             {
                 "by_question": True,
@@ -139,6 +151,28 @@ def test_a_config_whose_objects_do_not_go_with_it_is_refused(tiny_model, changes
     config = config_with(tiny_model)
     with pytest.raises(ValidationError, match=sentence):
         ArtifactConfig.model_validate({**dict(config), **changes})
+
+
+@pytest.mark.parametrize(
+    ("promise", "wrong"),
+    [
+        (
+            {"kind": "tolerance", "tolerance": 0.1},
+            "another object than full depth's, or a value's probability that moves by more than",
+        ),
+        (
+            {"kind": "gates", "gates": [{"label": "part.seen=true", "probability": 0.8}]},
+            "another object than full depth's or the probability of part.seen=true among its "
+            "field's values on the other side of 0.8 than at full depth",
+        ),
+    ],
+)
+def test_the_probabilities_of_values_may_be_promised_beside_the_object(tiny_model, promise, wrong):
+    config = ArtifactConfig.model_validate({**dict(config_with(tiny_model)), **about(promise)})
+    assert isinstance(config.promise.link, ByField)
+    assert config.promise.words().startswith(wrong)
+    assert config.promise.with_mass() is None
+    assert Output(Form.OBJECT, schema=OBJECTS.schema_digest).is_promised_by(config)
 
 
 def test_the_largest_objects_are_taken(tiny_model):

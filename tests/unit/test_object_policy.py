@@ -13,6 +13,7 @@ import torch
 from tests.calibrations import (
     EPSILON,
     HF_CONFIG,
+    LAYERS,
     OBJECTS,
     PROMPTS,
     base_of,
@@ -29,6 +30,8 @@ from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, fit_polic
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy import Policy
+from vllm_adainfer.promise.gates import Gate, Gates
+from vllm_adainfer.promise.tolerance import Tolerance
 
 LINK = OBJECTS.link
 SCHEMA = '{"title": "as requests send it"}'
@@ -134,6 +137,44 @@ def test_a_promise_about_a_value_is_kept_for_the_objects_that_have_it(tmp_path, 
     assert risk.risk <= risk.bound <= 0.04
     loose = make_policy(of_objects())
     assert policy.points[EPSILON].layers_saved < loose.points[EPSILON].layers_saved
+
+
+SEEN_GATE = Gates(gates=(Gate(label="part.seen=true", probability=0.8),))
+
+
+@pytest.mark.parametrize("promise", [Tolerance(tolerance=0.2), SEEN_GATE])
+def test_probabilities_of_values_are_served_as_they_were_certified(tmp_path, promise):
+    """An early object is wrong if it differs, or one of its probabilities moved too far."""
+    rows = recording_of_objects()
+    rows = replace(rows, states={LAYERS[-1]: rows.states[LAYERS[-1]]})
+    policy = make_policy(of_objects(rows, promise=promise))
+    point, held_out = policy.points[EPSILON], policy.calibration.held_out
+    write_artifact(policy, "tiny", HF_CONFIG, None, tmp_path / "policy", schema=SCHEMA)
+    artifact = load_artifact(str(tmp_path / "policy"))
+    serving = Policy(artifact, torch.device("cpu"))
+    hidden = rows.read_by_probe(LAYERS[-1], held_out, pooled=False)
+    levels = torch.full((len(held_out),), artifact.config.level_of(EPSILON))
+    decision = serving.decide(0, UndecidedRows(hidden, levels, None))
+    leaves = decision.settled.numpy()
+    assert np.array_equal(leaves, point.exits == 0)
+    assert 0.1 < leaves.mean() < 1
+
+    weight, bias = (artifact.tensors[f"exit.{LAYERS[-1]}.head_{one}"] for one in ("weight", "bias"))
+    heads = weight[:-1].split(LINK.sizes), bias[:-1].split(LINK.sizes)  # the last is of the mass
+    parts = zip(hidden.unbind(1), *heads, strict=True)
+    early = torch.cat([(row @ own.T + at).softmax(1) for row, own, at in parts], dim=1)
+    full = rows.values[held_out]
+    torch.testing.assert_close(decision.answers.scores.exp(), early, atol=1e-4, rtol=1e-4)
+    codes = decision.codes.numpy()
+    changed = codes != rows.tokens[held_out]
+    moved = ((early - full).abs() > 0.2).any(dim=1)
+    if promise is SEEN_GATE:
+        moved = (early[:, -1] >= 0.8) != (full[:, -1] >= 0.8)
+    wrong = changed | moved.numpy()
+    assert changed.sum() < wrong.sum()
+    assert np.array_equal(wrong, policy.exits[0].held_out.loss == 1)
+    assert np.array_equal(wrong & leaves, point.losses == 1)
+    assert 0 < point.losses.mean() <= EPSILON
 
 
 def test_heads_of_a_field_are_as_they_would_be_alone():

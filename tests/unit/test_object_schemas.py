@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +30,10 @@ from vllm_adainfer.offline.calibration.options import (
     CalibrationRequest,
     PolicyOptions,
     check_objects,
+    check_options,
 )
 from vllm_adainfer.promise.accuracy import Accuracy
+from vllm_adainfer.promise.gates import Gates
 from vllm_adainfer.promise.tolerance import Tolerance
 
 MOOD = {"type": "string", "enum": ["good", "bad"]}
@@ -137,7 +140,7 @@ def test_a_schema_that_no_policy_decides_is_refused_by_one_sentence(schema, sent
         ({"options": PolicyOptions(max_tokens=5)}, "--max-tokens"),
         ({"options": PolicyOptions(by_question=True)}, "--by question"),
         ({"options": PolicyOptions(promise=Accuracy())}, "--risk accuracy"),
-        ({"options": PolicyOptions(promise=Tolerance(tolerance=0.1))}, "--tolerance"),
+        ({"options": PolicyOptions(promise=Gates.asked(["best:0.8"]))}, "--gate urgent=true:0.8"),
     ],
     ids=lambda one: one if isinstance(one, str) else None,
 )
@@ -146,6 +149,21 @@ def test_options_that_are_not_for_objects_are_named(tmp_path, given, option):
     with pytest.raises(AdaInferError, match=option):
         check_objects(request)
     check_objects(CalibrationRequest("model", tmp_path, tmp_path, student="minilm"))
+
+
+def test_promises_about_values_go_with_a_schema_for_rows_of_text(tmp_path):
+    """They name values of the schema, as they name --labels elsewhere."""
+    promises = [Tolerance(tolerance=0.1), Gates.asked(["urgent=true:0.8"])]
+    given = [
+        *(PolicyOptions(promise=one) for one in promises),
+        PolicyOptions(never_early=("urgent=true",)),
+    ]
+    for options in given:
+        request = CalibrationRequest("model", tmp_path, tmp_path, options=options)
+        with pytest.raises(AdaInferError, match="give --labels"):
+            check_options(request, holds_requests=False)
+        check_objects(with_schema := replace(request, schema=tmp_path / "schema.json"))
+        check_options(with_schema, holds_requests=False)
 
 
 def test_a_schema_file_is_read_or_refused(tmp_path):

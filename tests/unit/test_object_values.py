@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import pytest
 import torch
 
 from vllm_adainfer.artifact.outputs import DecidedField, Objects, Value
-from vllm_adainfer.offline.calibration.record.objects import values_at_full_depth
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.record.values import check_tells, values_at_full_depth
+from vllm_adainfer.promise.changed import Changed
+from vllm_adainfer.promise.gates import Gate, Gates
+from vllm_adainfer.promise.tolerance import Tolerance
 
 TEXTS = ['{"mood": "', "bad", "ba", "d", "bland", "good", '", "seen": ', "true", "false", "}", "go"]
 TOKENS = {text: token for token, text in enumerate(TEXTS)}
@@ -25,9 +31,10 @@ class Tokenizer:
         return "".join(TEXTS[token] for token in tokens)
 
 
-def field(path: str, *values: str) -> DecidedField:
-    found = tuple(Value(text=one, written=(0,)) for one in values)
-    return DecidedField(path=path, values=found, guess=0)
+def field(path: str, *values: str, written: Sequence[tuple[int, ...]] = ()) -> DecidedField:
+    tokens = written or [(token,) for token in range(len(values))]
+    found = [Value(text=one, written=own) for one, own in zip(values, tokens, strict=True)]
+    return DecidedField(path=path, values=tuple(found), guess=0)
 
 
 OBJECTS = Objects(
@@ -99,3 +106,28 @@ def test_what_was_written_is_certain_where_tokens_do_not_tell(capfd):
     assert torch.equal(found[1], torch.tensor([0.0, 0, 1, 0, 1]))
     assert found[0, 3:].tolist() == [1, 0]
     assert "the probabilities of 1 of 4 values cannot be read" in capfd.readouterr().err
+
+
+AT_ONE_TOKEN = [
+    [(1, 5), (2, 5), (3, 5)],
+    [(1, 2, 5), (1, 3, 5), (1, 4)],
+]
+LATER = [
+    [(1, 2), (1, 3), (4, 5)],  # an object with the third says nothing of the first two
+    [(1,), (1, 2), (1, 3)],
+]
+
+
+@pytest.mark.parametrize("written", [*AT_ONE_TOKEN, *LATER])
+@pytest.mark.parametrize("gated", ["mood=1", "seen=true"])
+def test_probabilities_are_promised_of_fields_whose_values_differ_at_one_token(written, gated):
+    mood = field("mood", "1", "2", "3", written=written)
+    objects = OBJECTS.model_copy(update={"fields": (mood, OBJECTS.fields[1])})
+    gate = Gates(gates=(Gate(label=gated, probability=0.5),))
+    check_tells(objects, Changed())
+    for promise in gate, Tolerance(tolerance=0.1):
+        if written in AT_ONE_TOKEN or (promise is gate and gated == "seen=true"):
+            check_tells(objects, promise)
+        else:
+            with pytest.raises(AdaInferError, match="values of mood that differ at one"):
+                check_tells(objects, promise)

@@ -112,13 +112,14 @@ def broken_rules(config: ConfigFields) -> list[str]:
         "a score_head rules out label_mass: there is no rest of a vocabulary": (
             config.score_head is None or not promise.covers_mass
         ),
-        "objects need a label-head, max_tokens = 1 and the promise changed, and rule out branches "
-        "and by_question": (
+        "objects need a label-head, max_tokens = 1 and a promise about changed answers or each "
+        "value's probability, and rule out label_mass, branches and by_question": (
             config.objects is None
             or (
                 head
                 and config.max_tokens == 1
-                and promise.kind == "changed"
+                and (promise.kind == "changed" or promise.about_each)
+                and not promise.covers_mass
                 and not config.branches
                 and not config.by_question
             )

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.promise.links import ByField
 from vllm_adainfer.promise.promise import Outcome, Promise, labelled
 from vllm_adainfer.strict import Strict
 
@@ -47,6 +48,8 @@ class Gates(Promise):
     Labels are [rows, labels]: scores, log-probabilities, or both up to a constant by row; -inf for
     a label that a row is not about. Where any number of labels may hold, scores alone.
 
+    Of objects, a label's probability is among the values of its field, and another object is wrong,
+    too: who acts on a gate reads the object beside it.
     """
 
     kind: Literal["gates"] = "gates"
@@ -109,17 +112,33 @@ class Gates(Promise):
     def features(self, scores: Tensor) -> Tensor:
         """The distance from the nearest gate in log-odds, and the same with its sign.
 
-        Above a gate an answer may be surer than as far below it. See `GATE_FEATURES`.
+        Above a gate an answer may be surer than as far below it. See `GATE_FEATURES`. Another
+        object is as far as the second value of the field that is least sure.
         """
-        margins = self.margins(scores[:, :-1]).clamp(-FURTHEST, FURTHEST)
+        labels = scores[:, :-1]
+        margins = self.margins(labels)
+        if self._of_objects:
+            margins = torch.cat([margins, self.link.lead(labels).unsqueeze(1)], dim=1)
+        margins = margins.clamp(-FURTHEST, FURTHEST)
         nearest = margins.abs().argmin(dim=1, keepdim=True)
         margin = margins.gather(1, nearest)
         return torch.cat([margin.abs(), margin], dim=1)
 
     @property
+    def _of_objects(self) -> bool:
+        return isinstance(self.link, ByField)
+
+    @property
+    @override
+    def best_counts(self) -> bool:
+        return self._of_objects
+
+    @property
     @override
     def serves_best(self) -> bool:
         """Of two labels, a gate at 0.5 on one decides which is best."""
+        if self._of_objects:
+            return True
         decides = [one for one in self.gates if one.label is not None and one.probability == 0.5]
         return len(self._labels) == 2 and bool(decides)
 
@@ -141,6 +160,8 @@ class Gates(Promise):
         if any(of_best):
             another = here.argmax(dim=1) != there.argmax(dim=1)
             wrong |= another & above[:, of_best].any(dim=1)
+        if self._of_objects:
+            wrong |= early.best != full.best
         return wrong
 
     @property
@@ -168,7 +189,10 @@ class Gates(Promise):
 
     @override
     def words(self) -> str:
-        return " or ".join(self._words_of(gate) for gate in self.gates)
+        words = [self._words_of(gate) for gate in self.gates]
+        if self._of_objects:
+            words = ["another object than full depth's", *words]
+        return " or ".join(words)
 
     def _words_of(self, gate: Gate) -> str:
         """Which answers are on the wrong side of a gate."""
@@ -180,4 +204,5 @@ class Gates(Promise):
                 f"the best label's probability among the labels {side}, or another best label "
                 "where full depth's is above"
             )
-        return f"the probability of {gate.label} among the labels {side}"
+        among = "its field's values" if self._of_objects else "the labels"
+        return f"the probability of {gate.label} among {among} {side}"

@@ -8,14 +8,16 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
+from vllm_adainfer.promise.links import ByField
 from vllm_adainfer.promise.promise import Outcome, Promise
 
 
 class Tolerance(Promise):
     """In at most epsilon of the answers a label's probability moves by more than the tolerance.
 
-    Where one label holds, another best one is wrong, too. With the label mass, probabilities in the
-    whole vocabulary count, and an answer is also wrong if the best token of all is no label.
+    Where one label holds, another best one is wrong, too; of objects, another object. With the
+    label mass, probabilities in the whole vocabulary count, and an answer is also wrong if the best
+    token of all is no label.
 
     """
 
@@ -47,7 +49,10 @@ class Tolerance(Promise):
         return True
 
     @override
-    def with_mass(self) -> Tolerance:
+    def with_mass(self) -> Tolerance | None:
+        """Of objects None: their grammar allows no other tokens."""
+        if isinstance(self.link, ByField):
+            return None
         return self.model_copy(update={"label_mass": True})
 
     @override
@@ -77,6 +82,8 @@ class Tolerance(Promise):
     @override
     def words(self) -> str:
         far = f"by more than {self.tolerance:g}"
+        if isinstance(self.link, ByField):
+            return f"another object than full depth's, or a value's probability that moves {far}"
         if not self.link.one_holds:
             return f"a label's probability that moves {far}"
         where = "" if self.vocabulary is None else " (among the labels or in the whole vocabulary)"

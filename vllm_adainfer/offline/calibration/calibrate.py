@@ -17,13 +17,18 @@ from vllm_adainfer.offline.calibration.data.objects import Schema
 from vllm_adainfer.offline.calibration.data.questions import ends_of
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.choose import candidate_layers
-from vllm_adainfer.offline.calibration.fit.probes import Target, full_depth_labels
+from vllm_adainfer.offline.calibration.fit.probes import (
+    Target,
+    full_depth_labels,
+    full_depth_objects,
+)
 from vllm_adainfer.offline.calibration.fit_policy import fit_policy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
 from vllm_adainfer.offline.calibration.record.collect import Plan, recorded
 from vllm_adainfer.offline.calibration.record.objects import recorded_objects
 from vllm_adainfer.offline.calibration.record.rows import Rows
+from vllm_adainfer.offline.calibration.record.values import check_tells
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.pretrained import engine_settings
 from vllm_adainfer.offline.progress import say
@@ -105,6 +110,7 @@ def record_objects(
         adapter,
         **settings,
     )
+    check_tells(output, request.options.promise)
     return replace(prompts, output=output), rows
 
 
@@ -176,7 +182,11 @@ def calibration_of(request: CalibrationRequest, prompts: Prompts, rows: Rows) ->
     subsets = subsets_of(prompts.examples, token_ids) if is_pool else None
     full_depth = None
     if promise.reads_probabilities and answers is not None:
-        full_depth = full_depth_labels(rows, answers, subsets, promise.link)
+        full_depth = (
+            full_depth_objects(rows)
+            if isinstance(output, Objects)
+            else full_depth_labels(rows, answers, subsets, promise.link)
+        )
     never = frozenset(label.token_id for label in labels if label.name in options.never_early)
     questions = [one.question for one in prompts.examples if one.question is not None]
     return Calibration(

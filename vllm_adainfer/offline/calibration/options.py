@@ -77,7 +77,11 @@ def check_objects(request: CalibrationRequest) -> None:
         },
         "an object is decided before its first token: drop --max-tokens": options.max_tokens > 1,
         f"{promise.option} is not for objects: drop it": (
-            promise.reads_right or promise.reads_probabilities or promise.unit is Unit.QUERY
+            promise.reads_right or promise.unit is Unit.QUERY
+        ),
+        "an object has a best value in each field: give a gate a value, such as "
+        "--gate urgent=true:0.8, instead of best": (
+            promise.best_may_change and not promise.about_each
         ),
         f"objects need a label-head for each field: drop --probe {request.probe}": (
             request.probe not in ("auto", *LABEL_HEADS)
@@ -140,6 +144,7 @@ def check_options(
     probabilities, queries = promise.reads_probabilities, promise.unit is Unit.QUERY
     bounds = bool(options.label_bounds)
     about_labels = bounds or bool(options.never_early)
+    named_by_requests = holds_requests or request.schema is not None
     named = {(one.kind, one.label) for one in options.label_bounds}
     another_probe = request.probe not in ("auto", "branch", *LABEL_HEADS)
     refusals = {
@@ -174,7 +179,7 @@ def check_options(
             request.student is not None and options.classifier == "crf"
         ),
         "a --student needs --labels, such as --labels negative,positive, or --choices": (
-            request.student is not None and not (holds_requests or labels or choices)
+            request.student is not None and not (named_by_requests or labels or choices)
         ),
         f"{request.data} holds requests, which bring their prompts, labels and one token each: "
         "drop --template, --labels and --max-tokens": (
@@ -193,11 +198,11 @@ def check_options(
         "vLLM's batch files, or --labels": (not holds_requests and bool(request.label_pool)),
         f"{named_by} is for the probabilities of labels: give --labels, such as "
         f"negative,positive, or drop {named_by}": (
-            not holds_requests and probabilities and not labels
+            not named_by_requests and probabilities and not labels
         ),
         "--recall, --precision and --never-early are about the labels of one-token answers: "
         "give --labels, such as negative,positive, or --choices, and no --max-tokens": (
-            about_labels and (generated or not (holds_requests or labels or choices))
+            about_labels and (generated or not (named_by_requests or labels or choices))
         ),
         "--recall or --precision names a label twice: keep the smaller epsilon": (
             len(named) < len(options.label_bounds)
@@ -207,7 +212,7 @@ def check_options(
         "--recall and --precision are about all requests together, --by question about those "
         "of one question: drop one of them": (bounds and options.by_question),
         f"--probe {request.probe} needs --labels, such as --labels negative,positive": (
-            not (holds_requests or another_probe or request.probe == "auto" or labels or choices)
+            not (named_by_requests or another_probe or request.probe == "auto" or labels or choices)
         ),
     }
     _refuse(refusals)

@@ -106,10 +106,12 @@ def distil_fields(
 ) -> CrossValidated:
     """Fit a head for each field of an object, see `distil`; all of them in one.
 
-    `taught` reads [rows, fields, width]; `sizes` are the labels of each field.
+    `taught` reads [rows, fields, width]; `sizes` are the labels of each field. A label mass is read
+    at the last row.
     """
-    parts = zip(taught.read.unbind(1), taught.labels.split(list(sizes), dim=1), strict=True)
-    fits = [distil(Taught(read, labels), folds, penalties) for read, labels in parts]
+    masses = [None] * (len(sizes) - 1) + [taught.mass]
+    parts = zip(taught.read.unbind(1), taught.labels.split(list(sizes), dim=1), masses, strict=True)
+    fits = [distil(Taught(*part), folds, penalties) for part in parts]
     whole, *without = (
         Linear(
             torch.cat([one.matrix for one in of_fields]), torch.cat([one.bias for one in of_fields])

@@ -154,7 +154,8 @@ def taught_by_full_depth(rows: Rows, target: Target, where: Ints, read: Tensor) 
     full_depth, subsets = target.full_depth, target.subsets_of(where)
     if target.objects is not None:
         assert rows.values is not None, "those of objects have them"
-        return Taught(read, rows.values[where], link=target.objects.link)
+        mass = None if full_depth is None else torch.ones(len(where))
+        return Taught(read, rows.values[where], mass, link=target.objects.link)
     mass = None
     if full_depth is not None:
         assert full_depth.labels is not None
@@ -206,6 +207,13 @@ def _with_lens(plain: Probe, linear: ridge.Linear) -> Probe:
     dtype = plain.head.weight.dtype
     lens = Lens(linear.matrix.T.to(dtype).contiguous(), linear.bias.to(dtype))
     return replace(plain, lens=lens)
+
+
+def full_depth_objects(rows: Rows) -> Outcome:
+    """What full depth writes on each row, with how probable it finds each value of a field."""
+    assert rows.values is not None, "those of objects have them"
+    values = LabelProbabilities(rows.values, torch.ones(len(rows.values)))
+    return Outcome(torch.from_numpy(rows.tokens), labels=values)
 
 
 def full_depth_labels(

@@ -7,7 +7,7 @@ behind it, and goes on to the end of its own answer.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vllm_adainfer.artifact.outputs import Objects
-from vllm_adainfer.drafts.fields import Token, probabilities_by_json
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.objects import Schema, objects_of
@@ -31,6 +30,7 @@ from vllm_adainfer.offline.calibration.record.collect import (
 )
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.record.rows import Rows, ServedModel, by_layer
+from vllm_adainfer.offline.calibration.record.values import best_tokens, values_at_full_depth
 from vllm_adainfer.offline.progress import say
 from vllm_adainfer.policy.probe import logit_lens_of
 from vllm_adainfer.settings.instruments import GUESS_ARG, ROW_ARG
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 FIRST = 200  # prompts whose answers decide the guess
-BEST_TOKENS = 20  # vLLM's default `--max-logprobs`
 LONGEST = 4  # times as many tokens as the tokenizer needs for an object that a model may take
 
 
@@ -63,7 +62,7 @@ def recorded_objects(
     """
     switch: dict[str, Any] = {"record": [*plan.layers, hf_config.num_hidden_layers]}
     switch["record_objects"] = True
-    settings = {"max_logprobs": _best_tokens(schema), **settings}
+    settings = {"max_logprobs": best_tokens(schema.fields.values()), **settings}
     if plan.pooled_from is not None:
         switch["record_pooled_from"] = plan.pooled_from
     longest = LONGEST * (len(tokenizer.encode(schema.text)) + 16)
@@ -125,7 +124,8 @@ def _record(
         say(f"behind each prompt stands {tokenizer.decode(objects.guess)}")
     engine.collective_rpc("adainfer_record_fields", args=(list(objects.rows),))
     engine.reset_prefix_cache()
-    outputs = answers(range(len(examples)), objects.guess, logprobs=_best_tokens(schema))
+    logprobs = best_tokens(schema.fields.values())
+    outputs = answers(range(len(examples)), objects.guess, logprobs=logprobs)
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         rows, sums, facts = taken_from(engine, folder)
@@ -175,58 +175,6 @@ def _record(
         ),
         objects,
     )
-
-
-def values_at_full_depth(
-    objects: Objects, codes: Sequence[int], answers: Sequence[Iterable[Any]], tokenizer: Any
-) -> Tensor:
-    """fp32 [answers, values of all fields], how probable each value of a field is.
-
-    Read at the tokens that decide it, behind the fields as full depth wrote them; those of a field
-    sum to 1. A value that begins with none of the best tokens has nothing. Of a field that cannot
-    be read, the value that was written has all of it.
-
-    `codes` say what was written, see `ByField.code`; `answers` have, for each token, vLLM's
-    log-probabilities by token, that of the token itself first.
-    """
-    texts: dict[int, str] = {}
-
-    def text_of(token: int) -> str:
-        if token not in texts:
-            texts[token] = tokenizer.decode([token])
-        return texts[token]
-
-    def token_of(others: Mapping[int, Any]) -> Token:
-        known = {token: one.logprob for token, one in others.items()}
-        written = next(iter(known))
-        by_text = {text_of(token): one for token, one in known.items()}
-        return Token(text_of(written), known[written], by_text)
-
-    fields = {field.path: [one.text for one in field.values] for field in objects.fields}
-    found = torch.zeros(len(codes), len(objects.labels))
-    unread = 0
-    for row, (code, answer) in enumerate(zip(codes, answers, strict=True)):
-        read = probabilities_by_json([token_of(others) for others in answer], fields)
-        start = 0
-        for place, (path, values) in zip(objects.link.places(code), fields.items(), strict=True):
-            shares = read.get(path, {})
-            unread += values[place] not in shares
-            if values[place] not in shares:
-                shares = {values[place]: 1.0}
-            own = torch.tensor([shares.get(value, 0.0) for value in values])
-            found[row, start : start + len(values)] = own / own.sum()
-            start += len(values)
-    if unread:
-        say(
-            f"the probabilities of {unread} of {len(codes) * len(fields)} values cannot be read "
-            "from the tokens of their answers: what was written counts as certain"
-        )
-    return found
-
-
-def _best_tokens(schema: Schema) -> int:
-    """How many tokens are asked for at each place: at least as many as a client gets."""
-    return max(BEST_TOKENS, *map(len, schema.fields.values()))
 
 
 def _not_guessed(rows: Mapping[str, Tensor], prompts: int) -> list[int]:
