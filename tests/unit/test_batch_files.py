@@ -200,11 +200,13 @@ def format_of(schema: Any) -> dict[str, Any]:
     ],
     ids=["format", "outputs", "text", "tool", "format and outputs", "format and tool", "auto"],
 )
-def test_a_request_for_an_object_has_the_schema_that_vllm_takes(tokenizer, body):
+def test_a_request_for_an_object_has_the_schema_that_vllm_takes(tokenizer, caplog, body):
     [chat] = read([line("/v1/chat/completions", {"messages": MESSAGES, **body})], tokenizer)
     assert chat.schema is not None
     assert json.loads(chat.schema) == OF_MOOD
     assert (chat.labels, chat.choices) == (None, None)
+    says_how_to_serve = "VLLM_ENFORCE_STRICT_TOOL_CALLING=0" in caplog.text
+    assert says_how_to_serve == isinstance(body.get("tool_choice"), dict)
     if "tools" not in body:
         [one] = read([line("/v1/completions", {"prompt": "a film :", **body})], tokenizer)
         assert one.schema == chat.schema
@@ -278,7 +280,7 @@ MESSAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url
         (
             "/v1/chat/completions",
             {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "required"},
-            "a request for more than one token",
+            "a request that must call any of its tools, and does not name one",
         ),
     ],
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.fields import MOST_ANSWERS
 from vllm_adainfer.artifact.requested import Form, Output
-from vllm_adainfer.drafts.schemas import digest_of, paths_of
+from vllm_adainfer.drafts.schemas import LONGEST_SCHEMA, digest_of, is_longer, paths_of
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
 
 if TYPE_CHECKING:
@@ -92,7 +92,11 @@ def requested_choices(params: SamplingParams) -> frozenset[str] | None:
 def requested_schema(params: SamplingParams) -> str | None:
     """The digest of the JSON schema that a request asks for; None if it has none, or a large one.
 
-    Forced tool calls have one, too: that of the tool's arguments.
+    A function that must be called has one, too, that of its arguments, but only where vLLM asks for
+    these alone: with a parser for tools that has no structural tag, or with
+    ``VLLM_ENFORCE_STRICT_TOOL_CALLING=0``. Else vLLM 0.32 asks for them within the parser's tags
+    (`get_model_structural_tag`), in one of several ways to write these; and if the function is not
+    ``strict``, for any JSON.
     """
     text = _schema_text(params)
     return None if text is None else digest_of(text)
@@ -109,8 +113,8 @@ def requested_fields(params: SamplingParams) -> tuple[str, ...]:
 
 def _schema_text(params: SamplingParams) -> str | None:
     structured = params.structured_outputs
-    if structured is None or not structured.json:
-        return None
+    if structured is None or not structured.json or is_longer(structured.json, LONGEST_SCHEMA):
+        return None  # before it is written, hashed and kept
     schema = structured.json
     return schema if isinstance(schema, str) else json.dumps(schema)
 

@@ -61,9 +61,18 @@ def read_requests(
     def read(row: Row, url: str, body: Mapping[str, Any]) -> Iterator[Example]:
         if url not in READERS:
             raise LeftOutError(f"{url}: not an endpoint that reads labels")
-        return READERS[url](row, body, tokenizer)
+        yield from READERS[url](row, body, tokenizer)
+        if isinstance(body.get("tool_choice"), Mapping):
+            of_tools.append(row.place)
 
-    return with_questions(read_lines(rows, read, vocabulary, max_tokens), tokenizer)
+    of_tools: list[str] = []
+    examples = read_lines(rows, read, vocabulary, max_tokens)
+    if of_tools:
+        logger.warning(
+            "the arguments of a tool are early on servers alone that ask for nothing around them: "
+            "with most tool parsers, start these with VLLM_ENFORCE_STRICT_TOOL_CALLING=0"
+        )
+    return with_questions(examples, tokenizer)
 
 
 def read_lines(
@@ -196,6 +205,8 @@ def _answers(body: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
             if body.get(key):
                 raise LeftOutError(f"a request for an object and {key}, which runs at full depth")
         return {"schema": schema}
+    if body.get("tools") and body.get("tool_choice") == "required":
+        raise LeftOutError("a request that must call any of its tools, and does not name one")
     if (body.get("response_format") or {}).get("type", "text") != "text":
         raise LeftOutError("a request with a response_format other than json_schema")
     if body.get("structured_outputs"):
