@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,18 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaForCausalLM
+from vllm.sampling_params import RequestOutputKind
 
 from tests.byte_model import byte_tokenizer, save_byte_model
 from tests.conftest import tiny_engine
-from tests.e2e.drafted_traffic import Ask, counted_drafts, prompts, served
+from tests.e2e.drafted_traffic import Ask, assert_same, counted_drafts, prompts, served
 from tests.e2e.objects import ENGINE, POOLED_FROM, params, save_policy
+from tests.e2e.test_object_shadows import lines_of
 from tests.full import needed
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.artifact.outputs import Objects
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,13 @@ class Oracle:
 
     def early_tokens(self, prompt: str, level: int) -> tuple[tuple[int, ...] | None, int | None]:
         """Its tokens, and after which layer."""
+        shares, layer = self.early_shares(prompt, level)
+        if shares is None:
+            return None, None
+        return self.objects.written([int(one.argmax()) for one in shares]), layer
+
+    def early_shares(self, prompt: str, level: int) -> tuple[list[torch.Tensor] | None, int | None]:
+        """How probable each value of each field is, and after which layer."""
         config, tensors = self.artifact.config, self.artifact.tensors
         ids = self.tokenizer.encode(prompt)
         rows = torch.tensor(self.objects.rows) + len(ids) - 1
@@ -74,14 +85,14 @@ class Oracle:
                 read = torch.cat([normed[rows], mean.expand(len(rows), -1)], dim=1)
             weight, bias = (tensors[f"exit.{layer}.head_{name}"] for name in ("weight", "bias"))
             sizes = [len(one.values) for one in self.objects.fields]
-            scores = [
-                own @ row + at
+            weight, bias = weight[: sum(sizes)], bias[: sum(sizes)]  # behind them is the label mass
+            shares = [
+                (own @ row + at).softmax(0)
                 for row, own, at in zip(read, weight.split(sizes), bias.split(sizes), strict=True)
             ]
-            gaps = [(two := one.softmax(0).topk(2).values)[0] - two[1] for one in scores]
+            gaps = [(two := one.topk(2).values)[0] - two[1] for one in shares]
             if min(gaps) >= tensors["thresholds"][level, index]:
-                places = [int(one.argmax()) for one in scores]
-                return self.objects.written(places), layer
+                return shares, layer
         return None, None
 
 
@@ -108,3 +119,81 @@ def test_objects_are_those_of_the_heads_where_these_are_sure_and_stocks_elsewher
     some = len(asks) // 8
     assert some < early < len(asks) - some, early
     assert len(depths) > 1
+
+
+def test_log_probabilities_are_those_of_the_heads_where_an_object_is_early_and_stocks_elsewhere(
+    model, stock, tmp_path
+):
+    """Under a tolerance. Beside the values that are written stand the others of each field."""
+    artifact = save_policy(model, tmp_path / "policy", risk="probability", tolerance=0.2)
+    switch = {
+        "artifact": str(artifact),
+        "min_rows_saved": 1,
+        "audit": {"directory": str(tmp_path / "audit")},
+    }
+    ours, oracle = tiny_engine(model, switch, **ENGINE), Oracle(model, load_artifact(artifact))
+    streamed = RequestOutputKind.DELTA
+    kinds = [{"logprobs": 4}, {"logprobs": 1}, {}, {"logprobs": 4, "output_kind": streamed}]
+    asks = [
+        Ask(
+            text,
+            params(**kinds[place % len(kinds)]),
+            step=place // 3,
+            is_streamed="output_kind" in kinds[place % len(kinds)],
+        )
+        for place, text in enumerate(prompts(9, 12 if IS_V2 else 24, 100))
+    ]
+    theirs, found = served(stock, asks), served(ours, asks)
+    early, at_full_depth, expected_fields = set(), [], {}
+    for place, (ask, own) in enumerate(zip(asks, found, strict=True)):
+        shares, _ = oracle.early_shares(ask.prompt, level=1)
+        if shares is None:
+            at_full_depth.append(place)
+            continue
+        early.add(place)
+        places = [int(one.argmax()) for one in shares]
+        assert own.tokens[0][:-1] == [*oracle.objects.written(places)], ask
+        if ask.params.logprobs is None:
+            assert own.logprobs[0] == []
+            continue
+        by_place = {  # what may stand at a token that decides
+            begin: {
+                value.written[0]: float(share)
+                for value, share in zip(field.values, one, strict=True)
+            }
+            for begin, field, one in zip(
+                _begins(oracle.objects, places), oracle.objects.fields, shares, strict=True
+            )
+        }
+        assert len(own.logprobs[0]) == len(own.tokens[0])
+        for at, (token, others) in enumerate(zip(own.tokens[0], own.logprobs[0], strict=True)):
+            told = {one: math.exp(logprob.logprob) for one, logprob in others.items()}
+            likely = {one: share for one, share in told.items() if share > 0}
+            expected = by_place.get(at, {token: 1.0})
+            if ask.params.logprobs == 1:
+                expected = {one: expected[one] for one in (token, max(expected, key=expected.get))}
+            assert likely == pytest.approx(expected, abs=1e-4), (ask, at)
+            assert others[token].rank == 1
+        if ask.params.logprobs > 1:
+            expected_fields[place] = {
+                field.path: {
+                    value.text.strip('"'): pytest.approx(float(share), abs=1e-3)
+                    for value, share in zip(field.values, one, strict=True)
+                }
+                for field, one in zip(oracle.objects.fields, shares, strict=True)
+            }
+    assert len(asks) // 6 < len(early) < len(asks) - len(asks) // 6
+    assert_same(*([one[place] for place in at_full_depth] for one in (found, theirs, asks)))
+    assert {asks[place].params.logprobs for place in early} == {None, 1, 4}
+    assert {asks[place].params.logprobs for place in at_full_depth} >= {1, 4}
+    lines = lines_of(tmp_path / "audit", len(asks))
+    assert {place: lines[place]["fields"] for place in expected_fields} == expected_fields
+
+
+def _begins(objects: Objects, places: list[int]) -> list[int]:
+    """Where the value of each field begins in the object with these."""
+    found, at = [], len(objects.start)
+    for field, place in zip(objects.fields, places, strict=True):
+        found.append(at)
+        at += len(field.values[place].written)
+    return found

@@ -176,7 +176,7 @@ def test_an_object_in_place_of_what_was_sampled_counts_no_row_that_never_ran(len
     )
     scheduled = SimpleNamespace(scheduled_spec_decode_tokens={"a": list(DRAFT)})
     sampled, written = [7, 8], list(range(length))
-    replace_tokens(scheduled, request, sampled, written)
+    replace_tokens(scheduled, None, request, sampled, written)
     assert sampled == written
     accepted = len(sampled) - 1
     request.num_computed_tokens -= len(DRAFT) - accepted  # `Scheduler.update_from_output`
@@ -188,6 +188,6 @@ def test_of_an_object_whose_request_was_preempted_no_row_counts():
         request_id="a", num_computed_tokens=0, num_stale_output_tokens=1 + len(DRAFT)
     )
     scheduled = SimpleNamespace(scheduled_spec_decode_tokens={"a": list(DRAFT)})
-    replace_tokens(scheduled, request, sampled := [7, 8], range(30))
+    replace_tokens(scheduled, None, request, sampled := [7, 8], range(30))
     assert sampled == list(range(30))
     assert request.num_computed_tokens == 0

@@ -167,7 +167,17 @@ def test_a_token_may_begin_before_the_value():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "no object", '{"mood": "', '{"mood"', '{"mood": "odd"}', "[]", '{"other": "good"}', "{"],
+    [
+        "",
+        "no object",
+        '{"mood":',
+        '{"mood": "',
+        '{"mood"',
+        '{"mood": "odd"}',
+        "[]",
+        '{"other": "good"}',
+        "{",
+    ],
 )
 def test_what_an_answer_lacks_is_left_out(text):
     assert probabilities(answer_of(*text), fields_of(SCHEMA)) == {}

@@ -130,6 +130,7 @@ def test_probabilities_are_served_and_the_label_alone_only_where_a_gate_decides_
         Form.IN_VOCABULARY: True,
         Form.SCORES: False,
         Form.OBJECT: False,
+        Form.OBJECT_PROBABILITIES: False,
     }
 
 

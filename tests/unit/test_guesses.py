@@ -52,6 +52,17 @@ def source(tiny_model, tmp_path_factory) -> str:
     return str(directory)
 
 
+@pytest.fixture(scope="module")
+def promising(tiny_model, tmp_path_factory) -> str:
+    """A policy for the same objects that promises how far probabilities move."""
+    output = OBJECTS.model_copy(update={"schema_digest": digest_of(json.dumps(SCHEMA))})
+    config = tiny_config(tiny_model, risk="probability", tolerance=0.2)
+    config = ArtifactConfig.model_validate({**dict(config), "output": output})
+    directory = tmp_path_factory.mktemp("objects") / "policy"
+    save_artifact(directory, config, tiny_tensors(config), {}, "card\n")
+    return str(directory)
+
+
 @pytest.mark.parametrize(
     ("params", "exits"),
     [
@@ -75,6 +86,33 @@ def test_requests_for_the_schema_have_a_guess_if_nothing_else_is_asked(source, p
     assert resolved(admission, params).may_exit == exits
     assert admitted(admission, params).guessed == (len(GUESS) if exits else 0)
     assert (admitted(admission, params).threshold_row != FULL_DEPTH) == exits
+
+
+@pytest.mark.parametrize(
+    ("params", "reads"),
+    [
+        (asking(), False),
+        (asking(logprobs=1), True),
+        (asking(logprobs=0), True),
+        (asking(logprobs=-1), None),
+        (asking(logprobs=1, temperature=1), None),
+        (asking(logprobs=1, prompt_logprobs=1), None),
+        (asking(logprobs=1, stop=["x"]), None),
+        (asking(logprobs=1, logprob_token_ids=[1]), None),
+        (asking({**SCHEMA, "required": ["mood"]}, logprobs=1), None),
+    ],
+)
+def test_requests_for_log_probabilities_may_exit_where_these_are_promised(
+    source, promising, params, reads
+):
+    admission = Admission(Settings(artifact=promising))
+    found = admitted(admission, params)
+    assert found.may_exit == (reads is not None)
+    assert reads is None or found.reads_values == reads
+    plain = Admission(Settings(artifact=source))
+    assert admitted(plain, params).may_exit == (reads is False)
+    raw = Admission(Settings(artifact=promising), logprobs_mode="raw_logits")
+    assert admitted(raw, params).may_exit == (reads is False), "these are no probabilities"
 
 
 @pytest.mark.parametrize(
@@ -251,7 +289,7 @@ def test_an_early_object_is_written_in_place_of_what_was_sampled_and_teaches_no_
     step = decided(own.request, OBJECTS.link.code_of([0, 0, 0]), True, told)
     for observer in (objects, drafts):
         observer.stepped(step)
-    assert told == [(own.request, [*GUESS, END], [*OBJECTS.written([0, 0, 0]), END])]
+    assert told == [(own.request, [*GUESS, END], [*OBJECTS.written([0, 0, 0]), END], None)]
     assert objects.written == {"b"}
     assert own.grammar.answers.draft(own.before, 0.0, 1, END) == []
 

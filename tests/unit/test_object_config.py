@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import MOST_ANSWERS, LabelBound, LabelRisk, Level
 from vllm_adainfer.artifact.outputs import DecidedField, Objects, Value
 from vllm_adainfer.artifact.requested import Form, Output
-from vllm_adainfer.artifact.words import outputs_in_words
+from vllm_adainfer.artifact.words import outputs_in_words, probabilities_in_words
 from vllm_adainfer.promise.links import ByField
 
 
@@ -172,7 +173,16 @@ def test_the_probabilities_of_values_may_be_promised_beside_the_object(tiny_mode
     assert isinstance(config.promise.link, ByField)
     assert config.promise.words().startswith(wrong)
     assert config.promise.with_mass() is None
-    assert Output(Form.OBJECT, schema=OBJECTS.schema_digest).is_promised_by(config)
+    assert probabilities_in_words(config).startswith("requests with logprobs may exit, too")
+    plain, asked = (
+        Output(form, schema=OBJECTS.schema_digest)
+        for form in (Form.OBJECT, Form.OBJECT_PROBABILITIES)
+    )
+    assert plain.is_promised_by(config)
+    assert asked.is_promised_by(config)
+    assert Output.of_config(config) == asked
+    assert not asked.is_promised_by(config_with(tiny_model))
+    assert not replace(asked, is_greedy=False).is_promised_by(config)
 
 
 def test_the_largest_objects_are_taken(tiny_model):

@@ -88,7 +88,7 @@ def test_an_object_in_flight_is_written_although_its_request_was_preempted_meanw
     of = scheduled, output, {"a": request}
     assert [*sampled_tokens(*of, with_drafts=True)] == []
     [(found, tokens)] = sampled_tokens(*of, with_drafts=True, with_preempted=True)
-    replace_tokens(scheduled, found, tokens, [1, 2, 3, 4, 0])
+    replace_tokens(scheduled, output, found, tokens, [1, 2, 3, 4, 0])
     assert output.sampled_token_ids == [[1, 2, 3, 4, 0]]
     assert request.num_computed_tokens == 0, "its blocks are gone"
     request.drop_stale_output = True

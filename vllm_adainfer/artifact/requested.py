@@ -17,6 +17,7 @@ class Form(Enum):
     IN_VOCABULARY = "probabilities of the labels in the whole vocabulary"
     SCORES = "the scores of a classifier"
     OBJECT = "a JSON object of decisions"
+    OBJECT_PROBABILITIES = "a JSON object of decisions, and how probable they are"
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,20 @@ class Output:
     schema: str | None = None
     is_greedy: bool = field(default=True, compare=False)
 
+    @property
+    def is_object(self) -> bool:
+        """Whether it is a JSON object of decisions."""
+        return self.form in (Form.OBJECT, Form.OBJECT_PROBABILITIES)
+
     @classmethod
     def of_config(cls, config: ConfigFields) -> Output:
         """The strongest output that the bound of an artifact covers."""
         if config.score_head is not None:
             return cls(Form.SCORES)
         if config.objects is not None:
-            return cls(Form.OBJECT, schema=config.objects.schema_digest)
+            reads = config.promise.serves_probabilities(in_vocabulary=False)
+            form = Form.OBJECT_PROBABILITIES if reads else Form.OBJECT
+            return cls(form, schema=config.objects.schema_digest)
         if config.choices:
             return cls(Form.CHOICE, choices=frozenset(one.text for one in config.choices))
         labels = frozenset(config.label_ids) or None
@@ -62,8 +70,11 @@ class Output:
             return False
         if config.score_head is not None or self.form is Form.SCORES:
             return config.score_head is not None and self.form is Form.SCORES
-        if config.objects is not None or self.form is Form.OBJECT:  # an early one is not sampled
-            return config.objects is not None and self.is_greedy and self.has_labels_of(config)
+        if config.objects is not None or self.is_object:
+            if config.objects is None or not self.is_greedy or not self.has_labels_of(config):
+                return False  # an early one is not sampled
+            is_plain = self.form is Form.OBJECT
+            return is_plain or config.promise.serves_probabilities(in_vocabulary=False)
         if config.choices or self.form is Form.CHOICE:
             return bool(config.choices) and self.has_labels_of(config)
         if not self.has_labels_of(config) and not self._is_in_pool(config):

@@ -67,6 +67,9 @@ def probabilities_in_words(config: ArtifactConfig) -> str:
         return promise.right_about
     if not promise.reads_probabilities:
         return ""
+    if config.objects is not None:
+        said = ["requests with logprobs may exit, too", promise.right_about]
+        return "; ".join(one for one in said if one)
     whole = (
         "requests for probabilities in the whole vocabulary (logprob_token_ids = the labels, as "
         "/generative_scoring and /v1/systemone send)"

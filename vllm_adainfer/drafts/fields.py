@@ -98,7 +98,7 @@ def probabilities_by_json(answer: Sequence[Token], fields: Fields) -> dict[str, 
         starts.append(starts[-1] + len(token.text))
     found: dict[str, dict[str, float]] = {}
     for path, begin in values_in(text):
-        if path in fields and path not in found:
+        if path in fields and path not in found and begin < len(text):  # else it was cut short
             first = next(place for place, end in enumerate(starts[1:]) if end > begin)
             read = _read_value(answer[first:], fields[path], begin - starts[first])
             if read:

@@ -156,7 +156,7 @@ class Arrival:
 
     def _policy_for_object(self, request: Running, adapter: LoRARequest | None) -> str | None:
         """See `Running.objects`."""
-        if request.output is None or request.output.form is not Form.OBJECT:
+        if request.output is None or not request.output.is_object:
             return None
         return self._policies.select(request, self._policies.for_adapter_name(adapter))
 

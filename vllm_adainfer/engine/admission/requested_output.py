@@ -51,9 +51,15 @@ def _restricted_output(params: SamplingParams, logprobs_mode: str) -> Output | N
     vLLM's log-probabilities are over the whole vocabulary, except under ``--logprobs-mode
     processed_logprobs`` with ``allowed_token_ids`` (``vllm/v1/sample/sampler.py``): there the best
     tokens are labels. Otherwise other tokens may be among the best, and an early answer has no
-    scores for those.
+    scores for those. A grammar masks the others in either mode, and all of them cannot be asked
+    for, so requests for an object may read its log-probabilities.
     """
+    normalised = logprobs_mode in ("raw_logprobs", "processed_logprobs")
     if params.structured_outputs is not None:
+        if params.logprobs is not None:
+            reads = normalised and params.logprobs >= 0 and _only_grammar_ends(params)
+            schema = requested_schema(params) if reads else None
+            return None if schema is None else Output(Form.OBJECT_PROBABILITIES, schema=schema)
         if not can_end_with_grammar(params):
             return None
         if choices := requested_choices(params):
@@ -71,8 +77,7 @@ def _restricted_output(params: SamplingParams, logprobs_mode: str) -> Output | N
         return None  # the temperature changes these probabilities
     if processed and labels is not None and (ids is None or labels == frozenset(ids)):
         return Output(Form.AMONG_LABELS, labels)
-    is_normalised = processed or logprobs_mode == "raw_logprobs"
-    if is_normalised and ids is not None and labels in (None, frozenset(ids)):
+    if normalised and ids is not None and labels in (None, frozenset(ids)):
         return Output(Form.IN_VOCABULARY, frozenset(ids))
     return None
 
@@ -121,9 +126,12 @@ def _schema_text(params: SamplingParams) -> str | None:
 
 def can_end_with_grammar(params: SamplingParams) -> bool:
     """Whether only the grammar decides what follows, and no log-probabilities are returned."""
+    return params.logprobs is None and _only_grammar_ends(params)
+
+
+def _only_grammar_ends(params: SamplingParams) -> bool:
     return (
         params.eos_token_id is not None
-        and params.logprobs is None
         and params.logprob_token_ids is None
         and params.allowed_token_ids is None
         and params.repetition_detection is None

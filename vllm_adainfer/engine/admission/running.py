@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.artifact.kinds import NotCovered
-from vllm_adainfer.artifact.requested import Output
+from vllm_adainfer.artifact.requested import Form, Output
 from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.promise.label_subsets import ALL
 from vllm_adainfer.settings.engine import NO_POLICY
@@ -108,6 +108,11 @@ class Running:
     answers_stand: bool = False
     text: Sequence[int] = ()
     record_row: int = NOT_RECORDED
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether it reads how probable the values of its object are."""
+        return self.output is not None and self.output.form is Form.OBJECT_PROBABILITIES
 
     def changed(self, **fields: Any) -> Running:
         """A copy with other `fields`; `dataclasses.replace` would take twice as long."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from itertools import islice
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -72,17 +75,56 @@ def fewer_tokens(scheduler: Any, count: int) -> Iterator[None]:
 
 
 def replace_tokens(
-    scheduled: Any, request: Request, sampled: list[int], tokens: Sequence[int]
+    scheduled: Any,
+    runner_output: Any,
+    request: Request,
+    sampled: list[int],
+    tokens: Sequence[int],
+    logprobs: Sequence[Mapping[int, float]] | None = None,
 ) -> None:
     """Let `tokens` count as sampled for a request with a draft, in place of what was.
 
     All but one count as drafts that were kept, so as computed; see `append_tokens`. Of one that was
-    preempted meanwhile, nothing counts as computed.
+    preempted meanwhile, nothing counts as computed. `logprobs` have what may stand in the place of
+    each, that of the token itself first; None if the request reads none.
     """
+    if logprobs is not None:
+        _replace_logprobs(runner_output, request.request_id, logprobs)
     if not has_stale_output(request):
         drafted = len(scheduled.scheduled_spec_decode_tokens[request.request_id])
         request.num_computed_tokens -= max(0, len(tokens) - 1 - drafted)
     sampled[:] = tokens
+
+
+def _replace_logprobs(
+    runner_output: Any, request_id: str, logprobs: Sequence[Mapping[int, float]]
+) -> None:
+    """Give a request other log-probabilities, one row for each token.
+
+    vLLM 0.32's `LogprobsLists` has the rows of all requests, and where those of each begin; the new
+    ones stand behind them. A row has the token, then the likeliest tokens; where there are fewer
+    than the request asks for, others stand there with a probability of 0, as under a grammar.
+    """
+    lists = runner_output.logprobs
+    width, count = lists.logprobs.shape[1], len(lists.logprobs)
+    starts = [*(lists.cu_num_generated_tokens or range(len(runner_output.req_ids)))]
+    starts[runner_output.req_id_to_index[request_id]] = count
+    ids = np.empty((len(logprobs), width), lists.logprob_token_ids.dtype)
+    values = np.full((len(logprobs), width), -np.inf, lists.logprobs.dtype)
+    ranks = np.empty(len(logprobs), lists.sampled_token_ranks.dtype)
+    for row, shares in enumerate(logprobs):
+        token = next(iter(shares))
+        best = sorted(shares, key=lambda one: -shares[one])[: width - 1]
+        fill = (one for one in range(width + len(shares)) if one not in shares)
+        ids[row] = [token, *best, *islice(fill, width - 1 - len(best))]
+        values[row, : 1 + len(best)] = [shares[one] for one in (token, *best)]
+        ranks[row] = sum(share >= shares[token] for share in shares.values())
+    runner_output.logprobs = lists._replace(
+        logprob_token_ids=np.concatenate([lists.logprob_token_ids, ids]),
+        logprobs=np.concatenate([lists.logprobs, values]),
+        sampled_token_ranks=np.concatenate([lists.sampled_token_ranks, ranks]),
+        cu_num_generated_tokens=starts,
+    )
 
 
 def attach_written_objects(scheduled: Any, codes: dict[str, int]) -> None:

@@ -29,6 +29,7 @@ class Columns(NamedTuple):
     answers_stand: Ints
     has_choice_policy: Ints
     guessed: Ints
+    reads_values: Ints
     is_shadow: Ints
     wants_prompt_logprobs: Ints
 

@@ -205,6 +205,7 @@ class RunningRequests:
             if admission.has_students
             else None,
             guessed=guessed,
+            reads_values=None if guessed is None else own.reads_values != 0,
             record_rows=own.record_row if admission.is_recording else None,
             recorded=recorded,
             ends_early=own.has_choice_policy != 0 if admission.has_choices else None,
@@ -292,6 +293,7 @@ class RunningRequests:
                 self._requests[step.request_ids[place]].policy,
                 int(step.codes[place]),
                 bool(step.left_at[place] >= 0),
+                step.value_logprobs.get(place),
             )
             for place in np.flatnonzero(step.codes >= 0).tolist()
         }

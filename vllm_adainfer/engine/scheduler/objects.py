@@ -16,6 +16,7 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.outputs import Objects
 from vllm_adainfer.drafts.fields import places_in
 from vllm_adainfer.engine.admission.running import resolved_of
+from vllm_adainfer.engine.scheduler.object_logprobs import logprobs_of_object
 from vllm_adainfer.engine.scheduler.observer import Observer, Step
 from vllm_adainfer.errors import AdaInferError
 
@@ -108,7 +109,11 @@ class WrittenObjects(Observer, Guesses):
             assert request.sampling_params is not None
             end = request.sampling_params.eos_token_id
             assert end is not None, "without one, no policy decides an object"
-            step.replace(request, tokens, [*tokens_of_object, end])
+            logprobs = None
+            if decided.value_logprobs is not None:
+                places = objects.link.places(decided.code)
+                logprobs = logprobs_of_object(objects, places, decided.value_logprobs, end)
+            step.replace(request, tokens, [*tokens_of_object, end], logprobs)
             self.written.add(request.request_id)
 
     @override

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,9 @@ class Step:
         choosing: the running requests with a grammar, and the tokens that were sampled for each;
             `with_preempted` also those that were preempted meanwhile, and get their tokens.
         append: lets tokens count as sampled: a request, its sampled tokens, and those to append.
-        replace: lets other tokens count as sampled: a request, its sampled tokens, and the others.
+        replace: lets other tokens count as sampled: a request, its sampled tokens, and the others;
+            with what else may stand in the place of each, by token with its log-probability, that
+            of the token itself first, if the request reads them.
         scores: what a classifier gave for a request id; None for a request that generates.
         logprobs: by request id, as `sampled_logprobs` of `compat`.
         scheduled_at: when it was scheduled, by `time.perf_counter`.
@@ -52,7 +54,7 @@ class Step:
     append: Callable[[Request, Tokens, Tokens], None]
     scores: Callable[[str], list[float] | None]
     logprobs: Callable[[str], Any] = no_logprobs
-    replace: Callable[[Request, Tokens, Sequence[int]], None] = keep_tokens
+    replace: Callable[..., None] = keep_tokens
     drafted: Mapping[str, Tokens] = field(default_factory=dict)
     scheduled_at: float = 0.0
 

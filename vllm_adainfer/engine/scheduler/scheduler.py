@@ -182,7 +182,7 @@ class ObservedScheduler(_Scheduler):
                 with_drafts=self.drafts is not None,
             ),
             append=partial(append_tokens, self, scheduler_output),
-            replace=partial(replace_tokens, scheduler_output),
+            replace=partial(replace_tokens, scheduler_output, runner_output),
             scores=partial(pooled_output, runner_output),
             logprobs=partial(sampled_logprobs, runner_output),
             drafted=scheduler_output.scheduled_spec_decode_tokens,

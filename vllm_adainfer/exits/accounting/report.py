@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -58,12 +58,14 @@ class Provenance:
 class DecidedObject(NamedTuple):
     """An object by the heads of a policy, as a number, and whether it is the early answer.
 
-    Otherwise the request has run to full depth, and the object is what it probably says.
+    Otherwise the request has run to full depth, and the object is what it probably says. With the
+    log-probabilities of all values among those of their fields, if the request reads them.
     """
 
     policy: str
     code: int
     is_early: bool
+    value_logprobs: Sequence[float] | None = None
 
 
 Key = tuple[str, ...]  # kind of counter; policy, if any; layer, epsilon or the like, if any

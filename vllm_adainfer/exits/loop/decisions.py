@@ -110,8 +110,8 @@ class Decisions:
                     lens,
                 ),
             )
+            self._keep(part.policy, decision, places[span])
             if decision.codes is None:
-                self._keep(part.policy, decision, places[span])
                 settled.append(decision.settled)
             else:  # both in one number, negative where it is not settled
                 settled.append(torch.where(decision.settled, decision.codes, ~decision.codes))
@@ -230,6 +230,9 @@ class Decisions:
             requests = requests[self._forward.owners[requests] == index]
             if not requests.size:
                 continue
+            if self._policies.policies[index].answer_rows is not None:
+                self._read_values(requests, answers)
+                continue
             if answers.token_ids is not None:
                 [places] = step.on_device(requests)
                 scored.append((requests, answers.subset(places)))
@@ -237,6 +240,20 @@ class Decisions:
                 places, rows = step.on_device(requests, step.layout.last_rows(requests))
                 hidden[rows] = answers.values[places]
         return tuple(scored)
+
+    def _read_values(self, requests: Ints, answers: Answers) -> None:
+        """Copy the log-probabilities of values to the host for those of `requests` that read them.
+
+        No logits tell of objects: the scheduler writes them.
+        """
+        step = self._step
+        if step.reads_values is None or not answers.has_rest:
+            return
+        own = requests[step.reads_values[requests]]
+        if own.size:
+            [places] = step.on_device(own)
+            for place, row in zip(own.tolist(), self._read(answers.scores[places]), strict=True):
+                step.value_logprobs[place] = tuple(row.tolist())
 
     def of_shadows(
         self, monitors: Mapping[str, Watch], stats: ExitStats

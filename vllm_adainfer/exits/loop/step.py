@@ -59,12 +59,15 @@ class StepContext:
         texts: [requests], see `Running.text`. None if no policy has a student.
         guessed: [requests], True for those that ask for an object whose guess stands behind the
             prompt, which ends in this step; None if the engine decides no objects.
+        reads_values: [requests], see `Running.reads_values`; None if the engine decides no objects.
         record_rows: [requests], see `Running.record_row`; None unless the engine records.
         recorded: requests whose states are kept beside serving; None if there are none.
         shadow: the shadow requests that may exit; None where there is no monitor.
         left_at: int64 [requests], the index of the exit point where each has left; -1 for none.
         codes: int64 [requests], of each that asks for an object and may exit, its answer by the
             last exit point that was asked, see `ByField.code`; -1 for all others.
+        value_logprobs: by request, of those whose objects are early and that read them: as in
+            `DecidedObject`.
 
     """
 
@@ -83,6 +86,7 @@ class StepContext:
     pooled_from: Ints | None = None
     texts: Sequence[Sequence[int]] | None = None
     guessed: Bools | None = None
+    reads_values: Bools | None = None
     record_rows: Ints | None = None
     recorded: RecordedRequests | None = None
     shadow: Ints | None = field(default=None, init=False)
@@ -102,6 +106,7 @@ class StepContext:
         self._num_settled = 0
         self.left_at = np.full(self.num_requests, -1)
         self.codes = np.full(self.num_requests, -1)
+        self.value_logprobs: dict[int, tuple[float, ...]] = {}
         self._settled, self._lacks_kv = np.zeros((2, self.num_requests), np.bool_)
 
     @property
