@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.byte_model import byte_tokenizer
 from tests.objects import BAD, FAIR, FAIR_SEEN, GOOD, GOOD_SEEN, SCHEMA, object_config, two_fields
 from tests.tiny import LAYERS
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.requested import Output
 from vllm_adainfer.engine.admission.requested_output import requested_output
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
@@ -24,7 +28,7 @@ from vllm_adainfer.offline.calibration.data.served_schema import (
 from vllm_adainfer.offline.evaluation import changed
 from vllm_adainfer.offline.evaluation.prompts import load_examples
 from vllm_adainfer.offline.evaluation.report import build_report
-from vllm_adainfer.offline.evaluation.requests import most_tokens, request_params
+from vllm_adainfer.offline.evaluation.requests import engine_settings, most_tokens, request_params
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.facts.document import as_text
 from vllm_adainfer.offline.reports.evaluation_facts import evaluation_facts
@@ -168,6 +172,86 @@ def test_a_table_shows_the_fields_and_says_what_is_bounded(report):
     assert any(line.startswith("Never exit: drafts alone, in segments") for line in lines)
     [said] = [line for line in lines if "any field differs" in line]
     assert "differ in 50.0%" in said
+
+
+PROMISES = [
+    {"kind": "tolerance", "tolerance": 0.1},
+    {"kind": "gates", "gates": [{"label": "seen=true", "probability": 0.5}]},
+]
+
+
+def promising(tiny_model: Path, promise: dict[str, Any]) -> ArtifactConfig:
+    features = ("gate_distance", "gate_margin")
+    if promise["kind"] == "tolerance":
+        features = ("top_logit", "gap", "mass_logit")
+    return object_config(tiny_model, promise=promise, features=features)
+
+
+@pytest.mark.parametrize("promise", PROMISES)
+def test_log_probabilities_are_asked_for_where_they_are_promised(tiny_model, promise):
+    config = promising(tiny_model, promise)
+    params: Any = request_params(config, None, {"adainfer_epsilon": OURS}, schema=TEXT)
+    params._eos_token_id = 2
+    asked = requested_output(params, "raw_logprobs")
+    assert asked == Output.of_config(config)
+    assert asked.is_promised_by(config)
+    assert engine_settings(config)["max_logprobs"] == params.logprobs >= 3
+
+
+VALUES = [[0.7, 0.2, 0.1, 0.6, 0.4], [0.1, 0.5, 0.4, 0.6, 0.4], [0.1, 0.1, 0.8, 0.2, 0.8]]
+# The second moves too far in one field, the third stays on its side in the other and moves less.
+MOVED = [[0.7, 0.2, 0.1, 0.6, 0.4], [0.3, 0.4, 0.3, 0.6, 0.4], [0.1, 0.1, 0.8, 0.28, 0.72]]
+CROSSED = [[0.7, 0.2, 0.1, 0.45, 0.55], *MOVED[1:]]
+
+
+def with_values(one: Run, values: list[list[float]]) -> Run:
+    return replace(one, logprobs=np.log(np.array(values, dtype=np.float32)))
+
+
+def compared(config: ArtifactConfig, values: list[list[float]], label: str | None) -> Any:
+    """Of three objects, none differs: only probabilities do."""
+    answers = run([BAD, FAIR, GOOD_SEEN], {LAYERS: 20}, ["a", "b", "c"])
+    full, early = with_values(answers, VALUES), with_values(answers, values)
+    ours = {NEVER_EXIT: full, 0.02: full, OURS: early}
+    examples = [Example(f"line {number}", "", [1], label) for number in range(3)]
+    return build_report(
+        "policy", Path("data.jsonl"), config, examples, lambda _: None, [(full, ours)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("promise", "values", "wrong"),
+    [
+        (PROMISES[0], VALUES, 0),
+        (PROMISES[0], MOVED, 1 / 3),
+        (PROMISES[1], MOVED, 0),
+        (PROMISES[1], CROSSED, 1 / 3),
+    ],
+)
+def test_what_is_promised_of_probabilities_is_compared_answer_by_answer(
+    tiny_model, promise, values, wrong
+):
+    report = compared(promising(tiny_model, promise), values, None)
+    section = "probabilities" if promise["kind"] == "tolerance" else "gates"
+    assert report["disagreement"] == 0
+    assert [row["wrong"] for row in report[section]["levels"]] == [0, pytest.approx(wrong)]
+    assert as_text(evaluation_facts(report))
+
+
+def test_each_field_has_its_moves_and_its_calibration_error(tiny_model):
+    """Right is a good mood, which is likeliest once, and what was seen."""
+    label = '{"mood": "good", "seen": true}'
+    config = promising(tiny_model, PROMISES[0])
+    mood, seen = compared(config, MOVED, label)["by_field"]
+    assert (mood["move_mean"], mood["move_max"]) == pytest.approx((0.2 / 3, 0.2))
+    assert (seen["move_mean"], seen["move_max"]) == pytest.approx((0.08 / 3, 0.08))
+    assert mood["ece"] == pytest.approx((0.7 + 0.4 + 0.2) / 3)
+    assert seen["ece"] == pytest.approx((0.6 + 0.6 + 0.28) / 3)
+    without = compared(config, MOVED, None)
+    assert [row["ece"] for row in without["by_field"]] == [None, None]
+    lines = as_text(evaluation_facts(without)).splitlines()
+    [said] = [line.split() for line in lines if line.startswith("mood  ")]
+    assert said[-3:] == ["0.067", "0.200", "-"]
 
 
 def test_a_changed_object_is_shown_as_both_were_written_with_what_the_policy_saw(

@@ -11,7 +11,7 @@ import torch
 
 from vllm_adainfer.artifact.outputs import DecidedField, Objects, Value
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.record.values import check_tells, values_at_full_depth
+from vllm_adainfer.offline.calibration.record.values import check_tells, values_of_answers
 from vllm_adainfer.promise.changed import Changed
 from vllm_adainfer.promise.gates import Gate, Gates
 from vllm_adainfer.promise.tolerance import Tolerance
@@ -58,7 +58,7 @@ def answer(*tokens: tuple[str, float] | dict[str, float]):
 
 
 def values(code: tuple[str, str], *tokens) -> list[float]:
-    [row] = values_at_full_depth(OBJECTS, [CODE[code]], [answer(*tokens)], Tokenizer())
+    [row] = values_of_answers(OBJECTS, [CODE[code]], [answer(*tokens)], Tokenizer())
     return [round(one, 4) for one in row.tolist()]
 
 
@@ -102,7 +102,7 @@ def test_what_is_beyond_the_best_tokens_is_left_out_of_the_account():
 def test_what_was_written_is_certain_where_tokens_do_not_tell(capfd):
     broken = answer((TEXTS[0], 1.0), {"good": 0.6, "bad": 0.4})  # a character in parts, say
     whole = answer((TEXTS[0], 1.0), ("good", 1.0), ('", "seen": ', 1.0), ("true", 1.0), ("}", 1.0))
-    found = values_at_full_depth(OBJECTS, [4, 5], [broken, whole], Tokenizer())
+    found = values_of_answers(OBJECTS, [4, 5], [broken, whole], Tokenizer())
     assert torch.equal(found[1], torch.tensor([0.0, 0, 1, 0, 1]))
     assert found[0, 3:].tolist() == [1, 0]
     assert "the probabilities of 1 of 4 values cannot be read" in capfd.readouterr().err

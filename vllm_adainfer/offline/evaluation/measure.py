@@ -15,6 +15,7 @@ from vllm_adainfer.offline.evaluation.requests import (
     class_logprobs,
     label_logprobs,
     request_params,
+    value_logprobs,
 )
 from vllm_adainfer.offline.evaluation.run import Rounds, Run
 from vllm_adainfer.offline.progress import progress
@@ -93,8 +94,12 @@ def run(
             texts = [[code_of(objects, output.outputs[0].text)] for output in outputs]
         if config.choices:
             texts = chosen(outputs, config.choices)
-        read = outputs[0].outputs[0].logprobs
-        logprobs = label_logprobs(outputs, config.labels) if read else None
+        logprobs = None
+        if outputs[0].outputs[0].logprobs and objects is None:
+            logprobs = label_logprobs(outputs, config.labels)
+        elif outputs[0].outputs[0].logprobs and objects is not None:
+            codes = [code for [code] in texts]
+            logprobs = value_logprobs(outputs, objects, codes, engine.get_tokenizer())
     else:
         scored = engine.encode(prompts, params, pooling_task="classify", use_tqdm=False)
         seconds = time.perf_counter() - start

@@ -119,7 +119,9 @@ class _Compared:
         score and bins are None if a prompt has no label.
         """
         promise = self.promise
-        truth = true_labels(self.config, self.examples) if promise.reads_values else None
+        truth = None
+        if promise.reads_values and self.config.objects is None:  # see `by_field` for those
+            truth = true_labels(self.config, self.examples)
 
         def row(runs: Sequence[Run]) -> dict[str, Any]:
             pairs = [
@@ -155,6 +157,9 @@ class _Compared:
         assert run.logprobs is not None
         link = self.promise.link
         scores = link.scores_of(torch.from_numpy(run.logprobs).double().exp())
+        if self.config.objects is not None:
+            values = LabelProbabilities(scores.exp(), torch.ones(len(scores)))
+            return Outcome(torch.tensor([code for [code] in run.texts]), scores, values)
         if not self.promise.reads_values:
             return Outcome(scores.argmax(dim=1), scores)
         if not link.one_holds:

@@ -19,6 +19,7 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.files import PUBLIC, replace_file
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.split import groups_of
+from vllm_adainfer.offline.evaluation.by_field import probability_rows
 from vllm_adainfer.offline.evaluation.by_label import field_rows, label_rows
 from vllm_adainfer.offline.evaluation.promised import bounded_rows, default_level, promised_rows
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run
@@ -193,7 +194,10 @@ class _Measured:
                 for run, other in zip(runs, full, strict=True)
             ]
         )
-        rows = field_rows(self.config.objects, self.groups, runs[0].texts, full[0].texts)
+        objects = self.config.objects
+        rows = field_rows(objects, self.groups, runs[0].texts, full[0].texts)
+        of_values = probability_rows(objects, self.examples, runs[0], full[0])
+        rows = [{**row, **more} for row, more in zip(rows, of_values, strict=True)]
         return {"text_differs": value, "text_differs_95": interval, "by_field": rows}
 
     def _by_label(self, run: Run) -> dict[str, Any]:

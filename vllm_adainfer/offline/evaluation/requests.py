@@ -9,9 +9,11 @@ import numpy as np
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Choice, Label
+from vllm_adainfer.artifact.outputs import Objects
 from vllm_adainfer.artifact.requested import Form, Output
 from vllm_adainfer.offline.calibration.data.served_schema import longest_object
 from vllm_adainfer.offline.calibration.record.collect import greedy, scores_of
+from vllm_adainfer.offline.calibration.record.values import best_tokens, values_of_answers
 from vllm_adainfer.offline.evaluation.run import Logprobs
 
 if TYPE_CHECKING:
@@ -20,7 +22,10 @@ if TYPE_CHECKING:
 
 def engine_settings(config: ArtifactConfig) -> dict[str, Any]:
     """The `vllm.LLM` arguments that the requests need."""
-    if Output.of_config(config).form is not Form.AMONG_LABELS:
+    form = Output.of_config(config).form
+    if form is Form.OBJECT_PROBABILITIES:
+        return {"max_logprobs": _best_tokens(config)}
+    if form is not Form.AMONG_LABELS:
         return {}
     return {"logprobs_mode": "processed_logprobs", "max_logprobs": len(config.labels)}
 
@@ -49,14 +54,21 @@ def request_params(
     if form is Form.CHOICE:
         choices = StructuredOutputsParams(choice=[choice.text for choice in config.choices])
         asked: dict[str, Any] = {"structured_outputs": choices}
-    elif form is Form.OBJECT:
+    elif config.objects is not None:
         assert schema is not None, "requests for objects have one"
         asked = {"structured_outputs": StructuredOutputsParams(json=schema)}
+        if form is Form.OBJECT_PROBABILITIES:
+            asked["logprobs"] = _best_tokens(config)
     elif form is Form.IN_VOCABULARY:
         asked = {"logprob_token_ids": ids}
     else:
         asked = {"allowed_token_ids": ids, "logprobs": len(ids)}
     return SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=extra_args, **asked)
+
+
+def _best_tokens(config: ArtifactConfig) -> int:
+    assert config.objects is not None, "other requests name their labels"
+    return best_tokens(field.values for field in config.objects.fields)
 
 
 def most_tokens(config: ArtifactConfig, max_tokens: int) -> int:
@@ -89,6 +101,15 @@ def class_logprobs(outputs: Sequence[PoolingRequestOutput]) -> Logprobs:
         probabilities = np.concatenate([1 - probabilities, probabilities], axis=1)
     with np.errstate(divide="ignore"):
         logprobs: Logprobs = np.log(probabilities)
+    return logprobs
+
+
+def value_logprobs(
+    outputs: Sequence[RequestOutput], objects: Objects, codes: Sequence[int], tokenizer: Any
+) -> Logprobs:
+    """Those of the values of objects among those of their fields, see `values_of_answers`."""
+    answers = [output.outputs[0].logprobs or [] for output in outputs]
+    logprobs: Logprobs = values_of_answers(objects, codes, answers, tokenizer).log().numpy()
     return logprobs
 
 

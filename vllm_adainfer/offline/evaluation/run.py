@@ -24,7 +24,8 @@ class Run:
         layers_run: token-layers that were executed, of those `possible` at full depth.
         passes_run: layers that were entered by at least one token, summed over the steps.
         exit_histogram: layers run -> number of tokens; empty for stock vLLM.
-        logprobs: [prompts, labels], the labels' log-probabilities, if they were requested.
+        logprobs: [prompts, labels], the labels' log-probabilities, if they were requested; of
+            objects among those of their fields.
 
     """
 

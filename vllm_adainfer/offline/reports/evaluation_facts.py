@@ -94,12 +94,26 @@ def _share_or_dash(row: Row, name: str) -> str:
 def facts_of_fields(rows: Sequence[Row], report: Row) -> tuple[Table, str]:
     """How often each field of an object differs, and its text."""
     table = [
-        {"field": row["field"], "differs from full depth": share_in(row, "differs")} for row in rows
+        {
+            "field": row["field"],
+            "differs from full depth": share_in(row, "differs"),
+            **{
+                SCORES[name]: "-" if row[name] is None else f"{row[name]:.3f}"
+                for name in ("move_mean", "move_max", "ece")
+                if name in row
+            },
+        }
+        for row in rows
     ]
     text = (
         "The bound is on objects of which any field differs. Their texts, with white space, differ "
         f"in {share_in(report, 'text_differs')} of the answers."
     )
+    if "ece" in rows[0]:
+        text += (
+            " A move is the largest change of a probability in a field, compared with never "
+            "exiting; ECE compares with the objects in the labels of the data."
+        )
     return Table(table, text_columns=1), text
 
 

@@ -125,6 +125,8 @@ def make_examples(
                 f"{max_tokens}: shorten the text or the template"
             )
         label = row.fields.get(label_field)
+        if isinstance(label, dict):  # an object of a schema
+            label = json.dumps(label, ensure_ascii=False)
         examples.append(Example(row.place, text, token_ids, None if label is None else str(label)))
     return examples
 

@@ -30,7 +30,7 @@ from vllm_adainfer.offline.calibration.record.collect import (
 )
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.record.rows import Rows, ServedModel, by_layer
-from vllm_adainfer.offline.calibration.record.values import best_tokens, values_at_full_depth
+from vllm_adainfer.offline.calibration.record.values import best_tokens, values_of_answers
 from vllm_adainfer.offline.progress import say
 from vllm_adainfer.policy.probe import logit_lens_of
 from vllm_adainfer.settings.instruments import GUESS_ARG, ROW_ARG
@@ -169,7 +169,7 @@ def _record(
                 dtype=np.float64,
             ),
             means={layer: by_field(mean)[:, 0] for layer, mean in by_layer(rows, "mean.").items()},
-            values=values_at_full_depth(
+            values=values_of_answers(
                 objects, codes, [one.outputs[0].logprobs for one in outputs], tokenizer
             ),
         ),

@@ -121,7 +121,7 @@ class Rows:
             learn from (see `TunedLensSums`); the target is the change until the last layer.
         own_states: the states of all tokens of each prompt; None if they are not recorded.
         values: of objects, fp32 [rows, values of all fields], how probable full depth finds each
-            value of a field as it writes the object, see `values_at_full_depth`; None for others.
+            value of a field as it writes the object, see `values_of_answers`; None for others.
 
     """
 

@@ -26,12 +26,12 @@ def best_tokens(values: Iterable[Collection[Any]]) -> int:
     return max(BEST_TOKENS, *map(len, values))
 
 
-def values_at_full_depth(
+def values_of_answers(
     objects: Objects, codes: Sequence[int], answers: Sequence[Iterable[Any]], tokenizer: Any
 ) -> Tensor:
-    """fp32 [answers, values of all fields], how probable each value of a field is.
+    """fp32 [answers, values of all fields], how probable each value of a field is by an answer.
 
-    Read at the tokens that decide it, behind the fields as full depth wrote them; those of a field
+    Read at the tokens that decide it, behind the fields as they were written; those of a field
     sum to 1. A value that begins with none of the best tokens has nothing. Of a field that cannot
     be read, the value that was written has all of it.
 
