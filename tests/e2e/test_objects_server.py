@@ -23,6 +23,7 @@ from tests.e2e.objects import SCHEMA, VALUES, save_policy
 from tests.e2e.structured_bodies import CHAT, COMPLETIONS, RESPONSES, forced, in_format, tool
 from tests.e2e.test_serve import by_policy, environment, post
 from tests.e2e.test_structured_server import FLAGS, hang_up
+from tests.in_docs import field_probabilities
 from tests.waiting import wait_for
 from vllm_adainfer.settings.engine import NO_POLICY
 
@@ -39,7 +40,9 @@ EARLY: dict[str, tuple[str, dict[str, Any]]] = {
     "structured_outputs": (CHAT, {"structured_outputs": {"json": SCHEMA}}),
     "a text": (CHAT, {"structured_outputs": {"json": json.dumps(SCHEMA, indent=2)}}),
     "a seed": (CHAT, {**in_format(SCHEMA), "seed": 7, "top_p": 0.5, "user": "u"}),
+    "log-probabilities": (CHAT, {**in_format(SCHEMA), "logprobs": True, "top_logprobs": 3}),
     "completions": (COMPLETIONS, {"structured_outputs": {"json": SCHEMA}}),
+    "completions, log-probabilities": (COMPLETIONS, {**in_format(SCHEMA), "logprobs": 3}),
     "completions, response_format": (COMPLETIONS, in_format(SCHEMA)),
     "Responses": (RESPONSES, {"text": {"format": {**FORMAT, "strict": True}}}),
     "a function": (CHAT, forced("note", SCHEMA)),
@@ -75,11 +78,13 @@ HOSTILE: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
-    """Of a policy that is sure of every object."""
+    """Of a policy that is sure of every object, and promises probabilities."""
     folder = tmp_path_factory.mktemp("served")
     model = save_byte_model(folder / "model")
     thresholds = torch.full((2, 3), -1.0)
-    policy: Path = save_policy(model, folder / "policy", thresholds, space="")  # as FLAGS ask
+    promise = {"risk": "probability", "tolerance": 0.2}
+    # As FLAGS ask, without white space.
+    policy: Path = save_policy(model, folder / "policy", thresholds, space="", **promise)
     switch = {"artifact": str(policy), "min_rows_saved": 1}
     set_up = environment(**PLAIN_TOOLS)
     with serving(str(model), switch, folder / "server.log", FLAGS, set_up) as running:
@@ -176,6 +181,27 @@ def test_a_stream_has_the_object_in_one_delta_and_says_how_many_tokens_it_is(ser
         if event.type == "response.output_text.delta"
     ]
     assert written == [expected]
+
+
+def test_a_client_reads_how_probable_each_value_is(client):
+    """Of the early object, in the way of the documentation, streamed or not."""
+    asked = body(*EARLY["log-probabilities"])
+    [choice] = client.chat.completions.create(**asked).choices
+    found = field_probabilities(choice.logprobs.content, SCHEMA)
+    written = json.loads(choice.message.content)
+    for field, values in VALUES.items():
+        names = [one if isinstance(one, str) else json.dumps(one) for one in values]
+        assert found[field].keys() == set(names)
+        assert sum(found[field].values()) == pytest.approx(1)
+        best = max(found[field], key=found[field].get)
+        assert values[names.index(best)] == written[field]
+        assert min(found[field].values()) > 0.01, "random heads are not sure"
+    events = client.chat.completions.create(**asked, stream=True)
+    streamed = [one.logprobs.content for event in events for one in event.choices if one.logprobs]
+    [content] = [one for one in streamed if one]
+    assert content == choice.logprobs.content
+    forced = [one for one in content if one.logprob == 0]
+    assert len(content) - len(forced) == len(VALUES)
 
 
 def leave(server: Server, asked: dict[str, Any], after: float, share: float = 1.0) -> None:
