@@ -39,7 +39,7 @@ import typer
 
 from benchmarks.common.report_files import write_report
 from benchmarks.offline.refused_drafts import refusals
-from benchmarks.offline.structured_engine import OURS, engines
+from benchmarks.offline.structured_engine import OURS, STOCK, engines
 from benchmarks.offline.structured_report import table
 from benchmarks.offline.structured_requests import bodies_by_kind, read
 from benchmarks.offline.structured_rounds import of_kind
@@ -47,6 +47,7 @@ from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.provenance import provenance
 
 LONGEST = 512  # tokens of a prompt and its answer
+SWITCHES: dict[str, dict[str, Any] | None] = {OURS: {"draft_structure": True}, STOCK: None}
 FREE = "free text"  # the kind whose grammar has no fixed text
 WITH_GUIDANCE = ("review", "reason last", FREE)
 
@@ -75,7 +76,8 @@ def main(
             ]
             if not missing or time.monotonic() > end:
                 continue
-            with engines(model, backend, LONGEST, eager) as both:
+            settings = {"structured_outputs_config": {"backend": backend}, "enforce_eager": eager}
+            with engines(model, SWITCHES, LONGEST, **settings) as both:
                 for kind in missing:
                     if time.monotonic() > end:
                         typer.echo("time is up: the same command does the rest")

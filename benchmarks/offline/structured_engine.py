@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -109,19 +109,18 @@ class Engine:
 
 
 @contextmanager
-def engines(model: str, backend: str, longest: int, eager: bool) -> Iterator[dict[str, Engine]]:
-    """Stock vLLM and ours side by side, with one grammar backend; `longest` is of all requests."""
-    switches: dict[str, dict[str, Any] | None] = {OURS: {"draft_structure": True}, STOCK: None}
+def engines(
+    model: str, switches: Mapping[str, dict[str, Any] | None], longest: int, **settings: Any
+) -> Iterator[dict[str, Engine]]:
+    """Engines side by side, by name, each with its switch; None is stock vLLM.
+
+    `longest` is the length of the longest prompt with its answer, in tokens; `settings` are further
+    arguments of `vllm.LLM`.
+    """
     started: dict[str, Engine] = {}
     try:
         for name, switch in switches.items():
-            llm = start_engine(
-                model,
-                [Example("", "", [0] * longest, None)],
-                switch,
-                structured_outputs_config={"backend": backend},
-                enforce_eager=eager,
-            )
+            llm = start_engine(model, [Example("", "", [0] * longest, None)], switch, **settings)
             started[name] = Engine(llm)
             started[name].count()
         yield started

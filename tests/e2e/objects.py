@@ -17,6 +17,7 @@ from tests.tiny import tiny_config, tiny_tensors
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.outputs import DecidedField, Objects, Value
+from vllm_adainfer.artifact.tensors import GUESS_TOKENS, GUESS_WEIGHT
 from vllm_adainfer.drafts.schemas import digest_of
 
 ENGINE: dict[str, Any] = {
@@ -61,10 +62,16 @@ def objects(space: str = " ") -> Objects:
 def save_policy(
     model: Path, directory: Path, thresholds: Tensor = THRESHOLDS, space: str = " ", **changes: Any
 ) -> Path:
-    """Write a policy with random heads; `changes` are of its config."""
+    """Write a policy with random heads, and a guess by text; `changes` are of its config."""
     of_labels = tiny_config(model, **changes)
-    config = ArtifactConfig.model_validate({**dict(of_labels), "output": objects(space)})
-    save_artifact(directory, config, tiny_tensors(config, thresholds), {}, "card\n")
+    guessed = objects(space).model_copy(update={"guesser": "random"})
+    config = ArtifactConfig.model_validate({**dict(of_labels), "output": guessed})
+    letters = torch.arange(ord("a"), ord("z") + 1)
+    random = torch.Generator().manual_seed(3)
+    weight = torch.randn(len(letters) + 1, len(config.labels), generator=random)
+    tensors = tiny_tensors(config, thresholds)
+    tensors |= {GUESS_TOKENS: letters, GUESS_WEIGHT: weight}
+    save_artifact(directory, config, tensors, {}, "card\n")
     return directory
 
 

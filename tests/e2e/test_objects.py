@@ -22,6 +22,7 @@ from tests.triton_on_cpu import IS_V2
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.artifact.outputs import Objects
+from vllm_adainfer.policy.guesser import Guesser
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ class Oracle:
         self.artifact, self.tokenizer = artifact, byte_tokenizer()
         found = artifact.config.objects
         assert found is not None
-        self.objects = found
+        self.objects, self.guesser = found, Guesser.of(artifact)
 
     @torch.no_grad()
     def states(self, tokens: list[int]) -> tuple[torch.Tensor, ...]:
@@ -75,8 +76,9 @@ class Oracle:
         """How probable each value of each field is, and after which layer."""
         config, tensors = self.artifact.config, self.artifact.tensors
         ids = self.tokenizer.encode(prompt)
-        rows = torch.tensor(self.objects.rows) + len(ids) - 1
-        states = self.states([*ids, *self.objects.guess])
+        guess = self.guesser.places(ids)
+        rows = torch.tensor(self.objects.rows(guess)) + len(ids) - 1
+        states = self.states([*ids, *self.objects.written(guess)])
         for index, layer in enumerate(config.exit_points):
             read = states[layer][0, rows]
             if config.is_pooled:

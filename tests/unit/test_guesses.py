@@ -22,6 +22,7 @@ from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.drafts.grammars import Grammar, Grammars
 from vllm_adainfer.drafts.schemas import digest_of
 from vllm_adainfer.engine.admission.admission import Admission
+from vllm_adainfer.engine.admission.running import attach_resolved
 from vllm_adainfer.engine.scheduler import drafts as drafts_module
 from vllm_adainfer.engine.scheduler.drafts import Drafting, Drafts
 from vllm_adainfer.engine.scheduler.objects import Guesses, RecordedGuesses, WrittenObjects
@@ -31,7 +32,8 @@ from vllm_adainfer.exits.loop.step import CPU, FULL_DEPTH
 from vllm_adainfer.settings.engine import Settings
 
 SCHEMA = {"type": "object", "properties": {"mood": {"enum": ["bad", "fine", "good"]}}}
-GUESS, PROMPT, END = OBJECTS.guess, [5] * 4, 2
+PLACES = OBJECTS.commonest
+GUESS, PROMPT, END = OBJECTS.written(PLACES), [5] * 4, 2
 
 
 def asking(schema: Any = SCHEMA, **settings: Any) -> SamplingParams:
@@ -81,10 +83,10 @@ def promising(tiny_model, tmp_path_factory) -> str:
         (SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=[0, 1]), False),
     ],
 )
-def test_requests_for_the_schema_have_a_guess_if_nothing_else_is_asked(source, params, exits):
+def test_requests_for_the_schema_need_a_guess_if_nothing_else_is_asked(source, params, exits):
     admission = Admission(Settings(artifact=source))
     assert resolved(admission, params).may_exit == exits
-    assert admitted(admission, params).guessed == (len(GUESS) if exits else 0)
+    assert admitted(admission, params).guessed == (-1 if exits else 0)
     assert (admitted(admission, params).threshold_row != FULL_DEPTH) == exits
 
 
@@ -131,7 +133,10 @@ def test_an_object_may_be_early_only_in_the_step_with_its_whole_guess(
     source, tmp_path, drafted, computed, rows, why
 ):
     running = running_requests({"artifact": source, "audit": {"directory": str(tmp_path)}})
-    running.add(new_request(asking(), PROMPT))
+    new = new_request(asking(), PROMPT)
+    arrived = running.admission.arrival.resolve("a", new.sampling_params)
+    attach_resolved(new, arrived.changed(guess=GUESS, guess_rows=OBJECTS.rows(PLACES)))
+    running.add(new)
     step = running.describe(
         ["a"],
         np.array([rows]),

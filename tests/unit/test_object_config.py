@@ -35,14 +35,19 @@ def config_with(model: Any, output: Any = OBJECTS) -> ArtifactConfig:
 def test_objects_are_written_of_the_parts_of_their_values():
     assert OBJECTS.written([0, 0, 0]) == (1, 2, 7, 4, 12, 13, 4, 20, 21, 5)
     assert OBJECTS.written([1, 0, 1]) == (1, 2, 9, 9, 4, 12, 13, 4, 20, 5)
-    assert OBJECTS.guess == OBJECTS.written([2, 0, 1]) == (1, 2, 3, 4, 12, 13, 4, 20, 5)
+    assert OBJECTS.commonest == (2, 0, 1)
+    assert OBJECTS.written([2, 0, 1]) == (1, 2, 3, 4, 12, 13, 4, 20, 5)
 
 
 def test_a_field_is_read_at_the_row_that_decides_its_first_token():
     """Row 0 is the last one of the prompt, and decides the first token of the guess."""
-    assert OBJECTS.rows == (2, 4, 7)
-    firsts = [own.values[own.guess].written[0] for own in OBJECTS.fields]
-    assert [OBJECTS.guess[row] for row in OBJECTS.rows] == firsts
+    assert OBJECTS.rows([2, 0, 1]) == (2, 4, 7)
+    assert OBJECTS.rows([1, 0, 1]) == (2, 5, 8)
+    places = OBJECTS.commonest
+    firsts = [
+        own.values[place].written[0] for own, place in zip(OBJECTS.fields, places, strict=True)
+    ]
+    assert [OBJECTS.written(places)[row] for row in OBJECTS.rows(places)] == firsts
 
 
 def test_the_longest_object_has_the_longest_part_of_each_field():

@@ -77,15 +77,16 @@ OTHER_GUESS = [field.model_copy(update={"guess": 0}) for field in objects().fiel
         objects(space=""),
         objects().model_copy(update={"schema_digest": "another"}),
         objects().model_copy(update={"fields": tuple(OTHER_GUESS)}),
+        objects().model_copy(update={"guesser": "another"}),
     ],
-    ids=["written", "schema", "guess"],
+    ids=["written", "schema", "commonest", "guesser"],
 )
 def test_a_reload_may_not_change_the_objects_that_the_scheduler_guesses_and_writes(
     tiny_model, other
 ):
     before = deciding(tiny_model, objects())
     check_replaces("reviews", deciding(tiny_model, objects()), before)
-    with pytest.raises(AdaInferError, match="its schema, its guess, or how its objects are writte"):
+    with pytest.raises(AdaInferError, match="its schema, its guesses, or how its"):
         check_replaces("reviews", deciding(tiny_model, other), before)
 
 

@@ -148,6 +148,9 @@ class Objects(Asked):
     schema_digest: str = Field(description="See `vllm_adainfer.drafts.schemas`.")
     start: tuple[TokenId, ...] = Field(description="What the model writes before the first value.")
     fields: tuple[DecidedField, ...] = Field(min_length=1, max_length=MOST_FIELDS)
+    guesser: str = Field(
+        default="", description="Digest of what guesses one by a text; empty for none."
+    )
 
     @property
     @override
@@ -177,17 +180,19 @@ class Objects(Asked):
         return ", ".join(f"{field.path}={field.values[place].text}" for field, place in pairs)
 
     @cached_property
-    def guess(self) -> tuple[TokenId, ...]:
-        """The tokens of the guessed object."""
-        return self.written([field.guess for field in self.fields])
+    def commonest(self) -> tuple[int, ...]:
+        """The place of each field's value in the commonest object."""
+        return tuple(field.guess for field in self.fields)
 
-    @cached_property
-    def rows(self) -> tuple[int, ...]:
-        """Of each field, how many rows the one that it is read at lies behind the prompt's last."""
+    def rows(self, guess: Sequence[int]) -> tuple[int, ...]:
+        """Of each field, how many rows the one that it is read at lies behind the prompt's last.
+
+        The object with the values at the places `guess` stands there.
+        """
         found, end = [], len(self.start)
-        for field in self.fields:
+        for field, place in zip(self.fields, guess, strict=True):
             found.append(end)
-            end += len(field.values[field.guess].written)
+            end += len(field.values[place].written)
         return tuple(found)
 
     @cached_property

@@ -13,6 +13,8 @@ from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.errors import AdaInferError
 
 UNREADABLE = (OSError, RuntimeError, SafetensorError)  # RuntimeError: more than can be mapped
+GUESS_TOKENS, GUESS_WEIGHT = "guess.tokens", "guess.weight"  # of a guesser of objects
+INTEGERS = ("shortlist", GUESS_TOKENS)
 FLOATS = ("F32", "F16", "BF16")
 TRANSITIONS = 4  # between the two states of a CRF
 
@@ -52,7 +54,7 @@ def _problem(
             return f"tensor {name} must have shape {list(shape)} but is missing"
         if shapes[name] != shape:
             return f"tensor {name} must have shape {list(shape)} but has {list(shapes[name])}"
-        allowed = ("I64",) if name == "shortlist" else FLOATS
+        allowed = ("I64",) if name in INTEGERS else FLOATS
         if dtypes[name] not in allowed:
             return f"tensor {name} must be {' or '.join(allowed)} but is {dtypes[name]}"
     if expected.get("shortlist", (2,))[0] < 2:
@@ -67,12 +69,15 @@ def expected_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor by name.
 
-    The shapes `found` tell how long the shortlist is.
+    The shapes `found` tell how long the shortlist is, and how many tokens a guesser knows.
     """
     own, *others = config.parts("").values()
     shapes = _shapes_of_part(own, found)
     for part in others:
         shapes |= {f"{LAST_TOKEN}.{n}": s for n, s in _shapes_of_part(part, found).items()}
+    if config.objects is not None and config.objects.guesser:
+        tokens = (found.get(GUESS_TOKENS) or (0,))[0]
+        shapes |= {GUESS_TOKENS: (tokens,), GUESS_WEIGHT: (tokens + 1, len(config.labels))}
     return shapes
 
 

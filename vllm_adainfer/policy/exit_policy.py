@@ -87,8 +87,8 @@ class ExitPolicy(ABC):
         num_threshold_rows: the number of threshold rows: one per level, or per level and question.
         probe_inputs: what it reads at each exit point.
         probes: the probe of each exit point; none of a policy without probes.
-        answer_rows: of an object, how many rows the one that each field is read at lies behind the
-            prompt's last, [fields]; None for answers that are read at the last row.
+        decides_objects: whether an answer is an object, each field of which is read at a row of its
+            own; else answers are read at the last row.
         promise: what is promised of the answers.
         answers_stand: whether what it has settled is answered early even where the request stays
             to full depth: what it promises holds only so (see `Promise.answers_stand`), or
@@ -100,7 +100,7 @@ class ExitPolicy(ABC):
     num_threshold_rows: int
     probe_inputs: tuple[ProbeInput, ...]
     probes: Sequence[Probe] = ()
-    answer_rows: Ints | None = None
+    decides_objects: bool = False
     promise: Promise = Changed()
     answers_stand: bool = False
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import adainfer_kernels
-import numpy as np
 import torch
 from adainfer_kernels import Head, Lens
 from torch import Tensor
@@ -102,7 +101,7 @@ class Policy(ExitPolicy):
         self._first_tokens = FirstTokens.of(config.output, device)
         self._columns_of_fields: tuple[int, ...] = ()
         if (objects := config.objects) is not None:
-            self.answer_rows = np.array(objects.rows)
+            self.decides_objects = True
             self._columns_of_fields = tuple(len(field.values) for field in objects.fields)
         self._thresholds = tensors["thresholds"].float().T.contiguous()  # [exit points, rows]
         self._classifiers = [
@@ -155,7 +154,7 @@ class Policy(ExitPolicy):
             decision = Decision.by_score(
                 features, classifier, threshold, rows.memory, self._scored(answers)
             )
-            if self.answer_rows is not None:
+            if self.decides_objects:
                 codes = self.promise.link.best(scores[:, : len(self._columns)])
                 decision = replace(decision, codes=codes)
         if self._never_early is None:

@@ -12,6 +12,7 @@ from vllm_adainfer.strict import Strict
 
 ROW_ARG = "adainfer_row"
 GUESS_ARG = "adainfer_guess"
+GUESS_ROWS_ARG = "adainfer_guess_rows"
 SCRIPT_ARG = "adainfer_exit"
 
 
@@ -40,8 +41,7 @@ class SwitchInstruments(BaseModel):
             of each prompt, at all of these layers but the last.
         record_states: with `record_pooled_from`, where to keep each of these states instead.
         record_objects: with `record`, whether requests ask for objects. Their answers are drafted,
-            and what is kept are the states that their fields are decided by, see
-            `adainfer_record_fields`.
+            and what is kept are the states at the rows that their fields are decided by.
         exit_script: instead of an artifact, exit points; a request leaves at the one that its
             ``adainfer_exit`` names, with a meaningless answer. Benchmarks and tests set it.
 
@@ -61,10 +61,13 @@ class RequestInstruments(BaseModel):
     Attributes:
         adainfer_row: under `record`, the row of the calibration data.
         adainfer_guess: under `record_objects`, the tokens that stand behind the prompt in its step.
+        adainfer_guess_rows: with a guess, how many rows each that is kept lies behind the prompt's
+            last.
         adainfer_exit: under `exit_script`, the exit point at which to leave.
 
     """
 
     adainfer_row: int | None = Field(None, strict=True)
     adainfer_guess: tuple[StrictInt, ...] | None = None
+    adainfer_guess_rows: tuple[StrictInt, ...] = ()
     adainfer_exit: int | None = Field(None, strict=True)

@@ -159,9 +159,9 @@ def _subset(output: Output | None, config: ArtifactConfig) -> int:
 
 def _guessed(request: Running, config: ArtifactConfig | None) -> int:
     """See `Running.guessed`."""
-    if request.settings.adainfer_guess is not None:
-        return len(request.settings.adainfer_guess)
-    return len(config.objects.guess) if config is not None and config.objects is not None else 0
+    if config is not None and config.objects is not None:
+        return len(request.guess) or -1
+    return len(request.settings.adainfer_guess or ())
 
 
 def why_choices_run_on(vllm_config: VllmConfig, settings: Settings) -> str | None:

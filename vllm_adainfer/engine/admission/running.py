@@ -54,8 +54,11 @@ class Running:
             policies with a student that may decide the request.
         force_full_depth_prefill: whether its prompt must run at full depth, to complete the blocks
             of a shared prefix.
-        objects: the name of the policy for the object that it asks for, whose guess is drafted
-            behind its prompt; None if there is none.
+        objects: the name of the policy for the object that it asks for; None if there is none.
+        guess: the tokens of the object that stands behind its prompt while that is decided, or
+            recorded; empty for none.
+        guess_rows: of each field, how many rows the one that it is read at lies behind the prompt's
+            last.
         kind: the name of its kind, on a server that calibrates itself; None if it never exits.
 
     Those from here on are known to the worker, which admits the request:
@@ -72,7 +75,8 @@ class Running:
             without a label pool.
         certified_tokens: how many of its first tokens its policy's bound covers.
         has_choice_policy: whether a policy for choices decides it.
-        guessed: how many tokens the guess of its policy for objects has; 0 for another policy.
+        guessed: how many tokens its guess has, if its policy is for objects or it is recorded; 0
+            for others, and -1 if there is none though its policy needs one.
         answers_stand: whether its policy's answers do, see `Promise.answers_stand`.
         text: what its policy's student reads of its prompt, in the student's tokens; empty if it is
             not asked.
@@ -92,6 +96,8 @@ class Running:
     texts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     force_full_depth_prefill: bool = False
     objects: str | None = None
+    guess: Sequence[int] = ()
+    guess_rows: Sequence[int] = ()
     kind: str | None = None
 
     prompt: Sequence[int] = ()

@@ -158,7 +158,7 @@ class RunningRequests:
         continues = token < own.max_tokens  # once this step's token is appended
         guessed = None
         if admission.has_objects:
-            guessed = (own.guessed > 0) & yields_token & (token == 1) & (drafted == own.guessed)
+            guessed = (own.guessed != 0) & yields_token & (token == 1) & (drafted == own.guessed)
             continues &= ~guessed  # an early answer is the whole object
         rows, pooled_from = own.threshold_row, None
         if admission.has_pooled:
@@ -178,7 +178,7 @@ class RunningRequests:
         self._why.clear()
         reasons = [*self._full_depth(request_ids, own, token, needs_all, tightened)]
         if guessed is not None:
-            reasons.append(("not_guessed", (own.guessed > 0) & ~guessed))
+            reasons.append(("not_guessed", (own.guessed != 0) & ~guessed))
         for why, applies in reasons:
             if self._audits:
                 self._why |= dict.fromkeys(np.flatnonzero(applies & (rows != FULL_DEPTH)), why)
@@ -206,6 +206,9 @@ class RunningRequests:
             else None,
             guessed=guessed,
             reads_values=None if guessed is None else own.reads_values != 0,
+            guess_rows=[self._requests[one].guess_rows for one in request_ids]
+            if admission.has_objects
+            else None,
             record_rows=own.record_row if admission.is_recording else None,
             recorded=recorded,
             ends_early=own.has_choice_policy != 0 if admission.has_choices else None,

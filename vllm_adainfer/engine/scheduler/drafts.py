@@ -97,8 +97,8 @@ class Drafts(Observer):
         params, structured = request.sampling_params, request.structured_output_request
         if params is None or structured is None or request.resumable:
             return
-        guess = () if self._objects is None else self._objects.guess_of(request)
         resolved = resolved_of(request)
+        guess = () if resolved is None else resolved.guess
         may_exit = resolved is not None and resolved.may_exit and not guess
         if may_exit or params.eos_token_id is None or not only_grammar_decides(params):
             return

@@ -37,23 +37,14 @@ class Guesses(Protocol):
 
     written: Collection[str]
 
-    def guess_of(self, request: Request) -> Sequence[int]:
-        """What stands behind a prompt while a policy decides its object; empty for no object."""
-
     def rest(self, request: Request) -> list[int]:
         """What a policy expects behind what a request has written; empty for nothing."""
 
 
 class RecordedGuesses(Guesses):
-    """Those of calibration, which each request brings."""
+    """Those of calibration, which each request brings: no object is written early."""
 
     written = frozenset[str]()
-
-    @override
-    def guess_of(self, request: Request) -> Sequence[int]:
-        resolved = resolved_of(request)
-        guess = None if resolved is None else resolved.settings.adainfer_guess
-        return guess or ()
 
     @override
     def rest(self, request: Request) -> list[int]:
@@ -78,13 +69,6 @@ class WrittenObjects(Observer, Guesses):
         self._read: dict[str, int] = {}
         self._probable: dict[str, tuple[int, ...]] = {}
         self.written: set[str] = set()
-
-    @override
-    def guess_of(self, request: Request) -> Sequence[int]:
-        resolved = resolved_of(request)
-        if resolved is None or resolved.objects is None or not resolved.may_exit:
-            return ()
-        return self._objects[resolved.objects].guess
 
     @override
     def rest(self, request: Request) -> list[int]:
@@ -149,7 +133,7 @@ def check_objects(tokenizer: Any, name: str, objects: Objects) -> None:
 
     That of the guess, and one with each value in its place: early answers consist of these tokens.
     """
-    guess = [field.guess for field in objects.fields]
+    guess = objects.commonest
     for number, field in enumerate(objects.fields):
         for place in range(len(field.values)):
             places = [*guess[:number], place, *guess[number + 1 :]]

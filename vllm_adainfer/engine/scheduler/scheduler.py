@@ -39,6 +39,7 @@ from vllm_adainfer.engine.compat.scheduler import (
 )
 from vllm_adainfer.engine.compat.stats import attach_report
 from vllm_adainfer.engine.scheduler.drafts import Drafts
+from vllm_adainfer.engine.scheduler.guesses import with_guesses
 from vllm_adainfer.engine.scheduler.objects import WrittenObjects
 from vllm_adainfer.engine.scheduler.observer import Observer, Step, report_of
 from vllm_adainfer.engine.scheduler.observers import observers_of
@@ -68,6 +69,7 @@ class ObservedScheduler(_Scheduler):
         self.admission: Admission | None = None
         self._guard: PrefixCacheGuard | None = None
         self._texts: Callable[[Request, Running], Mapping[str, tuple[int, ...]]] | None = None
+        self._guess: Callable[[Request, Running], Running] | None = None
         if not settings.runs_stock:
             self._make_exits(settings)
         self.observers = observers_of(self.vllm_config, settings, self)
@@ -83,6 +85,8 @@ class ObservedScheduler(_Scheduler):
         if self.admission.has_students:
             self._texts = texts_for_students(self.vllm_config, settings, self.admission)
             tell_scheduler_of_arrivals()
+        if self.admission.has_objects:
+            self._guess = with_guesses(self.vllm_config, settings)
         if self.cache_config.enable_prefix_caching and not self.admission.is_recording:
             self.kv_cache_manager = self._guard = PrefixCacheGuard(self.kv_cache_manager)
 
@@ -98,6 +102,8 @@ class ObservedScheduler(_Scheduler):
         )
         if self._texts is not None:
             resolved = resolved.changed(texts=self._texts(request, resolved))
+        if self._guess is not None:
+            resolved = self._guess(request, resolved)
         attach_resolved(request, resolved)
 
     @override

@@ -201,7 +201,7 @@ def _admitted_by(config: ArtifactConfig) -> dict[str, object]:
     facts: dict[str, object] = {
         "its LoRA adapter, or in the weights of that": config.adapter,
         "its choices, or in their tokens": {one.text: one.token_ids for one in config.choices},
-        "its schema, its guess, or how its objects are written": config.objects,
+        "its schema, its guesses, or how its objects are written": config.objects,
         "its labels": set(config.label_ids),
         "what its scores are made into": config.score_head,
         "whether it serves any of its labels (--label-pool)": config.label_pool,

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from typing_extensions import override
@@ -192,11 +191,6 @@ class ExitWorker(_Worker):
         """Phase 2: serve with the result of phase 1, or drop it."""
         built = self._reloads.pop(reload, None)
         return self._served.reload(built) if use and built is not None else []
-
-    def adainfer_record_fields(self, answer_rows: list[int]) -> None:
-        """Keep the states at these rows of each request with a guess, see `ExitPolicy`."""
-        model: Any = self.model_runner.model
-        model.loop.answer_rows = np.array(answer_rows)
 
     def adainfer_take_record(self, directory: str) -> dict[str, Any]:
         """Add what was recorded to the files of `directory`: rows, sums, and the model.

@@ -96,9 +96,8 @@ class Decisions:
                 )
             elif part.probe_input is ProbeInput.OWN_STATES:
                 hidden, lens = of_branches[part.policy]
-            answer_rows = policies[part.policy].answer_rows
-            if answer_rows is not None and part.probe_input in states:
-                hidden = self._of_fields(own, answer_rows, part.probe_input, hidden)
+            if policies[part.policy].decides_objects and part.probe_input in states:
+                hidden = self._of_fields(own, part.probe_input, hidden)
             decision = policies[part.policy].decide(
                 part.exit_index,
                 UndecidedRows(
@@ -197,20 +196,17 @@ class Decisions:
             states = states.rows(rows)
         return states.combined()
 
-    def _of_fields(
-        self, requests: Ints, answer_rows: Ints, probe_input: ProbeInput, read: Tensor
-    ) -> Tensor:
+    def _of_fields(self, requests: Ints, probe_input: ProbeInput, read: Tensor) -> Tensor:
         """[requests, fields, width], what probes of objects read, see `UndecidedRows.hidden`.
 
         `read` [requests, width] is what others read of these requests.
         """
-        step, layout = self._step, self._forward.layout
-        of_prompts = layout.last_rows(requests) - step.drafted[requests]
-        [rows] = step.on_device((of_prompts[:, None] + answer_rows).ravel())
+        field_rows = self._step.field_rows(requests, self._forward.layout)
+        [rows] = self._step.on_device(field_rows.ravel())
         states = replace(self._forward.states, per_layer=None).rows(rows).combined()
         if probe_input is ProbeInput.LAST_TOKEN:
-            return states.view(len(requests), len(answer_rows), -1)
-        own = normed(states).view(len(requests), len(answer_rows), -1)
+            return states.view(*field_rows.shape, -1)
+        own = normed(states).view(*field_rows.shape, -1)
         means = read[:, own.shape[2] :].unsqueeze(1).expand_as(own)
         return torch.cat([own, means], dim=2)
 
@@ -230,7 +226,7 @@ class Decisions:
             requests = requests[self._forward.owners[requests] == index]
             if not requests.size:
                 continue
-            if self._policies.policies[index].answer_rows is not None:
+            if self._policies.policies[index].decides_objects:
                 self._read_values(requests, answers)
                 continue
             if answers.token_ids is not None:
@@ -273,7 +269,7 @@ class Decisions:
             of_queries = {name for name, watch in monitors.items() if watch.queries is not None}
             seen |= {index for index, name in enumerate(names) if name in of_queries}
         for index in sorted(seen):
-            if self._policies.policies[index].answer_rows is not None:
+            if self._policies.policies[index].decides_objects:
                 continue
             name, own = names[index], step.shadow[owners == index]
             monitor = monitors[name]

@@ -60,6 +60,7 @@ class StepContext:
         guessed: [requests], True for those that ask for an object whose guess stands behind the
             prompt, which ends in this step; None if the engine decides no objects.
         reads_values: [requests], see `Running.reads_values`; None if the engine decides no objects.
+        guess_rows: [requests], see `Running.guess_rows`; None likewise.
         record_rows: [requests], see `Running.record_row`; None unless the engine records.
         recorded: requests whose states are kept beside serving; None if there are none.
         shadow: the shadow requests that may exit; None where there is no monitor.
@@ -87,6 +88,7 @@ class StepContext:
     texts: Sequence[Sequence[int]] | None = None
     guessed: Bools | None = None
     reads_values: Bools | None = None
+    guess_rows: Sequence[Sequence[int]] | None = None
     record_rows: Ints | None = None
     recorded: RecordedRequests | None = None
     shadow: Ints | None = field(default=None, init=False)
@@ -115,6 +117,17 @@ class StepContext:
         if self.sampled_lens is None:
             return np.zeros(self.num_requests, np.int64)
         return self.sampled_lens - 1
+
+    def field_rows(self, requests: Ints, layout: RowLayout) -> Ints:
+        """[requests, fields], the row of `layout` that each field of these is read at.
+
+        All of `requests` ask for as many fields.
+        """
+        assert self.guess_rows is not None, "the engine decides objects"
+        behind = np.array([self.guess_rows[request] for request in requests.tolist()])
+        of_prompts = layout.last_rows(requests) - self.drafted[requests]
+        rows: Ints = of_prompts[:, None] + behind
+        return rows
 
     @property
     def exited(self) -> Ints:

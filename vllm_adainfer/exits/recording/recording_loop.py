@@ -62,12 +62,7 @@ class Timings:
 
 
 class RecordingLoop(Loop):
-    """Runs all requests at full depth while calibration data are collected.
-
-    Attributes:
-        answer_rows: as in `ExitPolicy`, where objects are recorded.
-
-    """
+    """Runs all requests at full depth while calibration data are collected."""
 
     def __init__(
         self,
@@ -85,7 +80,6 @@ class RecordingLoop(Loop):
         self.recorder = recorder
         self._keeps_states = keeps_states
         self._reads_prompts = reads_prompts
-        self.answer_rows: Ints | None = None
         self.timings = Timings()
         self.kv = ExactKV()
         self._depth = shape.depth
@@ -143,12 +137,11 @@ class RecordingLoop(Loop):
 
     def _decision_rows(self, step: StepContext) -> Bools:
         """Whether each row decides an answer, or a field of one, [rows]."""
-        if self.answer_rows is None:
+        if step.guess_rows is None:
             return step.sampled_rows()
-        requests = self._decided(step)
-        of_prompts = step.layout.last_rows(requests) - step.drafted[requests]
-        rows = np.zeros(step.layout.num_rows, dtype=np.bool_)
-        rows[(of_prompts[:, None] + self.answer_rows).ravel()] = True
+        rows, requests = np.zeros(step.layout.num_rows, dtype=np.bool_), self._decided(step)
+        if requests.size:
+            rows[step.field_rows(requests, step.layout).ravel()] = True
         return rows
 
     def _decided(self, step: StepContext) -> Ints:
@@ -173,8 +166,8 @@ class RecordingLoop(Loop):
             self.timings.pooled_rows += step.layout.num_rows
             [places] = step.on_device(whole)
             means[places] = read[:, size:]
-        if self.answer_rows is not None:
-            return means.repeat_interleave(len(self.answer_rows), dim=0)
+        if step.guess_rows is not None and decisions.size:
+            return means.repeat_interleave(len(step.guess_rows[decisions[0]]), dim=0)
         return means
 
     def _keep_states(

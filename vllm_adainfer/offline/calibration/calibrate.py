@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from vllm_adainfer.offline.calibration.data.objects import Schema
 from vllm_adainfer.offline.calibration.data.questions import ends_of
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.choose import candidate_layers
+from vllm_adainfer.offline.calibration.fit.guesser import taught
 from vllm_adainfer.offline.calibration.fit.probes import (
     Target,
     full_depth_labels,
@@ -26,7 +28,7 @@ from vllm_adainfer.offline.calibration.fit_policy import fit_policy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
 from vllm_adainfer.offline.calibration.record.collect import Plan, recorded
-from vllm_adainfer.offline.calibration.record.objects import recorded_objects
+from vllm_adainfer.offline.calibration.record.objects import Untaught, recorded_objects
 from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.calibration.record.values import check_tells
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
@@ -100,18 +102,20 @@ def record_objects(
         hf_config.num_hidden_layers, request.options.exit_points, prompts.probe
     )
     plan = Plan(layers, pooled_from=prompts.pooled_from)
-    rows, output = recorded_objects(
+    tokens = [example.token_ids for example in prompts.examples]
+    rows, guesser = recorded_objects(
         request.model,
         hf_config,
         prompts.examples,
         plan,
         schema,
         prompts.tokenizer,
+        Untaught(prompts.split.fit, partial(taught, tokens, prompts.split, prompts.shared)),
         adapter,
         **settings,
     )
-    check_tells(output, request.options.promise)
-    return replace(prompts, output=output), rows
+    check_tells(guesser.objects, request.options.promise)
+    return replace(prompts, output=guesser.objects, guesser=guesser), rows
 
 
 def say_what_they_share(prompts: Prompts) -> None:
@@ -209,4 +213,5 @@ def calibration_of(request: CalibrationRequest, prompts: Prompts, rows: Rows) ->
         questions=questions,
         ends=ends_of([prompts.examples[row] for row in split.fit]) if questions else {},
         shared=prompts.shared,
+        guesser=prompts.guesser,
     )

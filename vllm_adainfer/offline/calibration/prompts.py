@@ -57,6 +57,7 @@ from vllm_adainfer.offline.calibration.options import (
 )
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import say
+from vllm_adainfer.policy.guesser import Guesser
 from vllm_adainfer.promise.accuracy import RightTokens
 from vllm_adainfer.promise.promise import Unit
 
@@ -80,6 +81,7 @@ class Prompts:
         schema: that of the objects that are asked for; None for other answers. What the model
             writes for their values, `output`, is known once they are recorded.
         tokenizer: the model's.
+        guesser: what guesses objects; likewise.
 
     """
 
@@ -94,6 +96,7 @@ class Prompts:
     shared: SharedTokens = field(default_factory=SharedTokens)
     schema: Schema | None = None
     tokenizer: Any = None
+    guesser: Guesser | None = None
 
 
 def load_prompts(request: CalibrationRequest) -> Prompts:

@@ -57,7 +57,7 @@ def changed_prompts(
             with suppress(AdaInferError):  # it never exits, so the change is due to rounding
                 part, row, _ = decided_by(artifact, epsilon, example.token_ids)
                 asked[index, place] = example, part, row
-        seen = views_of_prompts(source, artifact.config, model, [*asked.values()]) if asked else []
+        seen = views_of_prompts(source, artifact, model, [*asked.values()]) if asked else []
         views = dict(zip(asked, seen, strict=True))
         notes.append(
             "What the policy saw comes from one more run. If no exit or the same answer is shown, "

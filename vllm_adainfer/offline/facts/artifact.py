@@ -87,8 +87,8 @@ def _fields(objects: Objects) -> Facts:
         shown, count = [one.text for one in field.values[:SHOWN_VALUES]], len(field.values)
         more = f", ... ({count})" if count > SHOWN_VALUES else ""
         found[f"field {field.path}"] = f"{', '.join(shown)}{more}"
-    guess = objects.in_words([field.guess for field in objects.fields])
-    return {**found, "guess": f"{guess} ({len(objects.guess)} tokens)"}
+    guess = objects.in_words(objects.commonest)
+    return {**found, "guess": f"{guess} ({len(objects.written(objects.commonest))} tokens)"}
 
 
 def _bound(config: ArtifactConfig) -> str:

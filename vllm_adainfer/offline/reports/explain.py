@@ -95,7 +95,7 @@ def explain(
     [example] = make_examples([row], model.tokenizer, template, "label", longest)
     example = replace(example, schema=schema)
     part, row_of_thresholds, bound = decided_by(artifact, epsilon, example.token_ids)
-    [views] = views_of_prompts(source, config, model, [(example, part, row_of_thresholds)])
+    [views] = views_of_prompts(source, artifact, model, [(example, part, row_of_thresholds)])
     leaves_after, served = next(view.layer for view in views if view.settled), None
     if not config.shared.are_in(example.token_ids):
         served = served_prompts(config.shared, model.tokenizer.decode)

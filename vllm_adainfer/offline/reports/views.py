@@ -26,6 +26,7 @@ from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.facts.document import Facts
 from vllm_adainfer.offline.pretrained import Model
 from vllm_adainfer.policy.exit_policy import UndecidedRows
+from vllm_adainfer.policy.guesser import Guesser
 from vllm_adainfer.policy.own_text import text_reader
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.probe import Probe
@@ -73,11 +74,12 @@ class View:
         }
 
 
-def record_prompts(model: Model, config: ArtifactConfig, examples: Sequence[Example]) -> Rows:
-    """Run `examples` at full depth in an engine of their own, and record their states.
+def record_prompts(model: Model, artifact: Artifact, examples: Sequence[Example]) -> Rows:
+    """Run `examples` at full depth in an engine of their own, and record what a policy reads.
 
-    An AdaInferError if it does not start, or its weights are not those of `config`.
+    An AdaInferError if it does not start, or its weights are not those of the policy.
     """
+    config = artifact.config
     plan = Plan(
         config.all_exit_points,
         config.label_ids,
@@ -86,13 +88,14 @@ def record_prompts(model: Model, config: ArtifactConfig, examples: Sequence[Exam
     )
     settings = {"enforce_eager": True, **model.engine_settings}
     path, hf_config, adapter = model.path, model.hf_config, model.lora_request
-    if (objects := config.objects) is None:
+    if config.objects is None:
         rows = recorded(path, hf_config, examples, plan, adapter, **settings)
     else:
         assert examples[0].schema is not None, "prompts for objects have one"
         schema = Schema.of(examples[0].schema, examples[0].place)
+        guesser, tokenizer = Guesser.of(artifact), model.tokenizer
         rows, _ = recorded_objects(
-            path, hf_config, examples, plan, schema, model.tokenizer, adapter, objects, **settings
+            path, hf_config, examples, plan, schema, tokenizer, guesser, adapter, **settings
         )
     config.check_options(rows.model.engine_options)
     config.check_weights(rows.model.fingerprint)
@@ -140,17 +143,22 @@ def decided_by(
 
 def views_of_prompts(
     source: str,
-    config: ArtifactConfig,
+    artifact: Artifact,
     model: Model,
     asked: Sequence[tuple[Example, Artifact, int]],
 ) -> list[list[View]]:
     """The views of prompts, which run once more, at full depth.
 
-    `asked` has each prompt with the part of the artifact `source` that decides it, and its row.
+    `asked` has each prompt with the part of the `artifact`, loaded from `source`, that decides it,
+    and its row.
     """
+    config = artifact.config
     examples = list({id(example): example for example, _, _ in asked}.values())
     places = {id(example): place for place, example in enumerate(examples)}
-    recording, name = record_prompts(model, config, examples), token_namer(config, model.tokenizer)
+    recording, name = (
+        record_prompts(model, artifact, examples),
+        token_namer(config, model.tokenizer),
+    )
     own_text = None
     if config.student is not None:
         decode = partial(model.tokenizer.decode, skip_special_tokens=True)

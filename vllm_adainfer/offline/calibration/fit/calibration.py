@@ -19,6 +19,7 @@ from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.record.rows import Rows
+from vllm_adainfer.policy.guesser import Guesser
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.questions import End
 from vllm_adainfer.promise.accuracy import RightTokens
@@ -88,6 +89,7 @@ class Calibration:
         trained: a student, which decides before the first layer, and branches, which decide in
             place of heads, each after another layer.
         shared: see `ArtifactConfig.shared`; empty for a policy that serves any prompt.
+        guesser: what guesses the objects that are decided; None for other answers.
 
     """
 
@@ -102,6 +104,7 @@ class Calibration:
     ends: Mapping[str, tuple[End, ...]] = field(default_factory=dict)
     trained: tuple[TrainedProbe, ...] = ()
     shared: SharedTokens = field(default_factory=SharedTokens)
+    guesser: Guesser | None = None
 
     @property
     def labels(self) -> tuple[Label, ...]:

@@ -1,13 +1,16 @@
 """Record objects: the states at the rows of a guessed object, and what full depth writes.
 
-The model's first answers say which object is the best guess. Then each prompt runs with its rows
-behind it, and goes on to the end of its own answer.
+The model's first answers say how it writes objects, and those to the prompts that fit what to guess
+of a text. Then each prompt runs with the rows of its guess behind it, and goes on to the end of its
+own answer. Nothing is learnt from the held-out prompts. A prompt that fits gets its guess from the
+answers to others, so that heads learn beside guesses as good as those of prompts to come.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.outputs import Objects
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
@@ -23,7 +27,6 @@ from vllm_adainfer.offline.calibration.data.objects import Schema, objects_of
 from vllm_adainfer.offline.calibration.data.served_schema import longest_object
 from vllm_adainfer.offline.calibration.record.collect import (
     Plan,
-    not_seen_whole,
     recorded_bar,
     rows_at,
     taken_from,
@@ -31,16 +34,32 @@ from vllm_adainfer.offline.calibration.record.collect import (
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.record.rows import Rows, ServedModel, by_layer
 from vllm_adainfer.offline.calibration.record.values import best_tokens, values_of_answers
-from vllm_adainfer.offline.progress import say
+from vllm_adainfer.policy.guesser import Guesser
 from vllm_adainfer.policy.probe import logit_lens_of
-from vllm_adainfer.settings.instruments import GUESS_ARG, ROW_ARG
+from vllm_adainfer.settings.instruments import GUESS_ARG, GUESS_ROWS_ARG, ROW_ARG
 
 if TYPE_CHECKING:
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
 FIRST = 200  # prompts whose answers decide the guess
+TOGETHER = (16, 1)  # prompts of which some found no room in a step for their guess, run again
 LONGEST = 4  # times as many tokens as the tokenizer needs for an object that a model may take
+
+
+@dataclass(frozen=True)
+class Untaught:
+    """What a guesser is made of while the prompts run.
+
+    Attributes:
+        fit: int64 [prompts that fit], whose answers teach; the first prompts are among them.
+        teach: gets how the model writes objects, and the places of the values in those answers,
+            int64 [prompts that fit, fields]; returns the guesser, and its guess for each prompt.
+
+    """
+
+    fit: Ints
+    teach: Callable[[Objects, Ints], tuple[Guesser, Sequence[Sequence[int]]]]
 
 
 def recorded_objects(
@@ -50,13 +69,13 @@ def recorded_objects(
     plan: Plan,
     schema: Schema,
     tokenizer: Any,
+    guesser: Guesser | Untaught,
     adapter: LoRARequest | None = None,
-    objects: Objects | None = None,
     **settings: Any,
-) -> tuple[Rows, Objects]:
-    """Run `examples` through an engine of their own, see `recorded`; and how it writes objects.
+) -> tuple[Rows, Guesser]:
+    """Run `examples` through an engine of their own, see `recorded`; and what guesses objects.
 
-    `objects` are those of a policy, if there is one; else the first answers tell.
+    That is the policy's `guesser`, if there is one; else the answers teach it.
 
     An AdaInferError if the engine cannot start, or an answer is no object of the schema.
     """
@@ -66,11 +85,11 @@ def recorded_objects(
     if plan.pooled_from is not None:
         switch["record_pooled_from"] = plan.pooled_from
     longest = LONGEST * (len(tokenizer.encode(schema.text)) + 16)
-    if objects is not None:
-        longest = longest_object(objects)
+    if isinstance(guesser, Guesser):
+        longest = longest_object(guesser.objects)
     engine = start_engine(model, examples, switch, longest, **settings)
     try:
-        return _record(engine, examples, plan, schema, tokenizer, longest, adapter, objects)
+        return _record(engine, examples, plan, schema, tokenizer, longest, adapter, guesser)
     finally:
         stop_engine(engine)
 
@@ -83,8 +102,8 @@ def _record(
     tokenizer: Any,
     max_tokens: int,
     adapter: LoRARequest | None,
-    objects: Objects | None,
-) -> tuple[Rows, Objects]:
+    guesser: Guesser | Untaught,
+) -> tuple[Rows, Guesser]:
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -92,7 +111,7 @@ def _record(
 
     def answers(
         rows: Sequence[int],
-        guess: Sequence[int] = (),
+        extra_args: Sequence[Mapping[str, Any] | None],
         reuse_prefixes: bool = True,
         logprobs: int | None = None,
     ) -> list[Any]:
@@ -101,13 +120,13 @@ def _record(
                 temperature=0,
                 max_tokens=max_tokens,
                 structured_outputs=StructuredOutputsParams(json=schema.text),
-                extra_args={ROW_ARG: row, GUESS_ARG: list(guess)} if guess else None,
+                extra_args=own and {**own},
                 skip_reading_prefix_cache=None if reuse_prefixes else True,
                 logprobs=logprobs,
                 flat_logprobs=True,
                 detokenize=False,
             )
-            for row in rows
+            for own in extra_args
         ]
         prompts = [{"prompt_token_ids": examples[row].token_ids} for row in rows]
         found: list[Any] = engine.generate(
@@ -118,40 +137,55 @@ def _record(
     def without_end(output: Any) -> list[int]:
         return [token for token in output.outputs[0].token_ids if token != end]
 
-    if objects is None:
-        first = [*map(without_end, answers(range(min(FIRST, len(examples)))))]
-        objects = objects_of(schema, first, tokenizer)
-        say(f"behind each prompt stands {tokenizer.decode(objects.guess)}")
-    engine.collective_rpc("adainfer_record_fields", args=(list(objects.rows),))
-    engine.reset_prefix_cache()
-    logprobs = best_tokens(schema.fields.values())
-    outputs = answers(range(len(examples)), objects.guess, logprobs=logprobs)
-    with tempfile.TemporaryDirectory() as directory:
-        folder = Path(directory)
-        rows, sums, facts = taken_from(engine, folder)
-        if again := sorted({*not_seen_whole(rows, sums), *_not_guessed(rows, len(examples))}):
-            answers(again, objects.guess, reuse_prefixes=False)
-            rows, sums, _ = taken_from(engine, folder)
-        head = load_file(folder / "head.safetensors")
-    codes = []
-    for example, output in zip(examples, outputs, strict=True):
+    def places_of(row: int, output: Any) -> Sequence[int]:
         text = tokenizer.decode(without_end(output))
         places = schema.places(text)
         if places is None:
             raise AdaInferError(
-                f"{example.place}: the model answers {text!r:.200}, which is no object of the "
-                "schema: leave this row out"
+                f"{examples[row].place}: the model answers {text!r:.200}, which is no object of "
+                "the schema: leave this row out"
             )
-        codes.append(objects.link.code_of(places))
+        return places
+
+    if isinstance(guesser, Untaught):
+        fit = guesser.fit.tolist()
+        plain = answers(fit, [None] * len(fit))
+        objects = objects_of(schema, [*map(without_end, plain[:FIRST])], tokenizer)
+        guesser, guesses = guesser.teach(objects, np.array([*map(places_of, fit, plain)]))
+        engine.reset_prefix_cache()
+    else:
+        objects, guesses = guesser.objects, [guesser.places(one.token_ids) for one in examples]
+    recorded: list[dict[str, Any]] = [
+        {
+            ROW_ARG: row,
+            GUESS_ARG: list(objects.written(places)),
+            GUESS_ROWS_ARG: list(objects.rows(places)),
+        }
+        for row, places in enumerate(guesses)
+    ]
+    logprobs = best_tokens(schema.fields.values())
+    outputs = answers(range(len(examples)), recorded, logprobs=logprobs)
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        rows, _, facts = taken_from(engine, folder)
+        for together in TOGETHER:
+            again = _not_recorded(rows, len(examples))
+            for start in range(0, len(again), together):
+                some = again[start : start + together]
+                answers(some, [recorded[row] for row in some], reuse_prefixes=False)
+            if again:
+                rows, _, _ = taken_from(engine, folder)
+        head = load_file(folder / "head.safetensors")
+    codes = [objects.link.code_of(places_of(row, one)) for row, one in enumerate(outputs)]
     wanted = [
         (row, len(example.token_ids) - 1 + behind)
         for row, example in enumerate(examples)
-        for behind in objects.rows
+        for behind in recorded[row][GUESS_ROWS_ARG]
     ]
     order = torch.from_numpy(rows_at(wanted, rows))
 
     def by_field(states: Tensor) -> Tensor:
-        return states[order].view(len(examples), len(objects.rows), -1)
+        return states[order].view(len(examples), len(objects.fields), -1)
 
     kept = {layer: state for layer, state in by_layer(rows).items() if layer in plan.layers}
     return (
@@ -163,8 +197,8 @@ def _record(
             prompts=np.arange(len(examples)),
             computed=np.array(
                 [
-                    len(example.token_ids) - (output.num_cached_tokens or 0) + len(objects.guess)
-                    for example, output in zip(examples, outputs, strict=True)
+                    len(one.token_ids) - (output.num_cached_tokens or 0) + len(own[GUESS_ARG])
+                    for one, output, own in zip(examples, outputs, recorded, strict=True)
                 ],
                 dtype=np.float64,
             ),
@@ -173,10 +207,17 @@ def _record(
                 objects, codes, [one.outputs[0].logprobs for one in outputs], tokenizer
             ),
         ),
-        objects,
+        guesser,
     )
 
 
-def _not_guessed(rows: Mapping[str, Tensor], prompts: int) -> list[int]:
-    """Record rows of prompts whose step had no room for the guess."""
-    return sorted(set(range(prompts)) - set(rows["tags"].tolist()))
+def _not_recorded(rows: Mapping[str, Tensor], prompts: int) -> list[int]:
+    """Record rows of prompts whose step had no room for the guess, or that were not seen whole.
+
+    The latter share more than all prompts do, so some of their states were in the prefix cache. Of
+    a prompt that ran twice, the second run counts.
+    """
+    means = [*by_layer(rows, "mean.").values()]
+    lacks = means[0].isnan().any(dim=1) if means else torch.zeros(len(rows["tags"]))
+    last = dict(zip(rows["tags"].tolist(), lacks.tolist(), strict=True))
+    return [row for row in range(prompts) if last.get(row, True)]

@@ -52,7 +52,10 @@ def write_artifact(
         settings = own.config.to_diff_dict() | {"model_type": own.config.model_type}
         encoder = Encoder(settings, {n: t.contiguous() for n, t in own.state_dict().items()})
     card = model_card(config, details)
-    save_artifact(directory, config, policy_tensors(policy), details, card, encoder, tokenizer)
+    tensors, guesser = policy_tensors(policy), policy.calibration.guesser
+    if guesser is not None:
+        tensors |= guesser.tensors
+    save_artifact(directory, config, tensors, details, card, encoder, tokenizer)
     return config
 
 
