@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.byte_model import byte_tokenizer, save_byte_model
 from tests.conftest import tiny_engine
 from tests.e2e.drafted_traffic import Ask, assert_same, counted_drafts, prompts, served
 from tests.e2e.objects import ENGINE, POOLED_FROM, params, save_policy
+from tests.e2e.test_async_scheduling import asynchronous_scheduling
 from tests.e2e.test_object_shadows import lines_of
 from tests.full import needed
 from tests.triton_on_cpu import IS_V2
@@ -103,7 +105,9 @@ def test_objects_are_those_of_the_heads_where_these_are_sure_and_stocks_elsewher
     model, policy, stock, probe
 ):
     artifact = policy(probe)
-    ours = tiny_engine(model, {"artifact": str(artifact), "min_rows_saved": 1}, **ENGINE)
+    switch = {"artifact": str(artifact), "min_rows_saved": 1}
+    with asynchronous_scheduling() if IS_V2 else nullcontext():  # as on a GPU
+        ours = tiny_engine(model, switch, **ENGINE)
     oracle = Oracle(model, load_artifact(artifact))
     texts = [one for one in prompts(3, 16 if IS_V2 else 40, 100) if len(one) > POOLED_FROM]
     asks = [Ask(text, params(), step=place // 3) for place, text in enumerate(texts)]

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.collect import rows_at
+from vllm_adainfer.offline.calibration.record.objects import room_for_answers
 
 # Text and position of each row that decides an answer.
 ROWS = [(0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3), (2, 4)]
@@ -44,3 +46,12 @@ def test_of_a_row_that_came_again_the_last_counts():
 def test_an_answer_without_a_row_is_an_error(lost, sentence):
     with pytest.raises(AdaInferError, match=sentence):
         found([row for row in ROWS if row not in lost])
+
+
+def test_an_object_has_the_room_that_the_longest_prompt_leaves_in_the_context():
+    """In whole blocks, as vLLM's lengths are rounded up to them."""
+    examples = [Example(f"line {n}", "", [1] * n, None) for n in (3, 100, 7)]
+    assert room_for_answers(256, examples) == 156
+    assert room_for_answers(300, examples) == 156
+    with pytest.raises(AdaInferError, match=r"^line 100: .* no room for an object .* of 100"):
+        room_for_answers(100, examples)

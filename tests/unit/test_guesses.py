@@ -125,9 +125,8 @@ def test_requests_for_log_probabilities_may_exit_where_these_are_promised(
         ([len(GUESS) - 1], 0, 4 + len(GUESS) - 1, "not_guessed"),
         ([0], 0, 4, "not_guessed"),
         (None, 0, 4, "not_guessed"),
-        ([len(GUESS)], 4, 1 + len(GUESS), "beyond_bound"),
     ],
-    ids=["whole", "prefix cached", "a part", "no room", "no drafts", "a later token"],
+    ids=["whole", "prefix cached", "a part", "no room", "no drafts"],
 )
 def test_an_object_may_be_early_only_in_the_step_with_its_whole_guess(
     source, tmp_path, drafted, computed, rows, why
@@ -150,6 +149,19 @@ def test_an_object_may_be_early_only_in_the_step_with_its_whole_guess(
     assert step.continues.tolist() == [why is not None], "an early object is the whole answer"
     assert (step.threshold_rows[0] != FULL_DEPTH) == (why is None)
     assert running._why == ({} if why is None else {0: why})
+
+
+def test_later_tokens_of_an_object_that_was_not_early_are_full_depth_for_no_other_reason(
+    source, tmp_path
+):
+    running = running_requests({"artifact": source, "audit": {"directory": str(tmp_path)}})
+    running.add(new_request(asking(), PROMPT))
+    of_draft = np.array([1 + len(GUESS)]), np.array([4]), np.array([True])
+    step = running.describe(["a"], *of_draft, CPU, np.array([len(GUESS)]))
+    assert step.guessed is not None
+    assert not step.guessed.any()
+    assert step.threshold_rows.tolist() == [FULL_DEPTH]
+    assert running._why == {}
 
 
 def waiting(name: str, guess: Sequence[int] = GUESS, **changes: Any) -> Drafting:

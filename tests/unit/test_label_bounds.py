@@ -28,7 +28,7 @@ from vllm_adainfer.exits.loop.shadow_objects import ShadowObjects
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import LabelTest, certify
 from vllm_adainfer.offline.calibration.certify.path import PathPoint, threshold_path
-from vllm_adainfer.offline.calibration.enough_rows import check_labels, split_of
+from vllm_adainfer.offline.calibration.enough_rows import check_fields, check_labels, split_of
 from vllm_adainfer.offline.calibration.fit.exits import Scored
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.policy.answers import Answers
@@ -159,6 +159,14 @@ def test_promises_about_no_label_of_the_policy_are_refused(options, sentence):
     check_labels(PolicyOptions(label_bounds=(promised("recall"),), never_early=("safe",)), LABELS)
     with pytest.raises(AdaInferError, match=sentence):
         check_labels(PolicyOptions(**options), LABELS)
+
+
+def test_each_field_of_an_object_has_a_value_that_may_be_early():
+    fields = {"mood": ['"bad"', '"good"'], "seen": ["false", "true"]}
+    check_fields(PolicyOptions(never_early=('mood="bad"', "seen=true")), fields)
+    never = PolicyOptions(never_early=('mood="bad"', "seen=true", "seen=false"))
+    with pytest.raises(AdaInferError, match="every value of seen, so that no object could be e"):
+        check_fields(never, fields)
 
 
 def test_a_promise_is_read_as_a_label_and_a_share():

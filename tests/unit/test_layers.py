@@ -19,7 +19,7 @@ BELOW = {
     "files": {"errors"},
     "settings": {"strict", "errors"},
     "strict": set(),
-    "artifact": {"promise", "strict", "files", "errors"},
+    "artifact": {"promise", "drafts", "strict", "files", "errors"},
     "auto": {"watch", "files", "errors"},
     "drafts": set(),
     "promise": {"strict", "arrays", "errors"},

@@ -15,13 +15,12 @@ from tests.byte_model import byte_tokenizer
 from tests.objects import BAD, FAIR, FAIR_SEEN, GOOD, GOOD_SEEN, SCHEMA, object_config, two_fields
 from tests.tiny import LAYERS
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.outputs import NO_OBJECT
 from vllm_adainfer.artifact.requested import Output
 from vllm_adainfer.engine.admission.requested_output import requested_output
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.served_schema import (
-    NO_OBJECT,
-    code_of,
     in_words,
     served_schema,
 )
@@ -42,8 +41,8 @@ OURS = 0.05
 def test_answers_are_compared_by_their_values():
     objects = two_fields()
     same = '{"mood": "good", "seen": false}', '{ "mood":"good",\n"seen":false }'
-    assert [code_of(objects, text) for text in same] == [GOOD, GOOD]
-    assert code_of(objects, '{"mood": "fair", "seen": true}') == FAIR_SEEN
+    assert [objects.code_of(text) for text in same] == [GOOD, GOOD]
+    assert objects.code_of('{"mood": "fair", "seen": true}') == FAIR_SEEN
     assert in_words(objects, FAIR_SEEN) == 'mood="fair", seen=true'
 
 
@@ -51,7 +50,7 @@ def test_answers_are_compared_by_their_values():
     "answer", ['{"mood": "good", "se', '{"mood": "great", "seen": true}', '{"mood": "good"}', "7"]
 )
 def test_an_answer_that_is_no_such_object_is_none_of_them(answer):
-    assert code_of(two_fields(), answer) == NO_OBJECT
+    assert two_fields().code_of(answer) == NO_OBJECT
     assert in_words(two_fields(), NO_OBJECT) == "no object of the schema"
 
 

@@ -54,6 +54,15 @@ def schema_of(schema: Any) -> Schema:
         ({"n": {"type": "integer", "minimum": -1, "maximum": 1}}, {"n": ("-1", "0", "1")}),
         ({"mood": {"anyOf": [MOOD, {"type": "null"}]}}, {"mood": ('"bad"', '"good"', "null")}),
         ({"n": {"oneOf": [{"const": 1}, YES_OR_NO]}}, {"n": ("1", "false", "true")}),
+        ({"seen": {"type": ["boolean", "null"]}}, {"seen": ("false", "true", "null")}),
+        (
+            {"n": {"type": ["null", "integer"], "minimum": 0, "maximum": 1}},
+            {"n": ("0", "1", "null")},
+        ),
+        (
+            {"mood": {"type": ["string", "null"], "enum": ["good", None]}},
+            {"mood": ('"good"', "null")},
+        ),
         ({"mood": {"allOf": [MOOD]}}, {"mood": ('"bad"', '"good"')}),
         (
             {"kind": {"const": "é"}, "film": an_object(plot=an_object(mood=MOOD), seen=YES_OR_NO)},
@@ -100,6 +109,7 @@ DRAFTED = "drafted and verified all the same"
         (an_object(tags={"type": "array", "items": MOOD}), "^tags of .* or lists"),
         (an_object(mood={"anyOf": [MOOD, {"type": "string"}]}), "^mood of .* few values"),
         (an_object(mood={"anyOf": [MOOD, True]}), "^mood of .* few values"),
+        (an_object(mood={"type": ["string", "null"]}), "^mood of .* few values"),
         (an_object(mood={}), "^mood of .* few values"),
         (an_object(mood=True), "^mood of .* few values"),
         (MOOD, "^the answer of --schema s.json is not one of few values"),

@@ -17,7 +17,7 @@ from vllm_adainfer.artifact.fields import LabelBound
 from vllm_adainfer.engine.admission.running import Running, attach_resolved
 from vllm_adainfer.engine.compat.scheduler import attach_written_objects, written_objects
 from vllm_adainfer.engine.scheduler import observers
-from vllm_adainfer.engine.scheduler.objects import WrittenObjects, check_objects, code_of
+from vllm_adainfer.engine.scheduler.objects import WrittenObjects, check_objects
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.exits.accounting.report import DecidedObject
@@ -134,8 +134,7 @@ def test_a_policy_whose_objects_nearly_all_differ_is_closed_with_a_warning(caplo
     ],
 )
 def test_an_object_is_read_by_its_values_however_it_is_written(text, code):
-    tokenizer = byte_tokenizer()
-    assert code_of(tokenizer, tokenizer.encode(text), ASKED) == code
+    assert ASKED.code_of(text) == code
 
 
 ASKS = Running(RequestSettings(), may_exit=True, is_shadow=True, objects="reviews")
@@ -172,6 +171,19 @@ def test_the_scheduler_reads_what_a_decided_shadow_request_has_written_once_it_i
     assert observer.take_read() == expected
     assert observer.take_read() == {}
     assert not vars(observer)["_probable"]
+
+
+def test_an_object_that_stops_at_a_token_of_its_client_is_not_compared():
+    """An early one would stop there, too."""
+    tokenizer, config = byte_tokenizer(), SimpleNamespace(objects=ASKED)
+    observer = WrittenObjects({"reviews": config}, tokenizer)  # type: ignore[dict-item]
+    request = vllm_request("a", SamplingParams(temperature=0, max_tokens=120))
+    attach_resolved(request, ASKS)
+    observer._probable["a"] = ()
+    request.append_output_token_ids(tokenizer.encode('{"mood"'))
+    request.stop_reason = request.output_token_ids[-1]
+    observer.ended(request, "stop")
+    assert observer.take_read() == {}
 
 
 def test_what_was_read_goes_to_every_rank_with_a_step():

@@ -19,11 +19,13 @@ from vllm_adainfer.artifact.fields import (
     TokenId,
 )
 from vllm_adainfer.artifact.kinds import ScoreHead
+from vllm_adainfer.drafts.fields import places_in
 from vllm_adainfer.promise.label_subsets import MOST_LABELS
 from vllm_adainfer.promise.links import SIGMOIDS, SOFTMAX, ByField, Link
 from vllm_adainfer.strict import Strict
 
 UNDECIDED = "undecided"
+NO_OBJECT = -1  # the number of an answer that is no object of the schema, such as one cut short
 
 
 class Asked(Strict):
@@ -127,7 +129,7 @@ class DecidedField(Strict):
 
     Attributes:
         path: its name, behind those of the objects it is in, such as ``review.mood``.
-        values: what it may be, in the order of the schema.
+        values: what it may be; of enumerated values, in the order of their JSON texts.
         guess: the place of the value that stands in its rows while others are decided.
 
     """
@@ -135,6 +137,11 @@ class DecidedField(Strict):
     path: str = Field(min_length=1)
     values: tuple[Value, ...] = Field(min_length=1)
     guess: int = Field(ge=0)
+
+    @property
+    def texts(self) -> list[str]:
+        """The values as JSON."""
+        return [one.text for one in self.values]
 
 
 class Objects(Asked):
@@ -173,6 +180,11 @@ class Objects(Asked):
             for place, one in enumerate(field.values)
         }
         return named[label]
+
+    def code_of(self, answer: str) -> int:
+        """The number of an answer, see `ByField.code`; `NO_OBJECT` if it is none of the schema."""
+        places = places_in(answer, {one.path: one.texts for one in self.fields})
+        return NO_OBJECT if places is None else self.link.code_of(places)
 
     def in_words(self, places: Sequence[int]) -> str:
         """The object with these values, for people."""

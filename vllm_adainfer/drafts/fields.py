@@ -69,6 +69,8 @@ def _values_of(schema: Mapping[str, Any]) -> list[str] | None:
         values = [schema["const"]]
     elif schema.get("type") == "boolean":
         values = [False, True]
+    elif schema.get("type") in (["boolean", "null"], ["null", "boolean"]):
+        values = [False, None, True]
     elif schema.get("type") == "integer":
         low, high = schema.get("minimum"), schema.get("maximum")
         if isinstance(low, int) and isinstance(high, int) and 0 <= high - low < MOST_VALUES:

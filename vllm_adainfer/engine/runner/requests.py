@@ -160,6 +160,7 @@ class RunningRequests:
         if admission.has_objects:
             guessed = (own.guessed != 0) & yields_token & (token == 1) & (drafted == own.guessed)
             continues &= ~guessed  # an early answer is the whole object
+            own.threshold_row[(own.guessed != 0) & (token > 1)] = FULL_DEPTH  # and nothing less is
         rows, pooled_from = own.threshold_row, None
         if admission.has_pooled:
             pooled_from = own.pooled_from

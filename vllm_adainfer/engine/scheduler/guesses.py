@@ -21,8 +21,11 @@ def with_guesses(
 ) -> Callable[[Request, Running], Running]:
     """What adds the guess to the record of a request whose object is decided, or recorded.
 
+    An object that might not fit into the context, with the token that ends it, has none.
+
     An AdaInferError if an artifact is no longer the one that was pinned.
     """
+    longest = vllm_config.model_config.max_model_len
     guessers = {
         name: Guesser.of(artifact)
         for name, artifact in served_artifacts(vllm_config, settings).items()
@@ -39,6 +42,8 @@ def with_guesses(
         if resolved.objects is None or not resolved.may_exit or not prompt:
             return resolved
         guesser = guessers[resolved.objects]
+        if len(prompt) + guesser.objects.longest >= longest:  # an early one might be cut
+            return resolved
         places = guesser.places(prompt)
         return resolved.changed(
             guess=guesser.objects.written(places), guess_rows=guesser.objects.rows(places)

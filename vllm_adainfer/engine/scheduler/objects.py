@@ -7,14 +7,13 @@ read at its end, for the workers to compare.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from typing_extensions import override
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.outputs import Objects
-from vllm_adainfer.drafts.fields import places_in
 from vllm_adainfer.engine.admission.running import resolved_of
 from vllm_adainfer.engine.scheduler.object_logprobs import logprobs_of_object
 from vllm_adainfer.engine.scheduler.observer import Observer, Step
@@ -23,7 +22,7 @@ from vllm_adainfer.errors import AdaInferError
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-ENDED_BY_ITSELF = "stop"  # in vLLM's words, neither cut short nor given up
+ENDED = "stop"  # in vLLM's words, neither cut short nor given up
 MOST_TOKENS_READ = 4096  # of an object that is compared
 
 
@@ -102,10 +101,15 @@ class WrittenObjects(Observer, Guesses):
 
     @override
     def ended(self, request: Request, why: str | None) -> None:
-        """Read what a shadow request has written, if it is whole."""
+        """Read what a shadow request has written, unless its client has cut it short.
+
+        By ``max_tokens``, stop tokens of its own, or by hanging up: an early object would be cut,
+        too, or is more than full depth had room for.
+        """
         was_decided = self._probable.pop(request.request_id, None) is not None
         resolved = resolved_of(request)
-        if not was_decided or why != ENDED_BY_ITSELF or resolved is None or not resolved.is_shadow:
+        ended_by_itself = why == ENDED and request.stop_reason is None
+        if not was_decided or not ended_by_itself or resolved is None or not resolved.is_shadow:
             return
         assert resolved.objects is not None, "a policy decides it"
         if request.num_output_tokens <= MOST_TOKENS_READ:
@@ -113,19 +117,12 @@ class WrittenObjects(Observer, Guesses):
             if request.sampling_params and tokens[-1] == request.sampling_params.eos_token_id:
                 tokens.pop()
             objects = self._objects[resolved.objects]
-            self._read[request.request_id] = code_of(self._tokenizer, tokens, objects)
+            self._read[request.request_id] = objects.code_of(self._tokenizer.decode(tokens))
 
     def take_read(self) -> dict[str, int]:
-        """The objects that shadow requests have written since the last call, see `code_of`."""
+        """The objects that shadow requests have written since the last call, as numbers."""
         read, self._read = self._read, {}
         return read
-
-
-def code_of(tokenizer: Any, tokens: Sequence[int], objects: Objects) -> int:
-    """The object that these tokens write, as `ByField.code`; -1 if it is none of `objects`."""
-    fields = {field.path: [one.text for one in field.values] for field in objects.fields}
-    places = places_in(tokenizer.decode(tokens), fields)
-    return -1 if places is None else objects.link.code_of(places)
 
 
 def check_objects(tokenizer: Any, name: str, objects: Objects) -> None:
@@ -138,7 +135,7 @@ def check_objects(tokenizer: Any, name: str, objects: Objects) -> None:
         for place in range(len(field.values)):
             places = [*guess[:number], place, *guess[number + 1 :]]
             tokens = objects.written(places)
-            if code_of(tokenizer, tokens, objects) != objects.link.code_of(places):
+            if objects.code_of(tokenizer.decode(tokens)) != objects.link.code_of(places):
                 raise AdaInferError(
                     f"policy {name}: this engine's tokenizer reads {tokenizer.decode(tokens)!r} "
                     f"where the calibration wrote {field.path} = {field.values[place].text}: serve "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -141,3 +141,16 @@ def check_labels(options: PolicyOptions, labels: Sequence[Label]) -> None:
         raise AdaInferError(
             "--never-early names every label, so that no request could leave early: drop one"
         )
+
+
+def check_fields(options: PolicyOptions, fields: Mapping[str, Sequence[str]]) -> None:
+    """Check that each of the `fields` of an object, with its values as JSON, may be early.
+
+    An AdaInferError if one may have no value in an early object.
+    """
+    for path, values in fields.items():
+        if {f"{path}={value}" for value in values}.issubset(options.never_early):
+            raise AdaInferError(
+                f"--never-early names every value of {path}, so that no object could be early: "
+                "drop one"
+            )

@@ -44,6 +44,7 @@ from vllm_adainfer.offline.calibration.data.student_base import (
     load_student_base,
 )
 from vllm_adainfer.offline.calibration.enough_rows import (
+    check_fields,
     check_labels,
     check_questions,
     check_rows,
@@ -141,6 +142,7 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
         output = answers or output
     labels = output.labels if schema is None else schema.labels
     check_labels(options, labels)
+    check_fields(options, {} if schema is None else schema.fields)
     examples, split = split_examples(examples, options, data)
     fitting = [examples[index] for index in split.fit]
     template = None if holds_requests else read_template(request.template)

@@ -9,9 +9,8 @@ import numpy as np
 
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.outputs import Objects
+from vllm_adainfer.artifact.outputs import NO_OBJECT, Objects
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.data.served_schema import NO_OBJECT
 from vllm_adainfer.offline.evaluation.sequences import Tokens
 from vllm_adainfer.offline.reports.shares import Share, verdict
 

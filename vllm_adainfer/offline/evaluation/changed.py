@@ -8,9 +8,9 @@ from typing import Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.artifact.outputs import NO_OBJECT
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.data.served_schema import NO_OBJECT
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.evaluation.sequences import Tokens
 from vllm_adainfer.offline.pretrained import Model

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.data.served_schema import code_of
 from vllm_adainfer.offline.calibration.record.collect import best_column
 from vllm_adainfer.offline.evaluation.requests import (
     chosen,
@@ -91,7 +90,7 @@ def run(
         texts = [list(output.outputs[0].token_ids) for output in outputs]
         if (objects := config.objects) is not None:
             written = texts
-            texts = [[code_of(objects, output.outputs[0].text)] for output in outputs]
+            texts = [[objects.code_of(output.outputs[0].text)] for output in outputs]
         if config.choices:
             texts = chosen(outputs, config.choices)
         logprobs = None

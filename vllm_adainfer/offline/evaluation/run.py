@@ -19,7 +19,8 @@ class Run:
     """One pass over all prompts.
 
     Attributes:
-        texts: the generated token ids of each prompt; of an object its number alone, see `code_of`.
+        texts: the generated token ids of each prompt; of an object its number alone, see
+            `Objects.code_of`.
         written: of objects, the generated token ids of each prompt; empty for other answers.
         layers_run: token-layers that were executed, of those `possible` at full depth.
         passes_run: layers that were entered by at least one token, summed over the steps.

@@ -158,7 +158,7 @@ def _values_of(part: Mapping[str, Any]) -> tuple[str, ...]:
     for key in "anyOf", "oneOf":
         if isinstance(part.get(key), list):
             kinds = [one if isinstance(one, dict) else {} for one in part[key]]
-    for kind in kinds:
+    for kind in chain.from_iterable(map(_by_type, kinds)):
         own: list[str] = []
         if isinstance(kind.get("enum"), list):
             own = [_json(json.loads(one)) for one in kind["enum"]]
@@ -177,6 +177,14 @@ def _values_of(part: Mapping[str, Any]) -> tuple[str, ...]:
         found += own
     values = tuple(dict.fromkeys(found))
     return values if len(values) <= MOST_VALUES else ()
+
+
+def _by_type(kind: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A part of several types as one for each, unless it names its values."""
+    types = kind.get("type")
+    if not isinstance(types, list) or "enum" in kind or "const" in kind:
+        return [kind]
+    return [{**kind, "type": json.loads(one)} for one in types]
 
 
 def objects_of(schema: Schema, answers: Sequence[Sequence[int]], tokenizer: Any) -> Objects:

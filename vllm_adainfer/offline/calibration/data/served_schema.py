@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_adainfer.artifact.outputs import Objects
-from vllm_adainfer.drafts.fields import places_in
+from vllm_adainfer.artifact.outputs import NO_OBJECT, Objects
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.objects import Schema, read_schema
 
 TIMES_AN_OBJECT = 4  # as many tokens as a policy writes
-NO_OBJECT = -1  # the number of an answer that is no object of the schema, such as one cut short
 
 
 def served_schema(objects: Objects, details: Mapping[str, Any], asked: Path | None = None) -> str:
@@ -43,13 +41,6 @@ def served_schema(objects: Objects, details: Mapping[str, Any], asked: Path | No
 def longest_object(objects: Objects) -> int:
     """The ``max_tokens`` of requests for objects: a model may write white space, too."""
     return TIMES_AN_OBJECT * objects.longest + 1
-
-
-def code_of(objects: Objects, answer: str) -> int:
-    """The number of an answer, see `ByField`; `NO_OBJECT` if it is none of the schema."""
-    fields = {field.path: [one.text for one in field.values] for field in objects.fields}
-    places = places_in(answer, fields)
-    return NO_OBJECT if places is None else objects.link.code_of(places)
 
 
 def in_words(objects: Objects, code: int) -> str:

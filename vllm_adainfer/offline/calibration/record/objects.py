@@ -31,7 +31,7 @@ from vllm_adainfer.offline.calibration.record.collect import (
     rows_at,
     taken_from,
 )
-from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
+from vllm_adainfer.offline.calibration.record.engine import BLOCK, start_engine, stop_engine
 from vllm_adainfer.offline.calibration.record.rows import Rows, ServedModel, by_layer
 from vllm_adainfer.offline.calibration.record.values import best_tokens, values_of_answers
 from vllm_adainfer.policy.guesser import Guesser
@@ -87,11 +87,27 @@ def recorded_objects(
     longest = LONGEST * (len(tokenizer.encode(schema.text)) + 16)
     if isinstance(guesser, Guesser):
         longest = longest_object(guesser.objects)
+    longest = min(longest, room_for_answers(hf_config.max_position_embeddings, examples))
     engine = start_engine(model, examples, switch, longest, **settings)
     try:
         return _record(engine, examples, plan, schema, tokenizer, longest, adapter, guesser)
     finally:
         stop_engine(engine)
+
+
+def room_for_answers(context: int, examples: Sequence[Example]) -> int:
+    """The most tokens that an answer may have behind each prompt, of a model with this context.
+
+    An AdaInferError if there is none.
+    """
+    longest = max(examples, key=lambda example: len(example.token_ids))
+    room = context // BLOCK * BLOCK - len(longest.token_ids)
+    if room < 1:
+        raise AdaInferError(
+            f"{longest.place}: a prompt of {len(longest.token_ids)} tokens leaves no room for an "
+            f"object in the model's context of {context}: leave this row out"
+        )
+    return room
 
 
 def _record(
