@@ -28,7 +28,7 @@ EXITS = [SECOND_EXIT, FULL_DEPTH, FIRST_EXIT, SECOND_EXIT]
 class OfObjects(ExitByRow):
     """Objects of one field with two values, in the order in which requests were asked."""
 
-    answer_rows = np.array([0])
+    decides_objects = True
 
     def __init__(self) -> None:
         super().__init__((2, 4))
@@ -59,7 +59,13 @@ def decided() -> tuple[OfObjects, StepContext, Any]:
 
     toy.loop.run = noting
     reads = np.array([True, True, True, False])
-    _, output = toy.step(PROMPTS, EXITS, continues=np.zeros(4, bool), reads_values=reads)
+    _, output = toy.step(
+        PROMPTS,
+        EXITS,
+        continues=np.zeros(4, bool),
+        guess_rows=[(0,)] * 4,
+        reads_values=reads,
+    )
     [step] = steps
     return policy, step, output
 
