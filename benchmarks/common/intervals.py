@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,13 @@ def mean_interval(values: Floats) -> Interval:
     reach = float(-t.ppf(TAIL, count - 1) * np.std(values, ddof=1) / count**0.5)
     middle = float(np.mean(values))
     return middle - reach, middle + reach
+
+
+def ratio_of(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    """Values / others over rounds: the geometric mean, and its 95 % interval."""
+    logs = np.log(np.array(values)) - np.log(np.array(others))
+    low, high = mean_interval(logs)
+    return float(np.exp(np.mean(logs))), float(np.exp(low)), float(np.exp(high))
 
 
 def bounded(share: float, report: Mapping[str, Any]) -> str:

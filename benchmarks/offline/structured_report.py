@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common.intervals import mean_interval, share_of
+from benchmarks.common.intervals import ratio_of, share_of
 from benchmarks.offline.structured_engine import OURS, STOCK
 from vllm_adainfer.offline.facts.document import markdown_grid
 
@@ -114,11 +114,9 @@ def spoken(part: Part, number: int, key: str) -> str:
 
 
 def ratio(part: Part, number: int, key: str) -> tuple[float, float, float]:
-    """Ours / stock over the rounds: the geometric mean, and its 95 % interval."""
-    stock, ours = (np.log(values(part, number, name, key)) for name in (STOCK, OURS))
-    low, high = mean_interval(ours - stock)
-    middle = float(np.mean(ours - stock))
-    return float(np.exp(middle)), float(np.exp(low)), float(np.exp(high))
+    """Ours / stock over the rounds, see `ratio_of`."""
+    stock, ours = (values(part, number, name, key) for name in (STOCK, OURS))
+    return ratio_of(ours, stock)
 
 
 def values(part: Part, number: int, name: str, key: str) -> list[float]:
