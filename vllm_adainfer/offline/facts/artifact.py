@@ -87,8 +87,9 @@ def _fields(objects: Objects) -> Facts:
         shown, count = [one.text for one in field.values[:SHOWN_VALUES]], len(field.values)
         more = f", ... ({count})" if count > SHOWN_VALUES else ""
         found[f"field {field.path}"] = f"{', '.join(shown)}{more}"
-    guess = objects.in_words(objects.commonest)
-    return {**found, "guess": f"{guess} ({len(objects.written(objects.commonest))} tokens)"}
+    commonest = objects.in_words(objects.commonest)
+    guess = f"{commonest} ({len(objects.written(objects.commonest))} tokens)"
+    return {**found, "guess": f"by the text, such as {guess}" if objects.guesser else guess}
 
 
 def _bound(config: ArtifactConfig) -> str:
