@@ -42,7 +42,7 @@ from benchmarks.offline.bench_structured import LONGEST, begun, own_caches, sett
 from benchmarks.offline.object_rounds import DRAFTS, STUDENT, of_schema
 from benchmarks.offline.objects_report import table
 from benchmarks.offline.structured_engine import OURS, STOCK, engines
-from benchmarks.offline.structured_requests import bodies_by_kind
+from benchmarks.offline.structured_requests import bodies_by_kind, lines_of
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.offline.calibration.calibrate import (
     fit_and_certify,
@@ -100,11 +100,8 @@ def calibrated(
     artifacts = {OURS: folder / "heads"} | ({STUDENT: folder / "student"} if student else {})
     if not all(artifact.is_dir() for artifact in artifacts.values()):
         folder.mkdir(parents=True, exist_ok=True)
-        lines = train.read_text().splitlines(keepends=True)
         data = folder / "train.jsonl"
-        data.write_text(
-            "".join(x for x in lines if json.loads(x)["custom_id"].rpartition("-")[0] == schema)
-        )
+        data.write_text("".join(lines_of(train, schema)))
         first = CalibrationRequest(model=model, data=data, output=artifacts[OURS])
         loaded = load_prompts(first)
         assert loaded.schema is not None, "the requests ask for objects"

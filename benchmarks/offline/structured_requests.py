@@ -28,6 +28,12 @@ def bodies_by_kind(file: Path) -> dict[str, list[Body]]:
     return dict(found)
 
 
+def lines_of(file: Path, kind: str) -> list[str]:
+    """The lines of a batch file whose requests are of one kind."""
+    lines = file.read_text().splitlines(keepends=True)
+    return [one for one in lines if json.loads(one)["custom_id"].rpartition("-")[0] == kind]
+
+
 def read(bodies: Sequence[Body], tokenizer: Any) -> list[Request]:
     """The requests that vLLM's server makes of chats."""
     return [_read(body, tokenizer) for body in bodies]
