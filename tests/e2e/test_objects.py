@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -16,14 +18,21 @@ from vllm.sampling_params import RequestOutputKind
 from tests.byte_model import byte_tokenizer, save_byte_model
 from tests.conftest import tiny_engine
 from tests.e2e.drafted_traffic import Ask, assert_same, counted_drafts, prompts, served
-from tests.e2e.objects import ENGINE, POOLED_FROM, params, save_policy
+from tests.e2e.objects import ENGINE, POOLED_FROM, SCHEMA, params, save_policy
 from tests.e2e.test_async_scheduling import asynchronous_scheduling
 from tests.e2e.test_object_shadows import lines_of
 from tests.full import needed
+from tests.tiny import EXIT_POINTS, LAYERS
 from tests.triton_on_cpu import IS_V2
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.artifact import Artifact
+from vllm_adainfer.artifact.fields import SharedTokens
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.artifact.outputs import Objects
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.data.objects import Schema
+from vllm_adainfer.offline.calibration.record.collect import Plan
+from vllm_adainfer.offline.calibration.record.objects import Untaught, record
 from vllm_adainfer.policy.guesser import Guesser
 
 
@@ -203,3 +212,41 @@ def _begins(objects: Objects, places: list[int]) -> list[int]:
         found.append(at)
         at += len(field.values[place].written)
     return found
+
+
+@pytest.mark.skipif(IS_V2, reason="the rows of a step are the same on both runners")
+def test_heads_learn_from_the_rows_behind_a_guess_for_each_text_and_from_full_depths_objects(model):
+    texts = [one for one in prompts(5, 24, 100) if len(one) > POOLED_FROM]
+    oracle_model = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer, random = byte_tokenizer(), np.random.default_rng(0)
+    examples = [Example(text, text, tokenizer.encode(text), None) for text in texts]
+    guessed: list[list[int]] = []
+
+    def teach(found: Objects, answers: Ints) -> tuple[Guesser, Sequence[Sequence[int]]]:
+        assert len(answers) == 8
+        guessed.extend(random.integers(0, found.link.sizes, (len(texts), 3)).tolist())
+        return Guesser.of_commonest(found, SharedTokens()), guessed
+
+    switch = {"record": [*EXIT_POINTS, LAYERS], "record_objects": True}
+    grammars = {"backend": "xgrammar", "disable_any_whitespace": True}
+    own = {**ENGINE, "structured_outputs_config": grammars}
+    ours = tiny_engine(model, {**switch, "record_pooled_from": POOLED_FROM}, **own)
+    plan = Plan(EXIT_POINTS, pooled_from=POOLED_FROM)
+    schema = Schema.of(json.dumps(SCHEMA), "the schema")
+    untaught = Untaught(np.arange(8), teach)
+    rows, guesser = record(ours, examples, plan, schema, tokenizer, 120, None, untaught)
+    theirs = served(ours, [Ask(text, params()) for text in texts])
+    found = guesser.objects
+    assert rows.tokens.tolist() == [found.code_of(one.texts[0]) for one in theirs]
+    assert len(set(map(tuple, guessed))) > 4
+    with torch.no_grad():
+        for place, (example, guess) in enumerate(zip(examples, guessed, strict=True)):
+            ids = torch.tensor([[*example.token_ids, *found.written(guess)]])
+            states = oracle_model(ids, output_hidden_states=True).hidden_states
+            where = torch.tensor(found.rows(guess)) + len(example.token_ids) - 1
+            for layer in EXIT_POINTS:
+                own = rows.states[layer][place].float()
+                assert torch.allclose(own, states[layer][0, where], atol=1e-4)
+                whole = states[layer][0, POOLED_FROM : len(example.token_ids)]
+                normed = whole / whole.pow(2).mean(-1, True).add(1e-6).sqrt()
+                assert torch.allclose(rows.means[layer][place], normed.mean(0), atol=1e-3)

@@ -90,7 +90,7 @@ def recorded_objects(
     longest = min(longest, room_for_answers(hf_config.max_position_embeddings, examples))
     engine = start_engine(model, examples, switch, longest, **settings)
     try:
-        return _record(engine, examples, plan, schema, tokenizer, longest, adapter, guesser)
+        return record(engine, examples, plan, schema, tokenizer, longest, adapter, guesser)
     finally:
         stop_engine(engine)
 
@@ -110,7 +110,7 @@ def room_for_answers(context: int, examples: Sequence[Example]) -> int:
     return room
 
 
-def _record(
+def record(
     engine: LLM,
     examples: Sequence[Example],
     plan: Plan,
@@ -120,6 +120,7 @@ def _record(
     adapter: LoRARequest | None,
     guesser: Guesser | Untaught,
 ) -> tuple[Rows, Guesser]:
+    """Run `examples` through an engine with `record_objects`; see `recorded_objects`."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
