@@ -15,7 +15,7 @@ from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.stats import stats
 
 DRAFTS, STUDENT = "drafts alone", "with a student"
-OBJECTS = {1: 4, 16: 32, 64: 96}  # in a round, by the number in flight
+OBJECTS = {1: 4, 16: 32, 64: 64}  # in a round, by the number in flight
 UNSEEN_IN_FLIGHT = 16
 
 
