@@ -217,10 +217,10 @@ def test_a_prompt_is_explained_with_the_states_that_its_part_reads(monkeypatch, 
     recorded: list[Any] = []
     monkeypatch.setattr(views, "recorded", lambda *args, **_: recorded.append(args[3].layers))
     model = SimpleNamespace(path="", hf_config=None, engine_settings={}, lora_request=None)
-    with pytest.raises(AttributeError):  # nothing was recorded here
-        views.record_prompts(model, config, [])
-    assert recorded == [(0, 2, 4, 6)]
     artifact = Artifact(config, policy_tensors(found))
+    with pytest.raises(AttributeError):  # nothing was recorded here
+        views.record_prompts(model, artifact, [])
+    assert recorded == [(0, 2, 4, 6)]
     part, row, _ = views.decided_by(artifact, None, [5] * length)
     if not pooled:
         for mean in recording.means.values():

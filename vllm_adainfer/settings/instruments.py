@@ -69,5 +69,5 @@ class RequestInstruments(BaseModel):
 
     adainfer_row: int | None = Field(None, strict=True)
     adainfer_guess: tuple[StrictInt, ...] | None = None
-    adainfer_guess_rows: tuple[StrictInt, ...] = ()
+    adainfer_guess_rows: tuple[StrictInt, ...] | None = None
     adainfer_exit: int | None = Field(None, strict=True)

@@ -36,7 +36,7 @@ def with_guesses(
         given = resolved.settings
         if settings.record_objects and given.adainfer_guess is not None:
             return resolved.changed(
-                guess=given.adainfer_guess, guess_rows=given.adainfer_guess_rows
+                guess=given.adainfer_guess, guess_rows=given.adainfer_guess_rows or ()
             )
         prompt = request.prompt_token_ids
         if resolved.objects is None or not resolved.may_exit or not prompt:
