@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.full import FULL_ON_V2
+from tests.full import FULL_ON_V2, full_on_v2
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_config
 from tests.triton_on_cpu import IS_V2
 
@@ -97,6 +97,7 @@ def stock(tiny_model: Path) -> Any:
     return answer_each(tiny_model, batches, {"VLLM_PLUGINS": ""}, enforce_eager=True)["answers"]
 
 
+@full_on_v2
 def test_killed_by_the_environment_is_stock_bit_for_bit(tiny_model, tiny_policy, stock):
     killed = answer(
         tiny_model,

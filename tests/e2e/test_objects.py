@@ -21,7 +21,7 @@ from tests.e2e.drafted_traffic import Ask, assert_same, counted_drafts, prompts,
 from tests.e2e.objects import ENGINE, POOLED_FROM, SCHEMA, params, save_policy
 from tests.e2e.test_async_scheduling import asynchronous_scheduling
 from tests.e2e.test_object_shadows import lines_of
-from tests.full import needed
+from tests.full import full_on_v2, needed
 from tests.tiny import EXIT_POINTS, LAYERS
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer.arrays import Ints
@@ -136,6 +136,7 @@ def test_objects_are_those_of_the_heads_where_these_are_sure_and_stocks_elsewher
     assert len(depths) > 1
 
 
+@full_on_v2
 def test_log_probabilities_are_those_of_the_heads_where_an_object_is_early_and_stocks_elsewhere(
     model, stock, tmp_path
 ):
