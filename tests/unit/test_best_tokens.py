@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adainfer.engine.runner.v1_best_tokens import best_tokens, mask_places
+from vllm_adainfer.engine.runner.v1_best_tokens import UNREAD, best_tokens, mask_places
 
 ROWS, TOKENS = 40, 96
 
@@ -29,3 +29,19 @@ def test_a_row_gets_the_first_of_its_likeliest_allowed_tokens(allowed, dtype):
 def test_masks_come_in_an_order_of_their_own_and_some_rows_have_none():
     places = mask_places(["a", "b", "c"], {"b": [7, 7], "c": [7]}, ["c", "gone", "a"])
     assert places.tolist() == [3, -1, -1, -1, 0, 1]
+
+
+@pytest.mark.parametrize("unread", [[], [0, 3], [0, 1, 2, 3]], ids=str)
+def test_rows_whose_tokens_count_for_nothing_are_not_looked_at(unread):
+    logits, masks = torch.eye(4, 32), np.full((4, 1), -1, dtype=np.int32)
+    places, seen = np.arange(4), list[int]()
+
+    def best_of(some: torch.Tensor) -> torch.Tensor:
+        seen.extend(some.argmax(-1).tolist())
+        return some.argmax(-1)
+
+    places[unread] = UNREAD
+    found = best_tokens(logits, masks, places, best_of)
+    assert len(found) == 4
+    assert seen == [row for row in range(4) if row not in unread]
+    assert found[seen].tolist() == seen

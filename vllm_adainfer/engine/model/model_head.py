@@ -159,9 +159,11 @@ class ModelHead(_Model):
         if at_full_depth.size:
             deep_logits = self._head(hidden_states[deep], requests[at_full_depth])
             size, dtype = deep_logits.shape[1], torch.float32 if exact else deep_logits.dtype
-        logits = hidden_states.new_full((count, size), -torch.inf, dtype=dtype)
-        if of_objects.size:
-            logits[unread] = 0  # samplers would make NaN of rows without a token
+        # Samplers would make NaN of rows without a token.
+        fill = -torch.inf if scored else 0
+        logits = hidden_states.new_full((count, size), fill, dtype=dtype)
+        if of_objects.size and scored:
+            logits[unread] = 0
         if deep_logits is not None:
             logits[deep] = deep_logits.to(dtype)
         for (_, answers), place in zip(scored, places, strict=True):

@@ -33,7 +33,7 @@ from vllm_adainfer.exits.accounting.report import (
 )
 from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.loop.loop import Loop
-from vllm_adainfer.exits.loop.step import FULL_DEPTH, StepContext
+from vllm_adainfer.exits.loop.step import FULL_DEPTH, NOBODY, StepContext
 from vllm_adainfer.settings.engine import read_settings
 
 if TYPE_CHECKING:
@@ -254,6 +254,11 @@ class RunningRequests:
             return None
         adapters = [self._requests[request_id].adapter for request_id in step.request_ids]
         return StepAdapters(self.lora_manager, adapters)
+
+    @property
+    def early_objects(self) -> Ints:
+        """The requests of the step that runs whose objects are early, by their places in it."""
+        return NOBODY if self._ran is None else self._ran.early_objects
 
     def take_note(self) -> StepNote | None:
         """The note to the scheduler about the last step; None if there was none."""

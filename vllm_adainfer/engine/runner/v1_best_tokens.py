@@ -17,7 +17,7 @@ from vllm_adainfer.arrays import Ints
 from vllm_adainfer.engine.compat.drafts import mask_logits
 
 ROWS_AT_ONCE = 16  # converted to float32 in the processor's cache
-UNMASKED = -1
+UNMASKED, UNREAD = -1, -2
 
 
 def best_tokens(
@@ -26,7 +26,15 @@ def best_tokens(
     """The token of each row of `logits` that `best_of` finds in it once it is masked.
 
     `masks` has bits of tokens in int32 words; `places` says which mask a row has, or `UNMASKED`.
+    It is `UNREAD` for rows whose token counts for nothing, which get any.
     """
+    [read] = np.nonzero(places != UNREAD)
+    if len(read) < len(places):
+        every = torch.zeros(len(places), dtype=torch.int64)
+        if len(read):
+            rows = torch.from_numpy(read)
+            every[rows] = best_tokens(logits[rows], masks, places[read], best_of).long()
+        return every
     found = torch.cat([best_of(some.float()) for some in logits.split(ROWS_AT_ONCE)])
     tokens = found.numpy()
     allowed = masks[places, tokens >> 5] >> (tokens & 31) & 1

@@ -14,8 +14,10 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.engine.admission.requested_output import only_grammar_decides
-from vllm_adainfer.engine.runner.v1_best_tokens import best_tokens, mask_places
+from vllm_adainfer.engine.runner.v1_best_tokens import UNREAD, best_tokens, mask_places
+from vllm_adainfer.exits.loop.step import NOBODY
 
 if TYPE_CHECKING:
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
@@ -42,10 +44,18 @@ class VerifiesDrafts(_Runner):
                 state.scheduler_output.scheduled_spec_decode_tokens,
                 grammar_output.structured_output_request_ids,
             )
+            if len(unread := self._unread()):
+                lens = state.spec_decode_metadata.num_draft_tokens
+                of_rows = np.repeat(np.arange(len(lens)), np.array(lens) + 1)
+                places[np.isin(of_rows, unread)] = UNREAD
             masks, best_of = grammar_output.grammar_bitmask, self.sampler.greedy_sample
             self._best = best_tokens(state.logits, masks, places, best_of)
             grammar_output = None
         return super().sample_tokens(grammar_output)
+
+    def _unread(self) -> Ints:
+        """The requests of a step whose samples count for nothing, by their places in the batch."""
+        return NOBODY
 
     def _only_best_count(self) -> bool:
         """Whether a step has drafts, and needs nothing but the likeliest token of each row."""

@@ -62,6 +62,10 @@ class AdaInferCPUModelRunner(VerifiesDrafts, CPUModelRunner):
         with seeds_of_chunks_kept(self):
             return super().sample_tokens(*args, **kwargs)
 
+    @override
+    def _unread(self) -> Ints:
+        return self.running.early_objects
+
     def _drafted(self, count: int) -> Ints | None:
         """How many rows of each request have drafts; None if none has."""
         drafts = self.input_batch.spec_token_ids[:count]
