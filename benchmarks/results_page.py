@@ -37,7 +37,6 @@ def sections() -> list[list[str]]:
         section("Choices", choices_table(), "choices_exits"),
         section("Structured answers", quoted("structured"), "structured"),
         section("Objects under one bound", quoted("objects"), "objects"),
-        section(None, quoted("object_draws"), "object_draws"),
         section("Label probabilities", probabilities(), "probabilities"),
         section(None, latency("scoring"), "scoring"),
         section("Decision questions", questions(), "questions"),

@@ -52,13 +52,13 @@ def early(parts: Sequence[Part]) -> str:
                 [
                     part["schema"],
                     SPOKEN[name],
-                    f"{own['early'] / count:.0%}",
-                    f"{1 - own['layers_run'] / own['layers_possible']:.1%}",
+                    share_of(own["early"] / count, count, digits=0),
+                    share_of(1 - own["layers_run"] / own["layers_possible"], count),
                     f"{engines[STOCK]['rows'] / count:.0f} / {own['rows'] / count:.0f}",
                     share_of(own["differ"] / count, count),
                     fields,
-                    f"{engines[DRAFTS]['differ'] / count:.1%}",
-                    f"{engines[STOCK]['differ'] / count:.1%}",
+                    share_of(engines[DRAFTS]["differ"] / count, count),
+                    share_of(engines[STOCK]["differ"] / count, count),
                 ]
             )
     return markdown_grid(columns, rows, text_columns=2)

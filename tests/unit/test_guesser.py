@@ -54,6 +54,12 @@ def test_a_guess_is_learnt_from_the_tokens_of_texts(guesser, text, expected):
     assert OBJECTS.link.code_of(guesser.places(prompt(*text))) == expected
 
 
+@pytest.mark.parametrize(("written", "rows"), [(BAD_SEEN, 0), (BAD, 2), (GOOD_SEEN, 4), (GOOD, 4)])
+def test_full_depth_discards_a_guess_from_its_first_wrong_value_on(guesser, written, rows):
+    """Each value has two tokens, and two stand before the first."""
+    assert guesser.wasted(prompt(DULL, WATCHED), written) == rows
+
+
 def test_what_all_prompts_share_and_values_that_were_never_written_tell_nothing(guesser):
     assert not {1, 2, 3} & set(guesser.tokens.tolist())
     assert OBJECTS.link.code_of(guesser.places([])) != FAIR_SEEN

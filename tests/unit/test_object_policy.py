@@ -21,14 +21,17 @@ from tests.calibrations import (
     of_objects,
     recording_of_objects,
 )
-from vllm_adainfer.artifact.fields import LabelBound
+from vllm_adainfer.artifact.fields import LabelBound, SharedTokens
 from vllm_adainfer.artifact.files import load_artifact, load_details
 from vllm_adainfer.artifact.kinds import ProbeInput
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.calibrate import check_spares_rows
 from vllm_adainfer.offline.calibration.fit import training
 from vllm_adainfer.offline.calibration.fit.probes import taught_by_full_depth
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, fit_policy, make_policy
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.policy.exit_policy import UndecidedRows
+from vllm_adainfer.policy.guesser import Guesser
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.promise.gates import Gate, Gates
 from vllm_adainfer.promise.tolerance import Tolerance
@@ -212,3 +215,17 @@ def test_codes_are_known_before_an_object_is_settled():
     scores = exit.probe.label_scores(states)
     by_field = [one.argmax(1).tolist() for one in scores.split(LINK.sizes, dim=1)]
     assert [LINK.places(code) for code in exit.held_out.tokens] == [*zip(*by_field, strict=True)]
+
+
+@pytest.mark.parametrize("computed", [30, 2])
+def test_a_policy_whose_wrong_guesses_waste_more_rows_than_early_objects_spare_is_refused(computed):
+    """Eight in ten objects differ from the commonest, which is guessed for all."""
+    rows = replace(recording_of_objects(), computed=np.full(PROMPTS, float(computed)))
+    guesser = Guesser.of_commonest(OBJECTS, SharedTokens())
+    policy = make_policy(replace(of_objects(rows), guesser=guesser))
+    prompts = [[5]] * PROMPTS
+    if computed == 30:
+        check_spares_rows(policy, prompts)
+        return
+    with pytest.raises(AdaInferError, match="drafts alone answer these requests faster"):
+        check_spares_rows(policy, prompts)

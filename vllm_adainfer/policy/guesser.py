@@ -74,6 +74,16 @@ class Guesser:
         fields = self.objects.link.fields(scores.unsqueeze(0))
         return [int(field.argmax()) for field in fields]
 
+    def wasted(self, prompt: Sequence[int], code: int) -> int:
+        """How many rows of a prompt's guess full depth discards if it writes the object `code`."""
+        guess, written = self.places(prompt), self.objects.link.places(code)
+        wrong = [
+            one for one, pair in enumerate(zip(guess, written, strict=True)) if len({*pair}) > 1
+        ]
+        if not wrong:
+            return 0
+        return len(self.objects.written(guess)) - self.objects.rows(guess)[wrong[0]]
+
 
 def own_tokens(prompt: Sequence[int], shared: SharedTokens) -> Ints:
     """The tokens of a prompt's own text, each once, ascending."""

@@ -24,7 +24,7 @@ from vllm_adainfer.offline.calibration.fit.probes import (
     full_depth_labels,
     full_depth_objects,
 )
-from vllm_adainfer.offline.calibration.fit_policy import fit_policy
+from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, fit_policy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
 from vllm_adainfer.offline.calibration.record.collect import Plan, recorded
@@ -163,12 +163,36 @@ def fit_and_certify(request: CalibrationRequest, prompts: Prompts, rows: Rows) -
             f"{epsilon:g}: raise --epsilon, or give new rows (another try on the same held-out "
             "half would have a larger delta)"
         )
+    if prompts.schema is not None:
+        check_spares_rows(policy, [example.token_ids for example in prompts.examples])
     adapter = None if request.adapter is None else request.adapter.described
     output, template = request.output, request.template
     schema = None if prompts.schema is None else prompts.schema.text
     return write_artifact(
         policy, request.model, prompts.hf_config, template, output, adapter, schema
     )
+
+
+def check_spares_rows(policy: FittedPolicy, prompts: Sequence[Sequence[int]]) -> None:
+    """Check that early objects spare more rows than wrong guesses waste, on the held-out prompts.
+
+    An AdaInferError if they do not: drafts alone, which end at unsure values, are faster then.
+    """
+    calibration = policy.calibration
+    rows, held_out, guesser = calibration.rows, calibration.held_out, calibration.guesser
+    assert guesser is not None, "the objects that are decided have one"
+    exits = policy.points[calibration.options.epsilon].exits
+    layers = np.array([*(exit.layer for exit in policy.exits), rows.model.depth])
+    spared = float(np.mean(rows.computed[held_out] * (1 - layers[exits] / rows.model.depth)))
+    asked = zip(rows.prompts[held_out].tolist(), rows.tokens[held_out].tolist(), strict=True)
+    discarded = np.array([guesser.wasted(prompts[prompt], code) for prompt, code in asked])
+    wasted = float(np.mean(discarded * (exits == len(policy.exits))))
+    if spared <= wasted:
+        raise AdaInferError(
+            f"early objects would spare {spared:.1f} rows of a prompt, and wrong guesses waste "
+            f"{wasted:.1f}: drafts alone answer these requests faster (draft_structure). Raise "
+            "--epsilon, or give more prompts"
+        )
 
 
 def calibration_of(request: CalibrationRequest, prompts: Prompts, rows: Rows) -> Calibration:
