@@ -84,7 +84,8 @@ def main(
             switches |= {STOCK: None, DRAFTS: {"draft_structure": True}}
             with engines(model, switches, LONGEST) as started:
                 measured = of_schema(started, tests[schema], rounds, artifacts[OURS])
-            report["parts"].append({"schema": schema, "student": STUDENT in artifacts, **measured})
+            has_student = STUDENT in artifacts if student else None
+            report["parts"].append({"schema": schema, "student": has_student, **measured})
             write_whole(output, json.dumps(report, indent=1) + "\n")
     write_report(output, report, table(report))
 

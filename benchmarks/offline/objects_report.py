@@ -19,7 +19,7 @@ SPOKEN = {DRAFTS: DRAFTS, OURS: "a policy", STUDENT: "and a student"}
 def table(report: Mapping[str, Any]) -> str:
     """All tables as Markdown."""
     parts = report["parts"]
-    left_out = [part["schema"] for part in parts if not part["student"]]
+    left_out = [part["schema"] for part in parts if part["student"] is False]
     tables = [early(parts), speeds(parts)]
     if left_out:
         tables.append(f"`calibrate` left the student out for {', '.join(left_out)}.")
