@@ -125,15 +125,14 @@ def of_draw(
     split = Split(order[halves.fit], order[halves.certify], groups)
     calibration = calibration_of(request, replace(prompts, split=split), rows)
     policy = fit_policy(calibration, request.probe)
+    target = policy.calibration.target  # heads of prompts, or of last tokens
     epsilon, unseen = request.options.epsilon, rows.of(order[count:])
     if epsilon not in policy.points:
         return {"unseen": len(unseen), "changed": 0, "layers_saved": 0.0}
     exits = [
         replace(
             one,
-            held_out=judge(one.probe, one.layer, rows, unseen, calibration.target).scored(
-                one.classifier
-            ),
+            held_out=judge(one.probe, one.layer, rows, unseen, target).scored(one.classifier),
         )
         for one in policy.exits
     ]
