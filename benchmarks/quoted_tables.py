@@ -29,8 +29,6 @@ SENTENCES = {
     "interleaved rounds, throughput where it is not latency. The model never learnt the seven "
     "booleans, and stock's own answers change from batch to batch; today `calibrate` makes no "
     "policy for them ([how](../benchmarks/README.md#objects-under-one-bound)):",
-    "object_draws": "The bound over draws of the rows, early answers against full depth in the "
-    "same pass:",
     "auto": "An empty directory, the same requests to [such a server](self_calibration.md) and to "
     "stock vLLM in turn. Both round in other batches, so some answers differ before a kind "
     "opens, too; the ledger compares within the same step. Layers saved are those of the "
