@@ -15,6 +15,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from tests.adapters import PROJECTIONS, save_adapter
 from tests.byte_model import save_byte_model
 from tests.conftest import tiny_engine
+from tests.e2e.drafted_engines import FixedCosts
 from tests.e2e.drafted_traffic import (
     GRAMMARS,
     Ask,
@@ -23,12 +24,14 @@ from tests.e2e.drafted_traffic import (
     counted_drafts,
     place_of,
     prompts,
+    scheduler_of,
     served,
 )
 from tests.e2e.scripted import parts
 from tests.full import full_on_v2
 from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer import stats
+from vllm_adainfer.engine.scheduler.drafts import ROWS_PER_STEP_ON_CPU
 
 SETTINGS: dict[str, Any] = {
     "max_model_len": 256,
@@ -145,10 +148,12 @@ def test_labels_of_requests_that_exit_beside_drafts_are_those_they_get_alone(
 
 @full_on_v2
 def test_shadow_requests_beside_drafts_are_compared_with_their_own_full_depth(
-    model, policy, about_labels
+    model, policy, about_labels, monkeypatch
 ):
     switch = {"artifact": str(policy), "min_rows_saved": 1, "shadow_rate": 1.0}
     llm = tiny_engine(model, switch, **SETTINGS)
+    # What a row costs is not measured, so that the same is drafted on any machine.
+    monkeypatch.setattr(scheduler_of(llm).drafts, "_costs", FixedCosts(ROWS_PER_STEP_ON_CPU))
     asks = structured([None], 12)
     others = labelled(asks, about_labels, [None])
 
