@@ -26,9 +26,11 @@ SENTENCES = {
     "objects": "Objects [under one bound](structured.md#objects-under-one-bound), epsilon 0.02, "
     "unseen requests of four schemas; *full depth* is drafts alone, 16 in flight. Then the time "
     "of an object beside stock's, and beside drafts alone: ratios and their 95 % intervals over "
-    "interleaved rounds, throughput where it is not latency. The model never learnt the seven "
-    "booleans, and stock's own answers change from batch to batch; today `calibrate` makes no "
-    "policy for them ([how](../benchmarks/README.md#objects-under-one-bound)):",
+    "interleaved rounds, throughput where it is not latency; two such benchmarks ran side by "
+    "side, each on a core. The model never learnt the seven booleans, and stock's own answers "
+    "change from batch to batch. They are why `calibrate` now refuses a policy whose wrong "
+    "guesses waste more rows than early objects spare; this run was before "
+    "([how](../benchmarks/README.md#objects-under-one-bound)):",
     "auto": "An empty directory, the same requests to [such a server](self_calibration.md) and to "
     "stock vLLM in turn. Both round in other batches, so some answers differ before a kind "
     "opens, too; the ledger compares within the same step. Layers saved are those of the "
