@@ -37,7 +37,9 @@ SMALL = {
 }
 # Random weights would go on with white space.
 WHOLE = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
-REQUESTS = 20 if IS_V2 else 60
+REQUESTS = 40 if IS_V2 else 60
+# Where tokens are in flight, a request that a reset has met is not decided for some steps.
+RESETS = 0.03 if IS_V2 else 0.05
 
 
 @dataclass
@@ -62,7 +64,7 @@ def interrupted(llm: Any, seed: int) -> Iterator[Interruptions]:
     generator, found = np.random.default_rng(seed), Interruptions()
 
     def resetting(*args: Any, **kwargs: Any) -> Any:
-        if generator.random() < 0.05:
+        if generator.random() < RESETS:
             found.reset += len(scheduler.running)
             found.in_flight += sum(one.num_in_flight_tokens > 0 for one in scheduler.running)
             scheduler.reset_prefix_cache(reset_running_requests=True)
@@ -73,7 +75,7 @@ def interrupted(llm: Any, seed: int) -> Iterator[Interruptions]:
         decided = [] if note is None else list(note.objects)
         running = decided or list(scheduled.num_scheduled_tokens)
         is_first = bool(decided) and not found.deciding
-        if running and (is_first or generator.random() < (0.3 if decided else 0.01)):
+        if running and (is_first or generator.random() < (0.15 if decided else 0.01)):
             place = place_of(running[generator.integers(len(running))])
             found.deciding += bool(decided) and place not in found.aborted
             found.aborted.add(place)
@@ -152,7 +154,7 @@ def engine(model, tmp_path_factory) -> Engine:
 
 
 @full_on_v2
-@pytest.mark.parametrize("seed", needed(1, of=range(4)))
+@pytest.mark.parametrize("seed", needed(1, of=range(2 if IS_V2 else 4)))
 def test_interrupted_traffic_gets_the_heads_objects_or_stocks_and_leaves_nothing(
     engine, stock, seed
 ):
