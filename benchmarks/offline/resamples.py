@@ -64,8 +64,13 @@ def exits_on(policy: FittedPolicy, rows: Ints) -> list[FittedExit]:
     other = replace(calibration, split=replace(calibration.split, certify=rows))
     layers = {exit.layer for exit in policy.exits}
     heads = fit_candidates(other, layers) if layers - {0} else []
-    again = {(e.layer, e.is_branch): e for e in make_policy(other, heads).candidates}
-    return [again[exit.layer, exit.is_branch] for exit in policy.exits]
+    again = {key_of(exit): exit for exit in make_policy(other, heads).candidates}
+    return [again[key_of(exit)] for exit in policy.exits]
+
+
+def key_of(exit: FittedExit) -> tuple[int, bool, float]:
+    """What tells a candidate from the others of the same calibration."""
+    return exit.layer, exit.is_branch, exit.handicap
 
 
 def _is_broken(test: LabelTest, served: PathPoint) -> bool:

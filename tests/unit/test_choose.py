@@ -18,8 +18,9 @@ from vllm_adainfer.offline.calibration.fit.choose import (
     expected_seconds,
 )
 from vllm_adainfer.offline.calibration.fit.cost import Costs, shares_of_time
-from vllm_adainfer.offline.calibration.fit.exits import FittedExit
+from vllm_adainfer.offline.calibration.fit.exits import HANDICAPS, FittedExit
 from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.policy.score import score as served_score
 
 DEPTH, ROWS = 12, 80
 LAYERS = (2, 4, 6, 8, 10)
@@ -153,6 +154,50 @@ def test_an_exit_point_that_never_settles_a_row_lets_nobody_leave(score, others)
     without = expected_seconds(exits, costs, tokens, 0.05)
     found = expected_seconds([nowhere, *exits], costs, tokens, 0.05)
     assert found == pytest.approx(without)
+
+
+@pytest.mark.parametrize("odds", HANDICAPS)
+def test_a_handicap_moves_scores_and_the_bias_that_serves_them(odds):
+    fitted, classifier = candidates_of(3)[0], torch.tensor([2.0, -1.0, 0.5])
+    fitted = replace(fitted, classifier=classifier)
+    moved = fitted.with_handicap(odds)
+    features = torch.randn(5, 2)
+    served = served_score(features, moved.classifier, None)
+    served = served - served_score(features, classifier, None)
+    assert served.tolist() == pytest.approx([odds] * 5, abs=1e-5)
+    for ours, theirs in ((moved.fitted, fitted.fitted), (moved.held_out, fitted.held_out)):
+        assert (ours.score - theirs.score).tolist() == pytest.approx([odds] * ROWS, abs=1e-5)
+    assert classifier.tolist() == [2.0, -1.0, 0.5]
+
+
+@pytest.mark.parametrize("too_sure", [-2.0, 0.0, 2.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_student_with_exits_is_no_slower_than_the_better_of_the_two_alone(seed, too_sure):
+    """Also where its score is not on the scale of theirs."""
+    generator = np.random.default_rng(seed)
+    hardness = generator.random(ROWS)
+    wrong = np.where(generator.random(ROWS) < 0.2 * hardness, 1.0, 0.0)
+    student = exit_after(0, 2 - 2 * hardness + too_sure, wrong)
+    beside = [student, *(student.with_handicap(odds) for odds in HANDICAPS)]
+    heads, tokens, allowed = candidates_of(seed), tokens_of(seed), 0.03
+    costs = replace(costs_of(), probe=dict.fromkeys((0, *LAYERS), 1e-4))
+
+    def seconds(exits) -> float:
+        return expected_seconds(choose_exits(exits, costs, tokens, allowed), costs, tokens, allowed)
+
+    assert seconds([*beside, *heads]) <= min(seconds([student]), seconds(heads)) + 1e-9
+
+
+def test_a_student_that_is_too_sure_gets_a_handicap_so_that_exits_can_follow_it():
+    """It is right about half of the rows, and surer of the others than the head that knows them."""
+    knows = np.arange(ROWS) < ROWS // 2
+    student = exit_after(0, np.where(knows, 1.0, 0.0), np.where(knows, 0.0, 1.0))
+    head = exit_after(6, np.where(knows, -4.0, -2.0), np.zeros(ROWS))
+    candidates = [student, *(student.with_handicap(odds) for odds in HANDICAPS), head]
+    costs = replace(costs_of(), probe={0: 1e-4, 6: 1e-4})
+    assert [one.layer for one in choose_exits([student, head], costs, tokens_of(0), 0.0)] == [0]
+    found = choose_exits(candidates, costs, tokens_of(0), 0.0)
+    assert [(one.layer, one.handicap) for one in found] == [(0, -3.0), (6, 0.0)]
 
 
 @pytest.mark.parametrize("seed", range(12))

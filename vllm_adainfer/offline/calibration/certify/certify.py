@@ -205,7 +205,7 @@ class Terms:
         if self.queries is None:
             return bound.allowance(len(self.calibration.held_out), options.epsilon)
         assert self.fitted_queries is not None
-        heads = [exit for exit in candidates if not exit.is_branch]
+        heads = [exit for exit in candidates if not exit.is_alternative]
         path = fitted_path(heads, self.calibration.rows.model.depth)
         allowed = bound.allowance(len(self.queries.rows), options.epsilon)
         return rows_allowed(path, self.fitted_queries, allowed)

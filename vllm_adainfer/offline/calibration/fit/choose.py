@@ -107,12 +107,12 @@ def choose_exits(
 def one_per_layer(
     candidates: Sequence[FittedExit], costs: Costs, tokens: Floats, allowed: float
 ) -> list[FittedExit]:
-    """All layers of the candidates; a branch decides where that shortens the expected time."""
+    """All layers of the candidates; an alternative decides where that shortens the time."""
     tokens = tokens[:CHOICE_ROWS]
-    best = {exit.layer: exit for exit in candidates if not exit.is_branch}
+    best = {exit.layer: exit for exit in candidates if not exit.is_alternative}
     least = expected_seconds([*best.values()], costs, tokens, allowed)
-    for branch in (exit for exit in candidates if exit.is_branch):
-        found = {**best, branch.layer: branch}
+    for other in (exit for exit in candidates if exit.is_alternative):
+        found = {**best, other.layer: other}
         seconds = expected_seconds([*found.values()], costs, tokens, allowed)
         if seconds < least:
             best, least = found, seconds
@@ -185,7 +185,7 @@ def layers_saved(exits: Sequence[FittedExit], depth: int, allowed: float) -> flo
 
 
 def evenly_spread(candidates: Sequence[FittedExit], count: int) -> list[FittedExit]:
-    """`count` evenly spaced candidates without branches: the choice to beat."""
-    candidates = [exit for exit in candidates if not exit.is_branch]
+    """`count` evenly spaced candidates, no alternatives: the choice to beat."""
+    candidates = [exit for exit in candidates if not exit.is_alternative]
     places = np.linspace(0, len(candidates) - 1, count + 2)[1:-1].round().astype(int)
     return [candidates[place] for place in sorted(set(places.tolist()))]

@@ -33,6 +33,11 @@ from vllm_adainfer.promise.accuracy import RightTokens
 from vllm_adainfer.promise.first_documents import relevance
 from vllm_adainfer.promise.label_subsets import restrict
 
+# Log odds by which a student may be surer than its classifier says, or less sure. Exit points share
+# one threshold, and a student's errors are not those of heads: where both are as sure, a per cent
+# of errors buys other shares of the layers. So the rows that fit choose the line along which
+# both thresholds fall.
+HANDICAPS = (-3.0, -2.0, -1.0, 1.0, 2.0, 3.0)
 PLAIN = Target("logit-lens", None)  # any token may be the answer
 
 
@@ -108,18 +113,39 @@ class Scored:
 
 @dataclass(frozen=True)
 class FittedExit:
-    """A candidate exit point: the parts that serve, and their results on both halves."""
+    """A candidate exit point: the parts that serve, and their results on both halves.
+
+    `handicap` has been added to the score that its classifier was fitted to, see `HANDICAPS`.
+    """
 
     layer: int
     probe: Probe
     classifier: Tensor
     fitted: Scored
     held_out: Scored
+    handicap: float = 0.0
 
     @property
     def is_branch(self) -> bool:
         """Whether a branch decides, not a head."""
         return isinstance(self.probe.encoder, StateEncoder)
+
+    @property
+    def is_alternative(self) -> bool:
+        """Whether it stands beside another candidate after the same layer, which comes first."""
+        return self.is_branch or self.handicap != 0
+
+    def with_handicap(self, odds: float) -> FittedExit:
+        """The same, surer by `odds`, log odds, of every row; its classifier must be linear."""
+        classifier = self.classifier.clone()
+        classifier[-1] += odds  # the bias
+        return replace(
+            self,
+            classifier=classifier,
+            fitted=replace(self.fitted, score=self.fitted.score + odds),
+            held_out=replace(self.held_out, score=self.held_out.score + odds),
+            handicap=self.handicap + odds,
+        )
 
 
 def fit_exits(calibration: Calibration, layers: Iterable[int]) -> list[FittedExit]:
@@ -178,13 +204,19 @@ def fit_exit(
 def with_trained(calibration: Calibration, heads: Sequence[FittedExit]) -> list[FittedExit]:
     """The candidates: `heads` with what was trained for a calibration.
 
-    A student takes the place of a head before the first layer; a branch stands beside its layer's
-    head. A probe whose classifier cannot be learned is left out.
+    A student takes the place of a head before the first layer, with each of the `HANDICAPS`; a
+    branch stands beside its layer's head. A probe whose classifier cannot be learned is left out.
     """
     taken = {0} & {one.layer for one in calibration.trained}
     found = [head for head in heads if head.layer not in taken]
-    trained = (fit_trained(calibration, one) for one in calibration.trained)
-    found += [exit for exit in trained if exit is not None]
+    is_linear = calibration.options.classifier != "crf"  # which sees all exit points together
+    for trained in calibration.trained:
+        exit = fit_trained(calibration, trained)
+        if exit is None:
+            continue
+        found.append(exit)
+        if is_linear and not exit.is_branch:
+            found += [exit.with_handicap(odds) for odds in HANDICAPS]
     return sorted(found, key=lambda exit: exit.layer)
 
 
