@@ -26,7 +26,6 @@ import typer
 from benchmarks.classifiers.label_classifier import label_classifier
 from benchmarks.common.intervals import share_of, shares_of, speedups_of
 from benchmarks.common.report_files import add_report
-from benchmarks.common.rounds import in_rounds
 from benchmarks.serving.bench_choices import layer_rows
 from benchmarks.serving.sending import Sent, send
 from benchmarks.serving.serve_report import OURS, STOCK
@@ -36,6 +35,7 @@ from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.calibration.data.examples import read_rows, read_template
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
+from vllm_adainfer.offline.evaluation.rounds import in_rounds
 from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled

@@ -34,6 +34,7 @@ from benchmarks.offline.small_models import (
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.evaluation.evaluate import evaluate
+from vllm_adainfer.offline.evaluation.rounds import ROUNDS
 from vllm_adainfer.offline.facts.document import markdown_table
 
 TRAIN, CALIBRATE = 1400, 700  # rows
@@ -41,7 +42,7 @@ TRAIN, CALIBRATE = 1400, 700  # rows
 
 def main(
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/families.json"),
-    repeat: Annotated[int, typer.Option(help="Rounds, each of stock and ours.")] = 5,
+    repeat: Annotated[int, typer.Option(help="Rounds to time, of stock and ours.")] = ROUNDS,
     family: Annotated[
         list[str] | None, typer.Option(help="Family to run, repeatable; by default all.")
     ] = None,

@@ -27,10 +27,10 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.common.report_files import write_report
-from benchmarks.common.rounds import in_rounds
 from vllm_adainfer.artifact.files import load_artifact_config, load_details
 from vllm_adainfer.offline.calibration.data.examples import Example, Row, make_examples
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
+from vllm_adainfer.offline.evaluation.rounds import in_rounds
 from vllm_adainfer.offline.evaluation.run import Run
 from vllm_adainfer.offline.evaluation.sequences import compare, has_number, rescore
 from vllm_adainfer.offline.facts.document import markdown_grid

@@ -29,6 +29,7 @@ from vllm_adainfer.offline.calibration.options import CalibrationRequest, Policy
 from vllm_adainfer.offline.calibration.prompts import load_prompts
 from vllm_adainfer.offline.evaluation.evaluate import evaluate
 from vllm_adainfer.offline.evaluation.promised import default_level
+from vllm_adainfer.offline.evaluation.rounds import ROUNDS
 from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.promise.tolerance import Tolerance
 
@@ -44,7 +45,7 @@ def main(
     tolerances: Annotated[str, typer.Option()] = "0.02,0.05,0.1",
     epsilon: Annotated[float, typer.Option()] = 0.02,
     rows: Annotated[int, typer.Option(help="Most test rows per task.")] = 800,
-    repeat: Annotated[int, typer.Option(help="Rounds, each of stock and ours.")] = 3,
+    repeat: Annotated[int, typer.Option(help="Rounds to time, of stock and ours.")] = ROUNDS,
 ) -> None:
     """Calibrate, measure, and write JSON and a Markdown table."""
     with tempfile.TemporaryDirectory() as folder:

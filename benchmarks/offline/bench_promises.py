@@ -24,9 +24,18 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 import numpy as np
 import typer
 
-from benchmarks.common.intervals import share_of, shares_of, speedups_of
+from benchmarks.common.intervals import share_of, shares_of
 from benchmarks.common.report_files import add_report
-from benchmarks.offline.in_turn import Round, hold_back, measured, run_in_turn
+from benchmarks.offline.in_turn import (
+    NEVER,
+    STOCK,
+    InTurn,
+    hold_back,
+    measured,
+    noise,
+    run_in_turn,
+    speed_cells,
+)
 from benchmarks.offline.resamples import resampled
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.config import ArtifactConfig
@@ -48,6 +57,7 @@ from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config
 from vllm_adainfer.offline.evaluation.by_label import label_rows
 from vllm_adainfer.offline.evaluation.promised import bounded_rows, promised_rows
+from vllm_adainfer.offline.evaluation.rounds import ROUNDS
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT
 from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
@@ -72,7 +82,7 @@ def main(
     template: Annotated[str | None, typer.Option()] = None,
     test: Annotated[int, typer.Option(help="Prompts that calibrate nothing.")] = 600,
     epsilon: Annotated[float, typer.Option()] = 0.02,
-    repeat: Annotated[int, typer.Option(help="Rounds of stock and all policies.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Of stock and all policies, in turn.")] = ROUNDS,
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/promises.json"),
 ) -> None:
     """Calibrate, measure, and add the task to the JSON and the Markdown of `output`."""
@@ -91,7 +101,7 @@ def main(
         with patch.object(exits, "fit_probes", fit_probes_once()):
             policies = made_policies(request, prompts, recording)
             drawn = {promise: resampled(one, tests) for promise, one in policies.items()}
-        rows = measure_all(request, prompts, tests, policies, Path(folder), repeat)
+        rows = measure_all(request, prompts, tests, policies, Path(folder), rounds)
         rows = [row | drawn[row["promise"]] for row in rows]
     report = {
         "task": title,
@@ -182,14 +192,14 @@ def measure_all(
     tests: Ints,
     policies: Mapping[str, FittedPolicy],
     folder: Path,
-    repeat: int,
+    rounds: int,
 ) -> list[dict[str, Any]]:
     """Run stock and each policy, in turn, on the prompts that calibrated nothing."""
     hf_config, tokenizer = load_config_and_tokenizer(request.model)
     examples = [prompts.examples[place] for place in tests.tolist()]
     rights = right_tokens(examples, prompts.output.labels, tokenizer)
     by_name = {f"policy-{number}": one for number, one in enumerate(policies.values())}
-    rounds = run_in_turn(request, by_name, examples, folder, repeat)
+    found = run_in_turn(request, by_name, examples, folder, rounds)
     rows = []
     for promise, (name, policy) in zip(policies, by_name.items(), strict=True):
         config = policy_config(policy, "", hf_config)
@@ -197,19 +207,19 @@ def measure_all(
             {
                 "promise": promise,
                 "exit_points": [exit.layer for exit in policy.exits],
-                **measured(rounds, name, Output.of_config(config).form, rights),
-                **wrong(rounds, name, config, examples),
+                **measured(found, name, Output.of_config(config).form, rights),
+                **wrong(found, name, config, examples),
             }
         )
     return rows
 
 
 def wrong(
-    rounds: Sequence[Round], name: str, config: ArtifactConfig, examples: Sequence[Example]
+    run: InTurn, name: str, config: ArtifactConfig, examples: Sequence[Example]
 ) -> dict[str, Any]:
-    """How often a policy's answers break its promise; of the first round."""
+    """How often a policy's answers break its promise."""
     kind, groups = Output.of_config(config).form, np.arange(len(examples))
-    ours, never = rounds[0].ours[name], rounds[0].never[kind]
+    ours, never = run.whole[name, kind], run.whole[NEVER, kind]
     if not config.promise.reads_probabilities:
         changed = sum(a != b for a, b in zip(ours.texts, never.texts, strict=True))
         found: dict[str, Any] = {
@@ -222,7 +232,7 @@ def wrong(
             found["label"] = next(row for row in labels if row["label"] == promise.label)
         return found
     by_epsilon = {level.epsilon: ours for level in config.levels} | {NEVER_EXIT: never}
-    pairs = [(rounds[0].stock[kind], by_epsilon)]
+    pairs = [(run.whole[STOCK, kind], by_epsilon)]
     levels = bounded_rows(promised_rows(config, examples, groups, pairs))
     assert levels is not None
     return {key: levels[0][key] for key in ("wrong", "wrong_95")}
@@ -241,7 +251,7 @@ def table(report: Mapping[str, Any]) -> str:
                 "promise": one["promise"],
                 "exit points": ", ".join(map(str, one["exit_points"])),
                 "layers saved (95 %)": share_of(one["layers_saved"], report["test"]),
-                "speed-up (rounds)": speedups_of(one),
+                **speed_cells(one),
                 "broken (95 %)": broken,
                 "accuracy, stock / ours (95 %)": shares_of(
                     one["stock_accuracy"], one["accuracy"], report["test"]
@@ -249,13 +259,12 @@ def table(report: Mapping[str, Any]) -> str:
                 "resamples that break it": f"{one['resamples_over']} of {one['resamples']}",
             }
         )
-
-    never = report["policies"][0]["never_exit"] if report["policies"] else float("nan")
-    return (
+    head = (
         f"{report['task']}: {report['prompts']} prompts calibrate, {report['test']} test; epsilon "
-        f"{report['epsilon']:.0%}; never exiting {never:.2f}x; {report['provenance']['cpu']}\n\n"
-        f"{markdown_table(rows, text_columns=2)}\n"
+        f"{report['epsilon']:.0%}; {report['provenance']['cpu']}. "
     )
+    told = f"{head}{noise(report['policies'])}".strip() if report["policies"] else head
+    return f"{told}\n\n{markdown_table(rows, text_columns=2)}\n"
 
 
 if __name__ == "__main__":

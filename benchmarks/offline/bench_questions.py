@@ -39,6 +39,7 @@ from vllm_adainfer.offline.calibration.options import CalibrationRequest, Policy
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
 from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.evaluation.evaluate import evaluate
+from vllm_adainfer.offline.evaluation.rounds import ROUNDS
 from vllm_adainfer.offline.facts.document import markdown_grid, markdown_table
 from vllm_adainfer.promise.tolerance import Tolerance
 
@@ -51,7 +52,7 @@ def main(
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/questions.json"),
     tolerance: Annotated[float, typer.Option()] = 0.05,
     epsilon: Annotated[float, typer.Option()] = 0.02,
-    repeat: Annotated[int, typer.Option(help="Rounds, each of stock and ours.")] = 3,
+    repeat: Annotated[int, typer.Option(help="Rounds to time, of stock and ours.")] = ROUNDS,
 ) -> None:
     """Calibrate, measure, and write JSON and a Markdown table."""
     with tempfile.TemporaryDirectory() as folder:

@@ -3,12 +3,16 @@ r"""A student before the first layer, and branches: what each adds to exits, und
     .venv/bin/python benchmarks/offline/bench_trained_probes.py --model MODEL --title CR \
         --data rows.jsonl --template $'Review: {text}\nSentiment:' --labels negative,positive
 
-The prompts are recorded once. The last `--test` of them, in random order, calibrate nothing; on
-them all policies run in one engine, interleaved with stock vLLM. That engine is cut at the exit
-points of all policies, which costs each of them a little. Exit points are chosen as if the student
-took no time, so that it is in its policies also where it costs more than it saves; the table says
-whether `calibrate` would have kept it. `--slow 2` puts an idle layer after each layer of the model:
-the answers stay, a layer takes as long as before, and there are twice as many.
+The prompts are recorded once. The last `--test` of them, in random order, calibrate nothing. They
+are run once for the answers, then a third of them in each of many rounds, in which stock vLLM runs
+twice and everything else once, in turn.
+
+What `calibrate` chooses has an engine of its own, as its users have it: quote that row. All other
+policies share an engine, which is cut at the exit points of all of them and costs each a little.
+Their exit points are chosen as if the student took no time, so that it is in its policies also
+where it costs more than it saves. `--only-chosen` leaves them out. `--slow 2` puts an idle layer
+after each layer of the model: the answers stay, a layer takes as long as before, and there are
+twice as many.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
@@ -26,19 +31,20 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 import numpy as np
 import typer
 
-from benchmarks.common.intervals import share_of, shares_of, speedups_of
+from benchmarks.common.intervals import share_of, shares_of
 from benchmarks.common.minilm import fetch_minilm
 from benchmarks.common.report_files import add_report
-from benchmarks.offline.in_turn import hold_back, measured, run_in_turn
+from benchmarks.offline.in_turn import hold_back, measured, noise, run_in_turn, speed_cells
 from benchmarks.offline.resamples import resampled
 from benchmarks.offline.slow_model import with_idle_layers
 from vllm_adainfer.artifact.requested import Form
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
+from vllm_adainfer.offline.calibration import fit_policy
 from vllm_adainfer.offline.calibration.calibrate import calibration_of, record_prompts
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
-from vllm_adainfer.offline.calibration.fit.training import Lesson, branches_of, train_student
+from vllm_adainfer.offline.calibration.fit.training import branches_of, train_student
 from vllm_adainfer.offline.calibration.fit_policy import (
     FittedPolicy,
     best_heads,
@@ -51,6 +57,8 @@ from vllm_adainfer.offline.calibration.prompts import (
     load_prompts,
     right_tokens,
 )
+from vllm_adainfer.offline.calibration.record.rows import OwnStates
+from vllm_adainfer.offline.evaluation.rounds import ROUNDS
 from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import say
@@ -59,8 +67,16 @@ from vllm_adainfer.offline.reports.shares import spelled
 
 CACHE = Path(__file__).parents[2] / ".cache"
 ROWS_IN_A_STEP = 64
-EXITS, STUDENT, BOTH, BRANCHES, ALL = "exits", "student", "both", "branches", "all"
+CHOSEN, EXITS, STUDENT, BOTH, BRANCHES, ALL = (
+    "chosen",
+    "exits",
+    "student",
+    "both",
+    "branches",
+    "all",
+)
 TITLES = {
+    CHOSEN: "what `calibrate` chooses, in an engine of its own",
     EXITS: "exits",
     STUDENT: "student alone",
     BOTH: "student and exits",
@@ -83,7 +99,10 @@ def main(
     test: Annotated[int, typer.Option(help="Prompts that calibrate nothing.")] = 600,
     slow: Annotated[int, typer.Option(min=1, help="Layers for each of the model's.")] = 1,
     epsilon: Annotated[float, typer.Option()] = 0.02,
-    repeat: Annotated[int, typer.Option(help="Rounds of stock and all policies.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Of stock and all policies, in turn.")] = ROUNDS,
+    only_chosen: Annotated[
+        bool, typer.Option("--only-chosen", help="Only what `calibrate` chooses.")
+    ] = False,
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/trained_probes.json"),
 ) -> None:
     """Calibrate, measure, and add the task to the JSON and the Markdown of `output`."""
@@ -97,12 +116,11 @@ def main(
             template=template,
             labels=names_of(labels),
             label_pool=names_of(label_pool),
-            probe="pooled-label-head",
             student=student or str(fetch_minilm(CACHE / "all-MiniLM-L6-v2")),
             options=PolicyOptions(epsilon=epsilon),
         )
-        made = made_policies(request, test)
-        measured = measure_all(request, made, Path(folder), repeat)
+        made = made_policies(request, test, only_chosen)
+        measured = measure_all(request, made, Path(folder), rounds)
     report = {
         "task": title,
         "model": Path(model).name,
@@ -113,7 +131,8 @@ def main(
         "policies": measured,
         "provenance": provenance(),
     }
-    add_report(output, report, lambda all: "\n".join(map(table, all)), ("task", "slow"))
+    keys = "task", "slow", "prompts"
+    add_report(output, report, lambda reports: "\n".join(map(table, reports)), keys)
 
 
 @dataclass(frozen=True)
@@ -121,45 +140,70 @@ class Made:
     """The policies of one task, by name.
 
     The prompts have the split of those that calibrate; `tests` [tests] are the others. The
-    student's time is that of a prompt, and `calibrate` would keep it or not.
+    student's time is that of a prompt.
     """
 
     prompts: Prompts
     tests: Any
     policies: Mapping[str, FittedPolicy]
-    keeps_student: bool
     student_seconds: float
 
 
-def made_policies(request: CalibrationRequest, test: int) -> Made:
+def made_policies(request: CalibrationRequest, test: int, only_chosen: bool) -> Made:
     """Record all prompts, and make the policies from all but the last ones."""
     prompts, tests = hold_back(load_prompts(request), request, test)
     assert prompts.student is not None
     recording = record_prompts(request, prompts)
     plain = calibration_of(request, prompts, recording)
-    exits = best_heads(plain, "pooled-label-head")
-    student, branches = train_student(prompts.student, Lesson.of(plain)), ()
-    if layers := layers_to_branch(exits.exits):
-        states = record_prompts(request, prompts, layers).own_states
-        assert states is not None
-        branches = branches_of(plain, states)
-    both = replace(plain, trained=(student,))
-    kept = make_policy(both, exits.candidates).student is not None
+    students: list[TrainedProbe] = []
+    trained: dict[tuple[int, ...], tuple[TrainedProbe, ...]] = {}
+
+    def student_of(*args: Any) -> TrainedProbe:
+        students.append(train_student(*args))
+        return students[-1]
+
+    @cache
+    def states_after(layers: tuple[int, ...]) -> OwnStates | None:
+        return record_prompts(request, prompts, layers).own_states
+
+    def branches_once(calibration: Calibration, states: OwnStates) -> tuple[TrainedProbe, ...]:
+        layers = tuple(states.rows)
+        if layers not in trained:
+            trained[layers] = branches_of(calibration, states)
+        return trained[layers]
+
+    with (
+        patch.object(fit_policy, "train_student", student_of),
+        patch.object(fit_policy, "branches_of", branches_once),
+    ):
+        chosen = fit_policy.fit_policy(
+            plain, request.probe, prompts.student, lambda layers: states_after(tuple(layers))
+        )
+    student = chosen.student or students[0]
     time_of, all_rows = cost.trained_seconds, np.arange(ROWS_IN_A_STEP)
     seconds = time_of(student, recording, all_rows)
+    policies = {CHOSEN: chosen}
+    if only_chosen:
+        return Made(prompts, tests, policies, seconds)
+    exits, branches = best_heads(plain, "pooled-label-head"), tuple[TrainedProbe, ...]()
+    if layers := layers_to_branch(exits.exits):
+        states = states_after(tuple(layers))
+        assert states is not None
+        branches = branches_once(plain, states)
+    both = replace(plain, trained=(student,))
 
     def seconds_of(trained: TrainedProbe, *rest: Any) -> float:
         return 0.0 if trained is student else time_of(trained, *rest)
 
     with patch.object(cost, "trained_seconds", seconds_of):
-        policies = {
+        policies |= {
             EXITS: exits,
             STUDENT: make_policy(alone(both), []),
             BOTH: make_policy(both, exits.candidates),
             BRANCHES: make_policy(replace(plain, trained=branches), exits.candidates),
             ALL: make_policy(replace(plain, trained=(student, *branches)), exits.candidates),
         }
-    return Made(prompts, tests, policies, kept, seconds)
+    return Made(prompts, tests, policies, seconds)
 
 
 def alone(calibration: Calibration) -> Calibration:
@@ -170,7 +214,7 @@ def alone(calibration: Calibration) -> Calibration:
 
 
 def measure_all(
-    request: CalibrationRequest, made: Made, folder: Path, repeat: int
+    request: CalibrationRequest, made: Made, folder: Path, rounds: int
 ) -> list[dict[str, Any]]:
     """Run stock and each policy, in turn, on the prompts that calibrated nothing."""
     epsilon = request.options.epsilon
@@ -180,13 +224,13 @@ def measure_all(
     examples = [made.prompts.examples[place] for place in made.tests.tolist()]
     _, tokenizer = load_config_and_tokenizer(request.model)
     rights = right_tokens(examples, made.prompts.output.labels, tokenizer)
-    rounds = run_in_turn(request, certified, examples, folder, repeat)
+    alone = CHOSEN if CHOSEN in certified else None
+    found = run_in_turn(request, certified, examples, folder, rounds, alone)
     return [
         {
             "name": name,
             "exit_points": [exit.layer for exit in policy.exits],
             "branches": list(policy.branches),
-            "keeps_student": made.keeps_student if policy.student else None,
             "trained_ms": {
                 exit.layer: 1e3
                 * (policy.costs.probe_of(exit) if exit.layer else made.student_seconds)
@@ -194,7 +238,7 @@ def measure_all(
                 if exit.probe.encoder is not None
             },
             "expected_ms": {part: 1e3 * s for part, s in policy.expected.items()},
-            **measured(rounds, name, Form.TOKEN, rights),
+            **measured(found, name, Form.TOKEN, rights),
             **resampled(policy, made.tests),
         }
         for name, policy in certified.items()
@@ -203,6 +247,7 @@ def measure_all(
 
 def table(report: Mapping[str, Any]) -> str:
     """Markdown: a row per policy."""
+    policies = report["policies"]
     rows = [
         {
             "policy": TITLES[one["name"]],
@@ -211,7 +256,7 @@ def table(report: Mapping[str, Any]) -> str:
             ),
             "settled at 0 (95 %)": share_of(one["settled_at_0"], report["test"], 0),
             "layers saved (95 %)": share_of(one["layers_saved"], report["test"]),
-            "speed-up (rounds)": speedups_of(one),
+            **speed_cells(one),
             "answers that differ (95 %)": spelled(
                 one["changed"] / report["test"], tuple(one["changed_95"])
             ),
@@ -222,22 +267,22 @@ def table(report: Mapping[str, Any]) -> str:
                 f"{ms:.1f}" for ms in one["trained_ms"].values()
             )
             or "-",
-            "student kept by time": {None: "-", True: "yes", False: "no"}[one["keeps_student"]],
             "resamples over the bound": f"{one['resamples_over']} of {one['resamples']}",
         }
-        for one in report["policies"]
+        for one in policies
     ]
-
-    never = report["policies"][0]["never_exit"] if report["policies"] else float("nan")
-    rate = report["policies"][0]["stock_prompts_per_second"] if report["policies"] else 0.0
-    full = report["policies"][0]["expected_ms"]["full_depth"] if report["policies"] else 0.0
     slow = f", {report['slow']} times as many layers" if report["slow"] > 1 else ""
-    return (
+    head = (
         f"{report['task']}{slow}: {report['prompts']} prompts calibrate, {report['test']} test; "
-        f"epsilon {report['epsilon']:.0%}; stock {rate:.0f} prompts/s, never exiting "
-        f"{never:.2f}x; full depth {full:.1f} ms a prompt; {report['provenance']['cpu']}\n\n"
-        f"{markdown_table(rows, text_columns=2)}\n"
+        f"epsilon {report['epsilon']:.0%}; {report['provenance']['cpu']}"
     )
+    if not policies:
+        return f"{head}. Nothing is certified.\n"
+    told = (
+        f"{head}; stock {policies[0]['stock_prompts_per_second']:.0f} prompts/s; full depth "
+        f"{policies[0]['expected_ms']['full_depth']:.1f} ms a prompt. {noise(policies)}"
+    )
+    return f"{told.strip()}\n\n{markdown_table(rows, text_columns=2)}\n"
 
 
 if __name__ == "__main__":

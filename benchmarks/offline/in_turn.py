@@ -20,30 +20,44 @@ from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_e
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, write_artifact
 from vllm_adainfer.offline.evaluation.measure import WARM_UP, run
 from vllm_adainfer.offline.evaluation.requests import request_params
+from vllm_adainfer.offline.evaluation.rounds import slice_of, turns
 from vllm_adainfer.offline.evaluation.run import Run
 from vllm_adainfer.offline.evaluation.sequences import compare
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.offline.reports.shares import clopper_pearson
+from vllm_adainfer.offline.reports.speedup import Speedup, doubt
 from vllm_adainfer.settings.request import EXIT_ARG
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-STOCK, NEVER = "stock", "never"
-Baselines = Mapping[Form, Run]
+STOCK, STOCK_AGAIN, NEVER, OWN_NEVER = "stock", "stock again", "never", "never, alone"
+Side = tuple[str, Form]  # one of these or a policy's name, and the kind of output asked for
 
 
 @dataclass(frozen=True)
-class Round:
-    """The runs of all engines and policies on the same prompts, in turn.
+class InTurn:
+    """The runs of stock vLLM and of all policies on the same prompts.
 
-    Those of stock vLLM, and of ours without exits, are by the kind of output that was asked for.
+    Attributes:
+        whole: a pass of each side over all prompts.
+        seconds: the times of each in rounds of some of the prompts, in turn.
+        alone: the policy that has an engine of its own, if any.
+
     """
 
-    stock: Baselines
-    never: Baselines
-    ours: Mapping[str, Run]
+    whole: Mapping[Side, Run]
+    seconds: Mapping[Side, Sequence[float]]
+    alone: str | None
+
+    def never(self, name: str) -> str:
+        """The side that never exits, in the engine that serves a policy."""
+        return OWN_NEVER if name == self.alone else NEVER
+
+    def speedup(self, name: str, kind: Form) -> Speedup:
+        """A side's over stock vLLM."""
+        return Speedup.of(self.seconds[STOCK, kind], self.seconds[name, kind])
 
 
 def hold_back(prompts: Prompts, request: CalibrationRequest, test: int) -> tuple[Prompts, Ints]:
@@ -59,84 +73,104 @@ def run_in_turn(
     policies: Mapping[str, FittedPolicy],
     examples: Sequence[Example],
     folder: Path,
-    repeat: int,
-) -> list[Round]:
-    """Write the artifacts of `policies` to `folder`, and run all on `examples`, `repeat` times.
+    rounds: int,
+    alone: str | None = None,
+) -> InTurn:
+    """Write the artifacts of `policies` to `folder`, and run all on `examples`.
 
-    One engine serves all policies. It is cut at the exit points of all of them, which costs each a
-    little.
+    That named `alone` has an engine of its own, as its users have it. Another engine serves all
+    others: it is cut at the exit points of all of them, which costs each a little. Stock vLLM runs
+    twice in each round, so that its ratio to itself shows what the host does to ratios.
     """
     hf_config, _ = load_config_and_tokenizer(request.model)
     for name, policy in policies.items():
         write_artifact(policy, request.model, hf_config, request.template, folder / name)
     configs = {name: policy_config(one, "", hf_config) for name, one in policies.items()}
-    by_kind = {Output.of_config(config).form: config for config in configs.values()}
-    stock = start_engine(request.model, examples)
-    ours = start_engine(
-        request.model, examples, {"artifact": {name: str(folder / name) for name in policies}}
-    )
+    served = {name: Output.of_config(config).form for name, config in configs.items()}
+    config_of = {kind: configs[name] for name, kind in served.items()}
+    together = [name for name in policies if name != alone]
+    own = [] if alone is None else [alone]
+    sides = [(name, kind) for name in (STOCK, STOCK_AGAIN) for kind in config_of]
+    sides += [(NEVER, kind) for kind in dict.fromkeys(served[name] for name in together)]
+    sides += [(OWN_NEVER, served[name]) for name in own]
+    sides += served.items()
+    engines: dict[str, LLM] = {}
 
-    def once(engine: LLM, name: str, kind: Form, prompts: Sequence[Example]) -> Run:
-        config = configs.get(name, by_kind[kind])
-        asked = {STOCK: None, NEVER: {EXIT_ARG: 0}}.get(name, {"adainfer_policy": name})
-        params = [request_params(config, one.labels, asked) for one in prompts]
-        return run(engine, prompts, params, config, engine is ours, None)
+    def start(names: Sequence[str], policies: Sequence[str]) -> None:
+        artifacts = {name: str(folder / name) for name in policies}
+        switch = {"artifact": artifacts} if artifacts else None
+        engine = start_engine(request.model, examples, switch)
+        engines.update(dict.fromkeys([*names, *policies], engine))
 
-    turns = [(stock, STOCK, kind) for kind in by_kind] + [(ours, NEVER, kind) for kind in by_kind]
-    turns += [(ours, name, Output.of_config(config).form) for name, config in configs.items()]
-    rounds = []
+    def once(side: Side, prompts: Sequence[Example]) -> Run:
+        name, kind = side
+        is_stock = name in (STOCK, STOCK_AGAIN)
+        config = configs.get(name, config_of[kind])
+        asked = {"adainfer_policy": name} if name in configs else {EXIT_ARG: 0}
+        params = [
+            request_params(config, one.labels, None if is_stock else asked) for one in prompts
+        ]
+        return run(engines[name], prompts, params, config, not is_stock, None)
+
+    seconds: dict[Side, list[float]] = {side: [] for side in sides}
     try:
-        for turn in turns:
-            once(*turn, examples[:WARM_UP])
-        with progress(total=repeat * len(turns), desc="measure", unit="run") as done:
-            for _ in range(repeat):
-                found: dict[tuple[str, Form], Run] = {}
-                for engine, name, kind in turns:
-                    found[name, kind] = once(engine, name, kind, examples)
-                    done.update()
-                rounds.append(_round_of(found))
+        start([STOCK, STOCK_AGAIN], [])
+        if together:
+            start([NEVER], together)
+        if own:
+            start([OWN_NEVER], own)
+        for side in sides:
+            once(side, examples[:WARM_UP])
+        whole = {side: once(side, examples) for side in progress(sides, desc="answers")}
+        for number, side in turns(sides, rounds):
+            some = slice_of(examples, number, WARM_UP)
+            seconds[side].append(once(side, some).seconds)
     finally:
-        stop_engine(ours)
-        stop_engine(stock)
-    return rounds
+        for engine in {id(one): one for one in engines.values()}.values():
+            stop_engine(engine)
+    return InTurn(whole, seconds, alone)
 
 
-def _round_of(found: Mapping[tuple[str, Form], Run]) -> Round:
-    stock, never = (
-        {kind: run for (name, kind), run in found.items() if name == wanted}
-        for wanted in (STOCK, NEVER)
-    )
-    ours = {name: run for (name, _), run in found.items() if name not in (STOCK, NEVER)}
-    return Round(stock, never, ours)
-
-
-def measured(
-    rounds: Sequence[Round], name: str, kind: Form, rights: Sequence[set[int]]
-) -> dict[str, Any]:
-    """A policy's medians over the rounds; its answers are those of the first.
-
-    `rights` are the right tokens of each prompt.
-    """
-    first, never, n = rounds[0].ours[name], rounds[0].never[kind], len(rights)
-    changed = round(compare(first.texts, never.texts)["disagreement"] * n)
+def measured(found: InTurn, name: str, kind: Form, rights: Sequence[set[int]]) -> dict[str, Any]:
+    """What a policy saves, and how fast it is; `rights` are the right tokens of each prompt."""
+    never_name = found.never(name)
+    ours, never, stock = (found.whole[side, kind] for side in (name, never_name, STOCK))
+    n, saved = len(rights), ours.layers_saved
+    changed = round(compare(ours.texts, never.texts)["disagreement"] * n)
 
     def accuracy(run: Run) -> float:
         pairs = zip(run.texts, rights, strict=True)
         return sum(text[0] in right for text, right in pairs) / n
 
-    speedups = [one.stock[kind].seconds / one.ours[name].seconds for one in rounds]
     return {
-        "settled_at_0": first.exit_histogram.get(0, 0) / n,
-        "layers_saved": float(np.median([one.ours[name].layers_saved for one in rounds])),
-        "speedups": speedups,
-        "speedup": float(np.median(speedups)),
-        "never_exit": float(
-            np.median([one.stock[kind].seconds / one.never[kind].seconds for one in rounds])
-        ),
-        "stock_prompts_per_second": n
-        / float(np.median([one.stock[kind].seconds for one in rounds])),
+        "settled_at_0": ours.exit_histogram.get(0, 0) / n,
+        "layers_saved": saved,
+        **found.speedup(name, kind).entries("speedup"),
+        **found.speedup(never_name, kind).entries("never_exit"),
+        **found.speedup(STOCK_AGAIN, kind).entries("stock_again"),
+        "stock_prompts_per_second": n / stock.seconds,
         "changed": changed,
         "changed_95": clopper_pearson(changed, n),
-        "accuracy": accuracy(first),
-        "stock_accuracy": accuracy(rounds[0].stock[kind]),
+        "accuracy": accuracy(ours),
+        "stock_accuracy": accuracy(stock),
     }
+
+
+def speed_cells(one: Mapping[str, Any]) -> dict[str, str]:
+    """How fast a policy of a report is, as columns of its table."""
+    speedup = Speedup.read(one, "speedup")
+    efficiency = speedup.times(1 - one["layers_saved"])
+    return {
+        "speed-up (95 %)": speedup.bold,
+        "never exiting (95 %)": Speedup.read(one, "never_exit").text,
+        "efficiency (95 %)": f"{efficiency.value:.2f} {efficiency.around}",
+    }
+
+
+def noise(policies: Sequence[Mapping[str, Any]]) -> str:
+    """What the host did to the ratios of a report's policies; nothing of an older report."""
+    if "stock_again" not in policies[0]:
+        return ""
+    found = [Speedup.read(one, name) for one in policies for name in ("speedup", "never_exit")]
+    itself = Speedup.read(policies[0], "stock_again")
+    return f"Stock against itself {itself.text}. {doubt(*found, itself) or ''}".strip()

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.rounds import in_rounds
 from benchmarks.offline.structured_engine import OURS, STOCK, Engine, Request
 from benchmarks.offline.structured_requests import Body, read
 from benchmarks.offline.structured_rounds import in_round, summed
 from vllm_adainfer.artifact.files import load_artifact_config
+from vllm_adainfer.offline.evaluation.rounds import in_rounds
 from vllm_adainfer.stats import stats
 
 DRAFTS, STUDENT = "drafts alone", "with a student"

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from benchmarks.common.rounds import in_rounds
 from benchmarks.offline.structured_engine import Engine, Request
 from vllm_adainfer.drafts.answers import Answers
 from vllm_adainfer.drafts.grammars import Grammar
+from vllm_adainfer.offline.evaluation.rounds import in_rounds
 
 UNLIKELY = "'"  # a token that the model hardly ever writes
 REFUSED = (0, 1, 4, 16)  # rows of each request

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.common.rounds import in_rounds
 from benchmarks.offline.structured_engine import OURS, STOCK, Engine, Request, Sent
 from benchmarks.offline.structured_requests import Body, read, with_new_grammar
+from vllm_adainfer.offline.evaluation.rounds import in_rounds
 
 OBJECTS = {1: 2, 4: 4, 16: 16, 64: 64}  # in a round, by the number in flight
 MOST = max(OBJECTS)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.common.rounds import in_rounds
 from benchmarks.rivals.contest import Contest
 from benchmarks.rivals.task import Task
 from vllm_adainfer.offline.calibration.record.collect import greedy
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
+from vllm_adainfer.offline.evaluation.rounds import in_rounds
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 
 if TYPE_CHECKING:

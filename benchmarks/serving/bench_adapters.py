@@ -32,7 +32,6 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.common.report_files import write_report
-from benchmarks.common.rounds import in_rounds
 from benchmarks.common.server import Server
 from benchmarks.serving.bench_choices import answers, layer_rows, turn
 from benchmarks.serving.choice_cases import Case, chat_cases, task_cases
@@ -43,6 +42,7 @@ from benchmarks.serving.side_by_side import side_by_side
 from vllm_adainfer.offline.adapter import NamedAdapter, read_adapter
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.evaluation.evaluate import evaluate
+from vllm_adainfer.offline.evaluation.rounds import in_rounds
 from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.provenance import provenance
 

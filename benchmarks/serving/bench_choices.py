@@ -34,7 +34,6 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.common.report_files import write_report
-from benchmarks.common.rounds import in_rounds
 from benchmarks.common.server import Server
 from benchmarks.serving.choice_cases import Case, chat_cases, task_cases
 from benchmarks.serving.label_requests import post
@@ -42,6 +41,7 @@ from benchmarks.serving.sending import Sent, send, text_of
 from benchmarks.serving.serve_report import OURS, STOCK
 from benchmarks.serving.side_by_side import side_by_side
 from vllm_adainfer.offline.calibration.calibrate import calibrate
+from vllm_adainfer.offline.evaluation.rounds import in_rounds
 from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.provenance import provenance
 

@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 import typer
 
 from benchmarks.common.report_files import write_report
-from benchmarks.common.rounds import in_rounds
 from benchmarks.common.server import Server
 from benchmarks.serving.label_requests import Load, ask, bench, post, tokens_of
 from benchmarks.serving.scoring_requests import bench as bench_scores
@@ -50,6 +49,7 @@ from vllm_adainfer.offline.calibration.data.examples import (
     read_template,
 )
 from vllm_adainfer.offline.calibration.record.engine import BLOCK
+from vllm_adainfer.offline.evaluation.rounds import in_rounds
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.promise.tolerance import Tolerance

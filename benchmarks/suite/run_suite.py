@@ -43,7 +43,8 @@ from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_e
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.evaluation.evaluate import check_file
 from vllm_adainfer.offline.evaluation.measure import measure
-from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
+from vllm_adainfer.offline.evaluation.rounds import ROUNDS
+from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run, Times
 from vllm_adainfer.offline.evaluation.sequences import compare
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import progress
@@ -74,7 +75,7 @@ def main(
     ] = None,
     max_train: Annotated[int, typer.Option(min=1, help="Most prompts to calibrate on.")] = 3000,
     max_test: Annotated[int, typer.Option(min=1, help="Most prompts to measure on.")] = 300,
-    repeat: Annotated[int, typer.Option(min=1, help="Rounds of stock and ours.")] = 3,
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds to time, of stock and ours.")] = ROUNDS,
 ) -> None:
     """Calibrate and measure each task; write JSON and a Markdown table side by side."""
     run_suite(model, output, data_dir, names_of(tasks), shots, max_train, max_test, repeat)
@@ -88,7 +89,7 @@ def run_suite(
     shots: int | None = None,
     max_train: int = 3000,
     max_test: int = 300,
-    repeat: int = 3,
+    repeat: int = ROUNDS,
     epsilon: float = 0.02,
 ) -> dict[str, Any]:
     """Evaluate a model on the suite's tasks; write the report and its tables.
@@ -230,22 +231,18 @@ def _measure(
             try:
                 epsilons = [NEVER_EXIT, epsilon]
                 config = load_artifact_config(artifact)
-                rounds = measure(stock, ours, data.test, config, epsilons, repeat)
+                found = measure(stock, ours, data.test, config, epsilons, repeat)
             finally:
                 stop_engine(ours)
-            row["measured"] = _measured(rounds, data, epsilon)
+            row["measured"] = _measured(*found, data, epsilon)
     finally:
         stop_engine(stock)
 
 
-def _measured(
-    rounds: Sequence[tuple[Run, dict[float, Run]]], data: TaskData, epsilon: float
-) -> dict[str, Any]:
-    """Medians over the rounds, of stock vLLM and ours."""
-    stock = [baseline for baseline, _ in rounds]
-    never = [by_epsilon[NEVER_EXIT] for _, by_epsilon in rounds]
-    runs = [by_epsilon[epsilon] for _, by_epsilon in rounds]
-    n = len(data.test)
+def _measured(passes: Rounds, times: Times, data: TaskData, epsilon: float) -> dict[str, Any]:
+    """What the one pass has answered, and how fast stock vLLM and ours were in turn."""
+    [(stock, by_epsilon)] = passes
+    never, ours, n = by_epsilon[NEVER_EXIT], by_epsilon[epsilon], len(data.test)
 
     def differing(run: Run, other: Run) -> float:
         return float(compare(run.texts, other.texts)["disagreement"])
@@ -254,18 +251,16 @@ def _measured(
         hits = (text[0] in right for text, right in zip(run.texts, data.answers, strict=True))
         return sum(hits) / n
 
-    pairs = list(zip(stock, runs, strict=True))
     return {
-        "speedup": float(np.median([base.seconds / run.seconds for base, run in pairs])),
-        "layers_saved": float(np.median([run.layers_saved for run in runs])),
-        "disagreement": float(
-            np.median([differing(a, b) for a, b in zip(runs, never, strict=True)])
-        ),
-        "disagreement_with_stock": float(np.median([differing(run, base) for base, run in pairs])),
-        "accuracy": float(np.median([accuracy(run) for run in runs])),
-        "stock_accuracy": float(np.median([accuracy(run) for run in stock])),
-        "stock_requests_per_second": float(np.median([n / run.seconds for run in stock])),
-        "requests_per_second": float(np.median([n / run.seconds for run in runs])),
+        **times.speedup(epsilon).entries("speedup"),
+        **times.speedup(NEVER_EXIT).entries("never_exit"),
+        "layers_saved": ours.layers_saved,
+        "disagreement": differing(ours, never),
+        "disagreement_with_stock": differing(ours, stock),
+        "accuracy": accuracy(ours),
+        "stock_accuracy": accuracy(stock),
+        "stock_requests_per_second": times.per_second(None),
+        "requests_per_second": times.per_second(epsilon),
     }
 
 

@@ -12,7 +12,9 @@ from scipy.stats import binomtest
 from tests.tiny import LAYERS, tiny_config
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.evaluation.report import build_report, summary_line
-from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
+from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run, Times
+from vllm_adainfer.offline.facts.document import as_text
+from vllm_adainfer.offline.reports.evaluation_facts import evaluation_facts
 
 EXAMPLES = [Example(f"line {number}", "a review", list(range(10)), None) for number in range(4)]
 STRICT, OURS = 0.02, 0.05  # the tiny artifact's levels; the second is its own
@@ -73,21 +75,25 @@ def test_a_round_is_reported_at_the_artifacts_own_epsilon(report):
         "tokens_per_second": 4.4,
         "accuracy": 0.5,
         "accuracy_95": exact(2),
-        "runs": [{"seconds": 10}],
+        "runs": [{"seconds": 10, "requests": 4}],
     }
     assert found["adainfer"] == {
         "requests_per_second": 0.8,
         "tokens_per_second": 8.8,
         "accuracy": 0.75,
         "accuracy_95": exact(3),
-        "runs": [{"seconds": 5}],
+        "runs": [{"seconds": 5, "requests": 4}],
         "layers_run_mean": pytest.approx(4),
         "exit_histogram": {"2": 0.5, "6": 0.5},
         "exit_histogram_95": {"2": exact(2), "6": exact(2)},
     }
     assert found["never_exit"] == {
-        "speedup": 0.8, "disagreement_with_stock": 0.5, "disagreement_with_stock_95": exact(2)
-    }  # fmt: skip
+        "speedup": 0.8,
+        "speedup_95": None,
+        "speedup_rounds": [0.8],
+        "disagreement_with_stock": 0.5,
+        "disagreement_with_stock_95": exact(2),
+    }
     assert found["disagreement_95"] == exact(1)
     assert found["disagreement_with_stock_95"] == exact(3)
     assert summary_line(found) == (
@@ -101,6 +107,8 @@ def test_every_level_has_a_row_of_its_own_run(report):
     assert strict == {
         "epsilon": STRICT,
         "speedup": 1.25,
+        "speedup_95": None,
+        "speedup_rounds": [1.25],
         "layers_saved": pytest.approx(1 / 8),
         "disagreement": 0,
         "disagreement_95": exact(0),
@@ -125,10 +133,50 @@ def test_of_several_rounds_the_median_counts_and_the_work_of_all(report):
     )
     assert (found["speedup"], found["disagreement"]) == (2, 0.25)
     assert found["adainfer"]["requests_per_second"] == 0.8
-    assert found["adainfer"]["runs"] == [{"seconds": 5}, {"seconds": 20}, {"seconds": 4}]
+    runs = found["adainfer"]["runs"]
+    assert runs == [{"seconds": one, "requests": 4} for one in (5, 20, 4)]
     assert found["layers_saved"] == pytest.approx((8 + 4 + 12) / 72)
     shares = {"2": 3 / 12, "3": 4 / 12, "6": 5 / 12}
     assert found["adainfer"]["exit_histogram"] == pytest.approx(shares)
+
+
+def test_speed_is_that_of_the_rounds_in_which_all_ran_in_turn(tiny_model):
+    """Those are of some of the prompts; answers and layers are those of the pass over all."""
+    stock = [2.0, 2.2, 1.8, 4.0, 2.0, 2.1]
+    times = Times(
+        {
+            None: stock,
+            NEVER_EXIT: [2 * one for one in stock],
+            STRICT: stock,
+            OURS: [one / 4 for one in stock],
+        },
+        [2] * 6,
+    )
+    config, data = tiny_config(tiny_model), Path("c.jsonl")
+    passes = [one_round(5, {2: 2, LAYERS: 2})]
+    found = build_report("policy", data, config, EXAMPLES, share_of_1, passes, times)
+    assert (found["speedup"], found["speedup_95"]) == (4.0, (4.0, 4.0))
+    assert (found["never_exit"]["speedup"], found["never_exit"]["speedup_95"]) == (0.5, (0.5, 0.5))
+    assert found["efficiency"] == pytest.approx(4 * 2 / 3)
+    assert found["stock"]["requests_per_second"] == pytest.approx((2 / 2.0 + 2 / 2.1) / 2)
+    assert found["stock"]["runs"][3] == {"seconds": 4.0, "requests": 2}
+    assert found["disagreement"] == 0.25
+    assert summary_line(found).startswith("speedup 4.00x (95 %: 4.00 to 4.00), ")
+
+
+def test_a_noisy_host_is_named_in_the_report(tiny_model):
+    calm, wild = [1.0] * 6, [0.5, 1.0, 2.0, 0.7, 1.4, 3.0]
+    times = Times({None: calm, NEVER_EXIT: calm, STRICT: calm, OURS: wild}, [4] * 6)
+    passes = [one_round(5, {2: 2, LAYERS: 2})]
+    report = build_report(
+        "policy", Path("c.jsonl"), tiny_config(tiny_model), EXAMPLES, share_of_1, passes, times
+    )
+    assert "This host is too noisy to tell" in as_text(evaluation_facts(report))
+    times = Times(dict.fromkeys([None, NEVER_EXIT, STRICT, OURS], calm), [4] * 6)
+    report = build_report(
+        "policy", Path("c.jsonl"), tiny_config(tiny_model), EXAMPLES, share_of_1, passes, times
+    )
+    assert "noisy" not in as_text(evaluation_facts(report))
 
 
 def test_a_run_counts_what_the_engine_did_meanwhile():

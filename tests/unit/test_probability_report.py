@@ -134,12 +134,17 @@ def test_both_engines_get_the_same_requests_and_every_run_keeps_what_it_read(
     monkeypatch.setattr("vllm_adainfer.offline.evaluation.measure.stats", lambda _: counted)
     config = promising(tiny_model)
     stock, ours = Engine(config), Engine(config)
-    [(baseline, by_epsilon)] = measure(stock, ours, EXAMPLES, config, [NEVER_EXIT, OURS], 1)
+    passes, times = measure(stock, ours, EXAMPLES, config, [NEVER_EXIT, OURS], 2)
+    [(baseline, by_epsilon)] = passes
     ids = list(config.label_ids)
     assert {tuple(params.logprob_token_ids) for params in stock.asked + ours.asked} == {tuple(ids)}
     for found in baseline, *by_epsilon.values():
         assert found.logprobs is not None
         assert found.logprobs.shape == (4, 2)
+    assert times.requests == [4, 4]  # fewer would be no batch
+    assert {side: len(seconds) for side, seconds in times.seconds.items()} == {
+        None: 2, NEVER_EXIT: 2, OURS: 2
+    }  # fmt: skip
 
 
 def test_the_report_repeats_the_promise(report):

@@ -22,6 +22,7 @@ from vllm_adainfer.offline.evaluation.measure import measure
 from vllm_adainfer.offline.evaluation.prompts import load_examples, right_answers
 from vllm_adainfer.offline.evaluation.report import build_report, write_whole
 from vllm_adainfer.offline.evaluation.requests import engine_settings, most_tokens
+from vllm_adainfer.offline.evaluation.rounds import ROUNDS
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.evaluation.sequences import compare, rescore
 from vllm_adainfer.offline.pretrained import load_model
@@ -41,7 +42,7 @@ def evaluate(
     chat_template: str | None = None,
     label_field: str = "label",
     labels: tuple[str, ...] = (),
-    repeat: int = 3,
+    repeat: int = ROUNDS,
     max_tokens: int | None = None,
     epsilon: float | None = None,
     adapter: NamedAdapter | None = None,
@@ -91,14 +92,14 @@ def evaluate(
         # Ours first, so that an artifact for other weights is refused before stock vLLM compiles.
         ours, stock = start({"artifact": artifact}), start(None)
         lora = loaded.lora_request
-        rounds = measure(stock, ours, examples, config, epsilons, repeat, count, lora)
+        rounds, times = measure(stock, ours, examples, config, epsilons, repeat, count, lora)
         texts = {}
         if count > 1:
             scorer = stock if loaded.adapter is None else None  # see `serves_prompt_logprobs`
             compared = _compare_texts(scorer, examples, rounds[0], config.epsilon)
             texts = {"max_tokens": count, "texts": compared}
     right_in = partial(right_answers, examples, config, loaded.tokenizer, count)
-    found = build_report(artifact, data, config, examples, right_in, rounds) | texts
+    found = build_report(artifact, data, config, examples, right_in, rounds, times) | texts
     if report is not None:
         write_whole(report, json.dumps(found, indent=2) + "\n")
     if html is not None:

@@ -16,7 +16,8 @@ from vllm_adainfer.offline.evaluation.requests import (
     request_params,
     value_logprobs,
 )
-from vllm_adainfer.offline.evaluation.run import Rounds, Run
+from vllm_adainfer.offline.evaluation.rounds import slice_of, turns
+from vllm_adainfer.offline.evaluation.run import Rounds, Run, Times
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.settings.request import EPSILON_ARG
 from vllm_adainfer.stats import stats
@@ -34,37 +35,38 @@ def measure(
     examples: Sequence[Example],
     config: ArtifactConfig,
     epsilons: Sequence[float],
-    repeat: int,
+    rounds: int,
     max_tokens: int = 1,
     adapter: LoRARequest | None = None,
-) -> Rounds:
-    """Warm up, then run `repeat` rounds: stock once, then vllm-adainfer at each epsilon.
+) -> tuple[Rounds, Times]:
+    """Warm up, run all prompts once on each side, then time sides in turn, in short rounds.
+
+    The sides are stock vLLM, and ours at each epsilon. Each of `rounds` takes a third of the
+    prompts, the same for all sides, see `slice_of`.
 
     Both engines were started with the `engine_settings` of `config`, the artifact's, which
     determines what the requests ask for.
     """
+    sides = [None, *epsilons]
 
-    def once(engine: LLM, epsilon: float | None, prompts: Sequence[Example] = examples) -> Run:
+    def once(epsilon: float | None, prompts: Sequence[Example]) -> Run:
         extra_args = None if epsilon is None else {EPSILON_ARG: epsilon}
+        engine = stock if epsilon is None else ours
         params = [
             request_params(config, one.labels, extra_args, max_tokens, one.schema)
             for one in prompts
         ]
         return run(engine, prompts, params, config, engine is ours, adapter)
 
-    once(stock, None, examples[:WARM_UP])
-    once(ours, epsilons[-1], examples[:WARM_UP])
-    rounds = []
-    with progress(total=repeat * (1 + len(epsilons)), desc="evaluate", unit="run") as done:
-        for _ in range(repeat):
-            baseline = once(stock, None)
-            done.update()
-            by_epsilon = {}
-            for epsilon in epsilons:
-                by_epsilon[epsilon] = once(ours, epsilon)
-                done.update()
-            rounds.append((baseline, by_epsilon))
-    return rounds
+    once(None, examples[:WARM_UP])
+    once(epsilons[-1], examples[:WARM_UP])
+    answers = {side: once(side, examples) for side in progress(sides, desc="answers", unit="run")}
+    seconds: dict[float | None, list[float]] = {side: [] for side in sides}
+    for number, side in turns(sides, rounds):
+        seconds[side].append(once(side, slice_of(examples, number, WARM_UP)).seconds)
+    requests = [len(slice_of(examples, number, WARM_UP)) for number in range(rounds)]
+    by_epsilon = {epsilon: answers[epsilon] for epsilon in epsilons}
+    return [(answers[None], by_epsilon)], Times(seconds, requests)
 
 
 def run(
@@ -75,7 +77,7 @@ def run(
     counted: bool,
     adapter: LoRARequest | None,
 ) -> Run:
-    """Run all prompts, starting from an empty prefix cache.
+    """Run prompts, starting from an empty prefix cache.
 
     `counted`: whether the engine has the plugin, which counts layers; an AdaInferError if it runs
     stock vLLM.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from vllm_adainfer.offline.calibration.data.split import groups_of
 from vllm_adainfer.offline.evaluation.by_field import probability_rows
 from vllm_adainfer.offline.evaluation.by_label import field_rows, label_rows
 from vllm_adainfer.offline.evaluation.promised import bounded_rows, default_level, promised_rows
-from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run
+from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run, Times
 from vllm_adainfer.offline.evaluation.sequences import Tokens, differing
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.reports.shares import (
@@ -32,6 +31,7 @@ from vllm_adainfer.offline.reports.shares import (
     share_in,
     verdict,
 )
+from vllm_adainfer.offline.reports.speedup import Speedup
 from vllm_adainfer.promise.kinds import PROMISES
 
 RightIn = Callable[[Sequence[Tokens]], Sequence[bool] | None]
@@ -44,13 +44,14 @@ def build_report(
     examples: Sequence[Example],
     right_in: RightIn,
     rounds: Rounds,
+    times: Times | None = None,
 ) -> dict[str, Any]:
-    """The JSON report. A share has its 95 % interval under the same name with ``_95``.
+    """The JSON report. What has a 95 % interval has it under the same name with ``_95``.
 
     It has the last parts of the paths `artifact` and `data`. `right_in` says which answers are
-    right, and returns None without labels.
+    right, and returns None without labels. Without `times`, those of the passes count.
     """
-    measured = _Measured(config, examples, right_in, rounds)
+    measured = _Measured(config, examples, right_in, rounds, times or Times.of(rounds))
     never = measured.at(NEVER_EXIT)
     levels = [measured.level(level.epsilon) for level in config.levels]
     promised = promised_rows(config, examples, measured.groups, rounds)
@@ -67,11 +68,11 @@ def build_report(
         "prompt_tokens_mean": measured.prompt_tokens / len(examples),
         "delta": config.delta,
         "layers_total": config.layers,
-        "stock": measured.engine(measured.stock),
+        "stock": measured.engine(measured.stock, None),
         **default,
         # Full depth in segments: what the plugin costs, and how often rounding changes an answer.
         "never_exit": {
-            "speedup": measured.speedup(never),
+            **measured.times.speedup(NEVER_EXIT).entries("speedup"),
             **measured.disagreement("disagreement_with_stock", never, measured.stock),
         },
         "levels": [
@@ -95,6 +96,7 @@ class _Measured:
     examples: Sequence[Example]
     right_in: RightIn
     rounds: Rounds
+    times: Times
 
     @property
     def stock(self) -> list[Run]:
@@ -112,24 +114,17 @@ class _Measured:
         """Our runs at one epsilon."""
         return [by_epsilon[epsilon] for _, by_epsilon in self.rounds]
 
-    def engine(self, runs: Sequence[Run]) -> dict[str, Any]:
-        """Speed and accuracy of one engine."""
-        seconds = statistics.median(run.seconds for run in runs)
-        right = self._right(runs[0])
+    def engine(self, runs: Sequence[Run], side: float | None) -> dict[str, Any]:
+        """Speed and accuracy of one engine, given its passes; see `Times` for the side."""
+        right, rate = self._right(runs[0]), self.times.per_second(side)
         accuracy = None if right is None else Share.of(right, self.groups)
         return {
-            "requests_per_second": len(self.examples) / seconds,
-            "tokens_per_second": (self.prompt_tokens + runs[0].tokens) / seconds,
+            "requests_per_second": rate,
+            "tokens_per_second": rate * (self.prompt_tokens + runs[0].tokens) / len(self.examples),
             "accuracy": accuracy and accuracy.value,
             "accuracy_95": accuracy and accuracy.interval,
-            "runs": [{"seconds": run.seconds} for run in runs],
+            "runs": self.times.runs(side),
         }
-
-    def speedup(self, runs: Sequence[Run]) -> float:
-        """The median over the rounds."""
-        return statistics.median(
-            baseline.seconds / run.seconds for baseline, run in zip(self.stock, runs, strict=True)
-        )
 
     def disagreement(self, name: str, runs: Sequence[Run], full: Sequence[Run]) -> dict[str, Any]:
         """The share of tokens of `runs` that differ from `full`, and its interval."""
@@ -144,7 +139,7 @@ class _Measured:
     def level(self, epsilon: float) -> dict[str, Any]:
         """The measurements at one epsilon."""
         runs = self.at(epsilon)
-        speedup = self.speedup(runs)
+        speedup = self.times.speedup(epsilon)
         saved = 1 - sum(run.layers_run for run in runs) / sum(run.layers_possible for run in runs)
         histogram: Counter[int] = sum((Counter(run.exit_histogram) for run in runs), Counter())
         if self.config.objects is not None:  # one that is early is decided at once, others by token
@@ -155,7 +150,7 @@ class _Measured:
         rows = int(self.groups.max()) + 1
         return {
             "epsilon": epsilon,
-            "speedup": speedup,
+            **speedup.entries("speedup"),
             "layers_saved": saved,
             # The bound is about full depth in the same segments; stock vLLM's unsegmented code also
             # rounds differently.
@@ -164,9 +159,9 @@ class _Measured:
             **self._accuracy_lost(runs[0]),
             **self._by_field(runs),
             **self._by_label(runs[0]),
-            "efficiency": speedup * (1 - saved),
+            "efficiency": speedup.value * (1 - saved),
             "adainfer": {
-                **self.engine(runs),
+                **self.engine(runs, epsilon),
                 "layers_run_mean": self.config.layers * (1 - saved),
                 "exit_histogram": {str(layer): share for layer, share in exits.items()},
                 "exit_histogram_95": {
@@ -224,7 +219,8 @@ def summary_line(report: Mapping[str, Any]) -> str:
         shares.append(f"accuracy lost {share_in(report, 'accuracy_lost')}")
     result = report.get("verdict", f"bound {report['epsilon']:.1%} on the accuracy lost")
     line = (
-        f"speedup {report['speedup']:.2f}x, layers saved {report['layers_saved']:.0%}, "
+        f"speedup {Speedup.read(report, 'speedup').text}, layers saved "
+        f"{report['layers_saved']:.0%}, "
         f"{', '.join(shares)}, {result}"
     )
     return line.replace("(", "(95%: ").replace("%", " %")

@@ -1,7 +1,8 @@
-"""One run of an evaluation: what an engine did with all prompts."""
+"""The runs of an evaluation: what engines did with the prompts, and how long they took."""
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from vllm_adainfer.offline.reports.speedup import Speedup
 
 NEVER_EXIT = 0.0
 Logprobs = npt.NDArray[np.float32]
@@ -73,4 +76,39 @@ class Run:
 
 
 Rounds = Sequence[tuple[Run, dict[float, Run]]]
-"""For each round, stock vLLM's run and ours by epsilon, with `NEVER_EXIT` among them."""
+"""For each pass, stock vLLM's run and ours by epsilon, with `NEVER_EXIT` among them."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """How long stock vLLM and ours took, in rounds in which all ran in turn.
+
+    Attributes:
+        seconds: epsilon -> the seconds of each round; None is stock vLLM.
+        requests: the prompts of each round.
+
+    """
+
+    seconds: Mapping[float | None, Sequence[float]]
+    requests: Sequence[int]
+
+    @classmethod
+    def of(cls, passes: Rounds) -> Times:
+        """Those of whole passes, if there were no other rounds."""
+        sides = [{None: stock, **ours} for stock, ours in passes]
+        seconds = {side: [one[side].seconds for one in sides] for side in sides[0]}
+        return cls(seconds, [len(stock.texts) for stock, _ in passes])
+
+    def per_second(self, side: float | None) -> float:
+        """Prompts a second, the median of the rounds."""
+        pairs = zip(self.requests, self.seconds[side], strict=True)
+        return statistics.median(count / seconds for count, seconds in pairs)
+
+    def runs(self, side: float | None) -> list[dict[str, float]]:
+        """The rounds, for a report."""
+        pairs = zip(self.seconds[side], self.requests, strict=True)
+        return [{"seconds": seconds, "requests": count} for seconds, count in pairs]
+
+    def speedup(self, epsilon: float) -> Speedup:
+        """Ours at `epsilon` over stock vLLM."""
+        return Speedup.of(self.seconds[None], self.seconds[epsilon])

@@ -12,6 +12,7 @@ from vllm_adainfer.offline.reports import figures
 from vllm_adainfer.offline.reports.evaluation_facts import evaluation_facts, level_facts
 from vllm_adainfer.offline.reports.page import Section, html_page
 from vllm_adainfer.offline.reports.shares import share_in
+from vllm_adainfer.offline.reports.speedup import Speedup
 
 
 def evaluation_page(
@@ -43,12 +44,13 @@ def evaluation_page(
         figures.reliability(report, index),
         *figures.gates(report, index),
     ]
+    never = Speedup.read(report["never_exit"], "speedup")
     return html_page(
         title=f"{report['model']} on {report['data']}",
         subtitle=(
             f"{report['n']} prompts of {report['prompt_tokens_mean']:.0f} tokens, artifact "
             f"{report['artifact']}: stock vLLM and vllm-adainfer, interleaved. Without exits, "
-            f"vllm-adainfer runs at {report['never_exit']['speedup']:.2f}x the speed of stock vLLM."
+            f"vllm-adainfer runs at {never.text} the speed of stock vLLM."
         ),
         sections=[
             ("What was measured", evaluation_facts(report), ()),

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_adainfer.offline.facts.document import Block, Facts, Table
 from vllm_adainfer.offline.reports.shares import share_in, spelled
+from vllm_adainfer.offline.reports.speedup import Speedup, doubt
 
 Row = Mapping[str, Any]
 SCORES = {
@@ -47,11 +48,18 @@ def evaluation_facts(report: Mapping[str, Any]) -> list[Block]:
         ),
         Table([*map(level_facts, report["levels"]), _never_exit(report["never_exit"])]),
         f"Never exit: {costs}, and how often their rounding changes an answer.",
+        *told_of_noise(report),
         f"Requests by layers run: {exits}",
         "In brackets: 95 % intervals, for prompts like these. Measured: the share is within the "
         "bound, compatible with it (the interval includes the bound) or above it.",
         *(one for name, facts in about.items() if report.get(name) for one in facts(report[name])),
     ]
+
+
+def told_of_noise(report: Row) -> list[str]:
+    """Why the speed-ups tell too little, if they do."""
+    found = doubt(*(Speedup.read(one, "speedup") for one in (report, report["never_exit"])))
+    return [] if found is None else [found]
 
 
 def _engine(name: str, engine: Row, layers_run: float) -> Facts:
@@ -68,7 +76,7 @@ def level_facts(level: Row) -> Facts:
     """The measurements at one bound."""
     return {
         "bound": f"{level['epsilon']:.1%}",
-        "speedup": f"{level['speedup']:.2f}x",
+        "speedup": Speedup.read(level, "speedup").text,
         "layers saved": f"{level['layers_saved']:.1%}",
         "disagreement": share_in(level, "disagreement"),
         "differs from stock": share_in(level, "disagreement_with_stock"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.offline.reports.speedup import Speedup
 
 Points = tuple[Sequence[Any], Sequence[Any]]  # x and y
 Trace = dict[str, Any]
@@ -54,7 +55,15 @@ def axes(x: str, y: str, **more: Any) -> dict[str, Any]:
 def trade_off(report: Mapping[str, Any], index: int) -> Panel:
     """Quality against speed-up, a point for each bound."""
     levels = report["levels"]
-    speedups = [1.0, *(level["speedup"] for level in levels)]
+    found = [Speedup.read(level, "speedup") for level in levels]
+    speedups = [1.0, *(one.value for one in found)]
+    reaches = [one.interval or (one.value, one.value) for one in found]
+    pairs = list(zip(found, reaches, strict=True))
+    across = {
+        "array": [0.0, *(high - one.value for one, (_, high) in pairs)],
+        "arrayminus": [0.0, *(one.value - low for one, (low, _) in pairs)],
+        "thickness": 1,
+    }
     names = ["stock", *(f"bound {100 * level['epsilon']:g} %" for level in levels)]
     differ = [0.0, *(100 * level["disagreement"] for level in levels)]
     ends = [(level["disagreement"], *level["disagreement_95"]) for level in levels]
@@ -64,11 +73,12 @@ def trade_off(report: Mapping[str, Any], index: int) -> Panel:
         "thickness": 1,
     }
     mode = "lines+markers"
-    traces = [line((speedups, differ), "answers that differ", mode, text=names, error_y=error)]
+    drawn = {"text": names, "error_x": across}
+    traces = [line((speedups, differ), "answers that differ", mode, error_y=error, **drawn)]
     full = report["stock"]["accuracy"]
     if full is not None:
         lost = [0.0, *(100 * (full - level["accuracy"]) for level in levels)]
-        traces.append(line((speedups, lost), "accuracy lost, points", mode, text=names))
+        traces.append(line((speedups, lost), "accuracy lost, points", mode, **drawn))
     points = [([x], [y]) for x, y in zip(speedups, differ, strict=True)][1:]
     layout = axes("speed-up over stock vLLM", "%")
     return _marked("trade-off", "Cost and benefit of each bound", traces, layout, points, index)
