@@ -46,7 +46,7 @@ from vllm_adainfer.offline.calibration.fit.calibration import TrainedProbe
 from vllm_adainfer.offline.calibration.fit.choose import choose_exits, one_per_layer
 from vllm_adainfer.offline.calibration.fit.distil import Taught, distil
 from vllm_adainfer.offline.calibration.fit.exits import with_trained
-from vllm_adainfer.offline.calibration.fit.training import Lesson, branches_of, train_branch
+from vllm_adainfer.offline.calibration.fit.training import Lesson, branches_of, train_branches
 from vllm_adainfer.offline.calibration.fit_policy import fit_policy, with_trained_probes
 from vllm_adainfer.offline.calibration.record import collect
 from vllm_adainfer.offline.calibration.record.rows import FOLDS, OwnStates, own_states_of
@@ -335,7 +335,7 @@ def test_it_learns_what_no_head_on_the_mean_can(capsys):
     read = torch.stack([torch.cat([one[-1], one.mean(0)]) for one in prompts])
     taught = Taught(read, labels)
     lesson = Lesson(taught, everyone, everyone % 2, LABEL_IDS, seed=0)
-    found = train_branch(2, states, lesson)
+    [found] = train_branches(states, lesson)
     assert "training a branch after layer 2 on 300 prompts, for up to 1 minute" in (
         capsys.readouterr().err
     )

@@ -95,9 +95,9 @@ def test_training_goes_to_its_end_unless_the_student_overfits(monkeypatch, error
     words, rows = [(400 + number % 7,) for number in range(40)], np.arange(40)
     net = training.Net(TextEncoder(student.bert()), taught)
     lesson = Lesson(taught, rows, rows % 2, LABEL_IDS, seed=0)
-    bar = SimpleNamespace(update=lambda: None)
-    trainer = training._Trainer(words, lesson, 1e-3, bar)
-    found, epochs = trainer.until_it_overfits(net, rows, rows, len(errors))
+    course = training.Course("a student", TextEncoder, words, len(errors), 1e-3)
+    trainer = training._Trainer(course, lesson, SimpleNamespace(update=lambda: None))
+    found, epochs = trainer.until_it_overfits(net, rows, rows)
     assert epochs == kept
     assert torch.equal(found.head.bias, biases[kept - 1])
     assert len({tuple(bias.tolist()) for bias in biases}) == len(biases)

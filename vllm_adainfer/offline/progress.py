@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -51,3 +52,9 @@ def say(stage: str) -> None:
     """Print the current stage of work that has no steps to count."""
     sys.stderr.write(f"{stage} ...\n")
     sys.stderr.flush()
+
+
+def in_words(seconds: float) -> str:
+    """A duration in whole minutes, at least one."""
+    minutes = max(1, math.ceil(seconds / 60))
+    return f"{minutes} minute{'s' * (minutes > 1)}"

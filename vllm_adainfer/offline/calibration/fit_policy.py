@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from vllm_adainfer.artifact.kinds import LABEL_HEADS, ProbeChoice
 from vllm_adainfer.offline.calibration.certify.certify import Terms, certified
@@ -211,7 +211,8 @@ def fit_candidates(
     if is_pooled:
         # Below layers that share keys and values, only the last token goes on.
         layers = [layer for layer in layers if layer <= rows.model.own_kv_layers]
-    return fit_exits(calibration, progress(layers, desc="fit", unit="layer"))
+    shown = partial(progress, total=len(layers), desc="fit", unit="layer")
+    return fit_exits(calibration, layers, shown)
 
 
 def make_policy(

@@ -7,8 +7,9 @@ the bound reads the other part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from vllm_adainfer.offline.calibration.fit.probes import (
     fit_probes,
 )
 from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows
+from vllm_adainfer.offline.side_by_side import side_by_side
 from vllm_adainfer.policy.encoders import StateEncoder
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.score import score
@@ -148,27 +150,37 @@ class FittedExit:
         )
 
 
-def fit_exits(calibration: Calibration, layers: Iterable[int]) -> list[FittedExit]:
-    """Fit an exit point after each of `layers`; leave out those that cannot be learned."""
+def fit_exits(
+    calibration: Calibration,
+    layers: Sequence[int],
+    shown: Callable[[Iterator[FittedExit | None]], Iterable[FittedExit | None]] = iter,
+) -> list[FittedExit]:
+    """Fit an exit point after each of `layers`; leave out those that cannot be learned.
+
+    `shown` passes them on as they come, see `progress`.
+    """
+    pieces = [partial(fit_head, calibration, layer) for layer in layers]
+    return [exit for exit in shown(side_by_side(pieces)) if exit is not None]
+
+
+def fit_head(calibration: Calibration, layer: int) -> FittedExit | None:
+    """Fit an exit point after a layer that a head decides; None if it cannot be learned."""
     rows, target, right = calibration.rows, calibration.target, calibration.right
     prompts = rows.prompts[calibration.fitted]
     # The sums that tuned lenses learn from are by prompt; else no group of prompts is torn.
     folds = (prompts if rows.moments else calibration.split.units[prompts]) % FOLDS
     # Out of fold: a probe that has not seen a prompt judges its decision rows.
     places = [np.flatnonzero(folds == fold) for fold in range(FOLDS)]
-    exits = []
-    for layer in layers:
-        probe, without_fold = fit_probes(rows, target, calibration.fitted, layer, folds)
-        unseen = _in_order(
-            places,
-            [
-                judge(unseeing, layer, rows, calibration.fitted[where], target, right)
-                for unseeing, where in zip(without_fold, places, strict=True)
-            ],
-        )
-        held_out = judge(probe, layer, rows, calibration.held_out, target, right)
-        exits.append(fit_exit(calibration, layer, probe, unseen, held_out))
-    return [exit for exit in exits if exit is not None]
+    probe, without_fold = fit_probes(rows, target, calibration.fitted, layer, folds)
+    unseen = _in_order(
+        places,
+        [
+            judge(unseeing, layer, rows, calibration.fitted[where], target, right)
+            for unseeing, where in zip(without_fold, places, strict=True)
+        ],
+    )
+    held_out = judge(probe, layer, rows, calibration.held_out, target, right)
+    return fit_exit(calibration, layer, probe, unseen, held_out)
 
 
 def fit_exit(

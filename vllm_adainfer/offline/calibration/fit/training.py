@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from vllm_adainfer.offline.calibration.fit.calibration import Calibration, Train
 from vllm_adainfer.offline.calibration.fit.distil import Taught
 from vllm_adainfer.offline.calibration.fit.probes import taught_by_full_depth
 from vllm_adainfer.offline.calibration.record.rows import OwnStates
-from vllm_adainfer.offline.progress import progress, say
+from vllm_adainfer.offline.progress import in_words, progress, say
+from vllm_adainfer.offline.side_by_side import side_by_side
 from vllm_adainfer.policy.encoders import StateEncoder, TextEncoder
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.promise.label_subsets import restrict
@@ -36,6 +38,7 @@ from vllm_adainfer.promise.label_subsets import restrict
 # quarter fewer requests than those of the last one, whose learning rate has fallen to 0.
 OVERFITS = 1.25
 BATCH = 16
+SORTED = 8  # batches are of inputs of about the same length, out of so many at a time
 WARM_UP = 0.1  # of all steps
 WEIGHT_DECAY = 0.01
 LARGEST_GRADIENT = 1.0
@@ -47,6 +50,7 @@ LEADS_UP_TO = 0.95  # of the answers
 SERVED_DTYPE = torch.bfloat16
 STUDENT_EPOCHS, STUDENT_LEARNING_RATE = 8, 5e-5
 BRANCH_EPOCHS, BRANCH_LEARNING_RATE = 15, 1e-3
+SEEDED = threading.Lock()  # nets begin one after the other, with the same random numbers
 
 
 class Net(nn.Module):
@@ -55,7 +59,7 @@ class Net(nn.Module):
     def __init__(self, encoder: StateEncoder | TextEncoder, taught: Taught) -> None:
         """Put an untrained head for what is `taught` on `encoder`."""
         super().__init__()
-        self.encoder = encoder
+        self.encoder = encoder.eval()  # no dropout: threads share the random numbers
         self.head = nn.Linear(encoder.width, taught.labels.shape[1] + (taught.mass is not None))
 
     def score(self, inputs: Sequence[Any], rows: Ints) -> Tensor:
@@ -75,7 +79,7 @@ class Lesson:
         prompts: [rows], the prompt of each.
         halves: [rows], 0 or 1: two halves, between which no group of prompts is torn.
         label_ids: int64 [labels].
-        seed: the seed of heads, the order of the inputs and dropout.
+        seed: the seed of heads and of the order of the inputs.
 
     """
 
@@ -99,123 +103,193 @@ class Lesson:
         )
 
 
+@dataclass(frozen=True)
+class Course:
+    """A net to train.
+
+    Attributes:
+        name: what it is.
+        encoder: makes an encoder to train.
+        inputs: [rows of the lesson], what it reads of each; empty ones are left out.
+        epochs: how often it sees each of them, at most.
+        learning_rate: that of the encoder.
+
+    """
+
+    name: str
+    encoder: Callable[[], StateEncoder | TextEncoder]
+    inputs: Sequence[Any]
+    epochs: int
+    learning_rate: float
+
+    @property
+    def everyone(self) -> Ints:
+        """The rows of the lesson that it reads."""
+        return np.flatnonzero([len(one) > 0 for one in self.inputs])
+
+    @property
+    def steps(self) -> int:
+        """The batches that its nets see at most, of both halves and of all."""
+        return 2 * self.epochs * _steps(self.everyone)
+
+
 def train_student(base: StudentBase, lesson: Lesson) -> TrainedProbe:
     """Train the encoder of `base`, which has read all prompts, and a head."""
+    [student] = train_students([base], lesson)
+    return student
 
-    def encoder() -> TextEncoder:
+
+def train_students(bases: Sequence[StudentBase], lesson: Lesson) -> tuple[TrainedProbe, ...]:
+    """Train the encoder of each of `bases`, which have read all prompts, and a head."""
+
+    def texts(base: StudentBase, prompts: Ints) -> list[Sequence[int]]:
+        return [base.texts[prompt] for prompt in prompts.tolist()]
+
+    def encoder(base: StudentBase) -> TextEncoder:
         own = TextEncoder(copy.deepcopy(base.model))
         # Half of a small encoder, and a few hundred texts have few of its words.
         own.model.get_input_embeddings().requires_grad_(False)
         return own
 
-    def texts(prompts: Ints) -> list[Sequence[int]]:
-        return [base.texts[prompt] for prompt in prompts.tolist()]
-
     how = STUDENT_EPOCHS, STUDENT_LEARNING_RATE
-    probe, unseen = train("a student", encoder, texts(lesson.prompts), lesson, *how)
-    return TrainedProbe(0, probe, unseen, texts, base)
+    courses = [
+        Course("a student", partial(encoder, base), texts(base, lesson.prompts), *how)
+        for base in bases
+    ]
+    return tuple(
+        TrainedProbe(0, probe, unseen, partial(texts, base), base)
+        for base, (probe, unseen) in zip(bases, train(courses, lesson), strict=True)
+    )
 
 
 def branches_of(calibration: Calibration, states: OwnStates) -> tuple[TrainedProbe, ...]:
     """A branch for each layer of `states`, trained on the prompts that fit."""
-    lesson = Lesson.of(calibration)
-    return tuple(train_branch(layer, states, lesson) for layer in states.rows)
+    return train_branches(states, Lesson.of(calibration))
 
 
-def train_branch(layer: int, states: OwnStates, lesson: Lesson) -> TrainedProbe:
-    """Train a branch after `layer` on the prompts of `lesson`, given all prompts' `states`."""
-    inputs = states.of(layer, lesson.prompts)
-    name, encoder = f"a branch after layer {layer}", partial(StateEncoder, inputs[0].shape[1])
-    probe, unseen = train(name, encoder, inputs, lesson, BRANCH_EPOCHS, BRANCH_LEARNING_RATE)
-    return TrainedProbe(layer, probe, unseen, partial(states.of, layer))
+def train_branches(states: OwnStates, lesson: Lesson) -> tuple[TrainedProbe, ...]:
+    """Train branches on the prompts of `lesson`, one for each layer of all prompts' `states`."""
+    courses = []
+    for layer in states.rows:
+        inputs = states.of(layer, lesson.prompts)
+        encoder = partial(StateEncoder, inputs[0].shape[1])
+        name = f"a branch after layer {layer}"
+        courses.append(Course(name, encoder, inputs, BRANCH_EPOCHS, BRANCH_LEARNING_RATE))
+    return tuple(
+        TrainedProbe(layer, probe, unseen, partial(states.of, layer))
+        for layer, (probe, unseen) in zip(states.rows, train(courses, lesson), strict=True)
+    )
 
 
-def train(
-    name: str,
-    encoder: Callable[[], StateEncoder | TextEncoder],
-    inputs: Sequence[Any],
-    lesson: Lesson,
-    epochs: int,
-    learning_rate: float,
-) -> tuple[Probe, Tensor]:
-    """Train a probe on each half of the inputs, which the other half judges, and one on all.
+def train(courses: Sequence[Course], lesson: Lesson) -> list[tuple[Probe, Tensor]]:
+    """Train probes on each half of the inputs, which the other half judges, and on all.
 
-    Returns the latter, as it serves, and `TrainedProbe.unseen`. `encoder` makes one to train;
-    `inputs` are [rows of the lesson], and empty ones are left out. Each is seen at most `epochs`
-    times. The learning rate is that of the encoder.
+    Returns of each course the latter, as it serves, and `TrainedProbe.unseen`. The nets of halves
+    are trained side by side, and then those of all.
     """
-    taught, halves = lesson.taught, lesson.halves
-    everyone = np.flatnonzero([len(one) > 0 for one in inputs])
-    low, high = (everyone[halves[everyone] == half] for half in (0, 1))
-    steps = epochs * sum(map(_steps, (low, high, everyone)))
-
-    def fresh() -> Net:
-        torch.manual_seed(lesson.seed)
-        return Net(encoder(), taught)
-
+    names = ", ".join(course.name for course in courses)
+    prompts = max(len(course.everyone) for course in courses)
     with torch.random.fork_rng():
-        time_needed = _minutes(fresh(), inputs, everyone, steps)
-        say(f"training {name} on {len(everyone)} prompts, for up to {time_needed}")
-        with progress(total=steps, desc="train") as bar:
-            trainer = _Trainer(inputs, lesson, learning_rate, bar)
-            first, kept = trainer.until_it_overfits(fresh(), low, high, epochs)
-            second, more = trainer.until_it_overfits(fresh(), high, low, epochs)
-            whole = fresh()
-            for _ in trainer.epochs(whole, everyone, round((kept + more) / 2)):
-                pass
-    _done(whole)
-    unseen = torch.zeros(len(inputs), len(whole.head.bias))
-    for half, judged in ((first, high), (second, low)):
-        if taught.mass is None:  # else the probabilities themselves are promised
-            _soften(half, inputs, taught, judged)
-        unseen[torch.from_numpy(judged)] = _scores(half, inputs, judged)
-    if taught.mass is None:
-        _soften(whole, inputs, taught, everyone)
-    head = Head(whole.head.weight, whole.head.bias)
-    served = whole.encoder.to(SERVED_DTYPE)
-    return Probe(head, token_ids=lesson.label_ids, encoder=served, fused=False), unseen
+        time_needed = in_words(_seconds(courses, lesson))
+        say(f"training {names} on {prompts} prompts, for up to {time_needed}")
+        with progress(total=sum(course.steps for course in courses), desc="train") as bar:
+            trainers = [_Trainer(course, lesson, bar) for course in courses]
+            pieces = [partial(one.of_half, half) for one in trainers for half in (0, 1)]
+            halves = iter([*side_by_side(pieces)])
+            pairs = zip(trainers, zip(halves, halves, strict=True), strict=True)
+            return [*side_by_side([partial(one.of_all, pair) for one, pair in pairs])]
+
+
+def _seconds(courses: Sequence[Course], lesson: Lesson) -> float:
+    """How long `train` takes at most, from the time of one step of each course."""
+    threads, steps = torch.get_num_threads(), [course.steps for course in courses]
+    times = side_by_side([partial(_step_seconds, course, lesson) for course in courses])
+    half = sum(time * count for time, count in zip(times, steps, strict=True)) / 2
+    return half / min(threads, 2 * len(courses)) + half / min(threads, len(courses))
+
+
+def _step_seconds(course: Course, lesson: Lesson) -> float:
+    """The time of one step of training."""
+    net, times = _fresh(course, lesson), []
+    for _ in range(2):  # the first may have to prepare something
+        start = time.perf_counter()
+        net.score(course.inputs, course.everyone[:BATCH]).sum().backward()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _fresh(course: Course, lesson: Lesson) -> Net:
+    """An untrained net, always the same."""
+    with SEEDED:
+        torch.manual_seed(lesson.seed)
+        return Net(course.encoder(), lesson.taught)
 
 
 class _Trainer:
-    """Trains nets, one after the other; see `train` for what it takes."""
+    """Trains the nets of a course, in whichever thread."""
 
-    def __init__(
-        self, inputs: Sequence[Any], lesson: Lesson, learning_rate: float, bar: Any
-    ) -> None:
-        self._inputs, self._lesson, self._rate, self._bar = inputs, lesson, learning_rate, bar
+    def __init__(self, course: Course, lesson: Lesson, bar: Any) -> None:
+        self._course, self._lesson, self._bar = course, lesson, bar
+        self._inputs, self._taught = course.inputs, lesson.taught
+        self._everyone = course.everyone
+        halves = lesson.halves[self._everyone]
+        self._halves = [self._everyone[halves == half] for half in (0, 1)]
 
-    def until_it_overfits(
-        self, net: Net, learned: Ints, judged: Ints, epochs: int
-    ) -> tuple[Net, int]:
+    def of_half(self, half: int) -> tuple[Net, int]:
+        """A net trained on one half of the inputs, as it judges the other, and its epochs."""
+        learned, judged = self._halves[half], self._halves[1 - half]
+        net, kept = self.until_it_overfits(_fresh(self._course, self._lesson), learned, judged)
+        if self._taught.mass is None:  # else the probabilities themselves are promised
+            _soften(net, self._inputs, self._taught, judged)
+        return net, kept
+
+    def of_all(self, halves: tuple[tuple[Net, int], tuple[Net, int]]) -> tuple[Probe, Tensor]:
+        """A probe trained on all inputs, and what the nets of `halves` say of the others."""
+        unseen = torch.zeros(len(self._inputs), len(halves[0][0].head.bias))
+        for (net, _), judged in zip(halves, reversed(self._halves), strict=True):
+            unseen[torch.from_numpy(judged)] = _scores(net, self._inputs, judged)
+        net = _fresh(self._course, self._lesson)
+        for _ in self.epochs(net, self._everyone, round(sum(kept for _, kept in halves) / 2)):
+            pass
+        _done(net)
+        if self._taught.mass is None:
+            _soften(net, self._inputs, self._taught, self._everyone)
+        head = Head(net.head.weight, net.head.bias)
+        served = net.encoder.to(SERVED_DTYPE)
+        probe = Probe(head, token_ids=self._lesson.label_ids, encoder=served, fused=False)
+        return probe, unseen
+
+    def until_it_overfits(self, net: Net, learned: Ints, judged: Ints) -> tuple[Net, int]:
         """A net trained on rows `learned`, and its epochs; those `judged` show if it overfits."""
         best, kept, least = net, 0, math.inf
-        for epoch, trained in enumerate(self.epochs(net, learned, epochs), 1):
-            error = _error(trained, self._inputs, self._lesson.taught, judged)
+        for epoch, trained in enumerate(self.epochs(net, learned, self._course.epochs), 1):
+            error = _error(trained, self._inputs, self._taught, judged)
             if error > OVERFITS * least:
                 break
             if error < least:
                 best, kept, least = copy.deepcopy(trained), epoch, error
         else:
-            best, kept = net, epochs
+            best, kept = net, self._course.epochs
         return _done(best), kept
 
     def epochs(self, net: Net, learned: Ints, epochs: int) -> Iterator[Net]:
         """Train `net` on rows `learned` so many times; yields it after each."""
-        taught, order = self._lesson.taught, np.random.default_rng(self._lesson.seed)
+        order = np.random.default_rng(self._lesson.seed)
         steps = epochs * _steps(learned)
         groups: list[dict[str, Any]] = [
             {"params": [p for p in net.encoder.parameters() if p.requires_grad]},
             {"params": net.head.parameters(), "lr": HEAD_LEARNING_RATE},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self._rate, weight_decay=WEIGHT_DECAY, fused=True)
+        optimizer = torch.optim.AdamW(
+            groups, lr=self._course.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / (WARM_UP * steps), 1 - step / steps, 1.0)
         )
         for _ in range(epochs):
-            net.train()
-            for rows in _batches(order.permutation(learned)):
+            for rows in _mixed_batches(self._inputs, order, learned):
                 scores = net.score(self._inputs, rows)
-                loss = taught.of_rows(torch.from_numpy(rows)).cross_entropy(scores)
+                loss = self._taught.of_rows(torch.from_numpy(rows)).cross_entropy(scores)
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(net.encoder.parameters(), LARGEST_GRADIENT)
@@ -256,8 +330,7 @@ def _scores(net: Net, inputs: Sequence[Any], rows: Ints) -> Tensor:
 
 @torch.no_grad()
 def _error(net: Net, inputs: Sequence[Any], taught: Taught, rows: Ints) -> float:
-    """The mean cross-entropy of `rows`, without dropout."""
-    net.eval()
+    """The mean cross-entropy of `rows`."""
     if not len(rows):
         return 0.0
     scores = _scores(net, inputs, rows)
@@ -269,20 +342,17 @@ def _batches(rows: Ints) -> Iterator[Ints]:
         yield rows[start : start + BATCH]
 
 
+def _mixed_batches(inputs: Sequence[Any], order: np.random.Generator, rows: Ints) -> list[Ints]:
+    """All of `rows` in random batches, each of inputs of about the same length."""
+    rows = order.permutation(rows)
+    found: list[Ints] = []
+    for start in range(0, len(rows), BATCH * SORTED):
+        some = rows[start : start + BATCH * SORTED]
+        lens = [len(inputs[row]) for row in some.tolist()]
+        found += _batches(some[np.argsort(lens, kind="stable")])
+    return [found[place] for place in order.permutation(len(found))]
+
+
 def _steps(rows: Ints) -> int:
     """The number of batches of one epoch."""
     return math.ceil(len(rows) / BATCH)
-
-
-def _minutes(net: Net, inputs: Sequence[Any], learned: Ints, steps: int) -> str:
-    """How long so many steps take, in words, from the time of one."""
-    batch = [inputs[row] for row in learned[:BATCH].tolist()]
-    times = []
-    for _ in range(2):  # the first may have to prepare something
-        start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
-            net.encoder(batch).sum().backward()
-        times.append(time.perf_counter() - start)
-    net.zero_grad()
-    minutes = math.ceil(min(times) * steps / 60)
-    return f"{minutes} minute{'s' * (minutes > 1)}"
