@@ -9,8 +9,9 @@ from sklearn.metrics import log_loss
 from torch import Tensor
 
 from tests.chain import log_odds, log_sum, potentials
+from vllm_adainfer.offline.calibration.fit.chain import fit_crf_chain
 from vllm_adainfer.offline.calibration.fit.classifier import fit_crf
-from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored, fit_crf_chain
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.score import score

@@ -12,8 +12,8 @@ import torch
 
 from tests.calibrations import LABEL_IDS, SPLIT, base_of, of_prompts, recording_of_prompts
 from vllm_adainfer.offline.calibration.fit import training
+from vllm_adainfer.offline.calibration.fit.side_by_side import side_by_side
 from vllm_adainfer.offline.calibration.fit.training import Lesson, train_students
-from vllm_adainfer.offline.side_by_side import side_by_side
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from vllm_adainfer.artifact.config_rules import are_exit_points
 from vllm_adainfer.artifact.kinds import ProbeKind
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
+from vllm_adainfer.offline.calibration.fit.chain import fit_crf_chain
 from vllm_adainfer.offline.calibration.fit.cost import Costs, tokens_of
-from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_crf_chain
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit
 
 MAX_EXIT_POINTS = 8
 ALL_SETS_UP_TO = 3  # exit points: all sets of so many are tried

@@ -18,7 +18,7 @@ from torch import Tensor
 from vllm_adainfer.arrays import Bools, Floats, Ints
 from vllm_adainfer.artifact.kinds import ClassifierKind
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
-from vllm_adainfer.offline.calibration.fit.classifier import fit_classifier, fit_crf
+from vllm_adainfer.offline.calibration.fit.classifier import fit_classifier
 from vllm_adainfer.offline.calibration.fit.probes import (
     ProbeAnswers,
     Target,
@@ -26,8 +26,8 @@ from vllm_adainfer.offline.calibration.fit.probes import (
     answers_of_scores,
     fit_probes,
 )
+from vllm_adainfer.offline.calibration.fit.side_by_side import side_by_side
 from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows
-from vllm_adainfer.offline.side_by_side import side_by_side
 from vllm_adainfer.policy.encoders import StateEncoder
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.score import score
@@ -278,29 +278,3 @@ def _in_order(places: Sequence[Ints], parts: Sequence[Scored]) -> Scored:
         relevance=np.concatenate(shown) if shown else None,
     )
     return whole.of_rows(np.argsort(np.concatenate(places)))
-
-
-def fit_crf_chain(exits: Sequence[FittedExit], target: Target) -> list[FittedExit]:
-    """Give the chosen exit points (ascending, at least one) a CRF over all of them."""
-    unseen = [exit.fitted for exit in exits]
-    steps = fit_crf(
-        torch.stack([one.features for one in unseen], dim=1),
-        np.stack([target.settled(one.agrees, one.loss) for one in unseen], axis=1),
-    )
-    fitted = _scores_of_chain(unseen, steps)
-    held_out = _scores_of_chain([exit.held_out for exit in exits], steps)
-    parts = zip(exits, steps, fitted, held_out, strict=True)
-    return [
-        replace(exit, classifier=step, fitted=ours, held_out=theirs)
-        for exit, step, ours, theirs in parts
-    ]
-
-
-def _scores_of_chain(exits: Sequence[Scored], steps: Sequence[Tensor]) -> list[Scored]:
-    """The same rows at each exit point, scored by the steps of a CRF."""
-    found, memory = [], None
-    for exit, step in zip(exits, steps, strict=True):
-        memory = score(exit.features, step, memory)
-        # Rows that are never settled stay so.
-        found.append(replace(exit, score=memory.masked_fill(exit.score.isneginf(), -torch.inf)))
-    return found

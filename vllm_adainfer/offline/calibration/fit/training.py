@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,11 +22,18 @@ from torch import Tensor, nn
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
+from vllm_adainfer.offline.calibration.fit.course import Course
 from vllm_adainfer.offline.calibration.fit.distil import Taught
+from vllm_adainfer.offline.calibration.fit.net import (
+    Net,
+    mixed_batches,
+    scores_of,
+    steps_of,
+)
 from vllm_adainfer.offline.calibration.fit.probes import taught_by_full_depth
+from vllm_adainfer.offline.calibration.fit.side_by_side import side_by_side
 from vllm_adainfer.offline.calibration.record.rows import OwnStates
 from vllm_adainfer.offline.progress import in_words, progress, say
-from vllm_adainfer.offline.side_by_side import side_by_side
 from vllm_adainfer.policy.encoders import StateEncoder, TextEncoder
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.promise.label_subsets import restrict
@@ -37,8 +42,6 @@ from vllm_adainfer.promise.label_subsets import restrict
 # least. On some hundred inputs less is noise: nets of the epoch with the least answered up to a
 # quarter fewer requests than those of the last one, whose learning rate has fallen to 0.
 OVERFITS = 1.25
-BATCH = 16
-SORTED = 8  # batches are of inputs of about the same length, out of so many at a time
 WARM_UP = 0.1  # of all steps
 WEIGHT_DECAY = 0.01
 LARGEST_GRADIENT = 1.0
@@ -50,24 +53,6 @@ LEADS_UP_TO = 0.95  # of the answers
 SERVED_DTYPE = torch.bfloat16
 STUDENT_EPOCHS, STUDENT_LEARNING_RATE = 8, 5e-5
 BRANCH_EPOCHS, BRANCH_LEARNING_RATE = 15, 1e-3
-SEEDED = threading.Lock()  # nets begin one after the other, with the same random numbers
-
-
-class Net(nn.Module):
-    """An encoder with a head, as training sees them; it reads inputs that have a length."""
-
-    def __init__(self, encoder: StateEncoder | TextEncoder, taught: Taught) -> None:
-        """Put an untrained head for what is `taught` on `encoder`."""
-        super().__init__()
-        self.encoder = encoder.eval()  # no dropout: threads share the random numbers
-        self.head = nn.Linear(encoder.width, taught.labels.shape[1] + (taught.mass is not None))
-
-    def score(self, inputs: Sequence[Any], rows: Ints) -> Tensor:
-        """Scores of some rows, fp32 [rows, labels, and one for the mass if it is taught]."""
-        with torch.autocast("cpu", torch.bfloat16):
-            read = self.encoder([inputs[row] for row in rows.tolist()])
-            scores: Tensor = self.head(read)
-        return scores.float()
 
 
 @dataclass(frozen=True)
@@ -101,36 +86,6 @@ class Lesson:
             target.label_ids,
             calibration.options.seed,
         )
-
-
-@dataclass(frozen=True)
-class Course:
-    """A net to train.
-
-    Attributes:
-        name: what it is.
-        encoder: makes an encoder to train.
-        inputs: [rows of the lesson], what it reads of each; empty ones are left out.
-        epochs: how often it sees each of them, at most.
-        learning_rate: that of the encoder.
-
-    """
-
-    name: str
-    encoder: Callable[[], StateEncoder | TextEncoder]
-    inputs: Sequence[Any]
-    epochs: int
-    learning_rate: float
-
-    @property
-    def everyone(self) -> Ints:
-        """The rows of the lesson that it reads."""
-        return np.flatnonzero([len(one) > 0 for one in self.inputs])
-
-    @property
-    def steps(self) -> int:
-        """The batches that its nets see at most, of both halves and of all."""
-        return 2 * self.epochs * _steps(self.everyone)
 
 
 def train_student(base: StudentBase, lesson: Lesson) -> TrainedProbe:
@@ -203,26 +158,11 @@ def train(courses: Sequence[Course], lesson: Lesson) -> list[tuple[Probe, Tensor
 def _seconds(courses: Sequence[Course], lesson: Lesson) -> float:
     """How long `train` takes at most, from the time of one step of each course."""
     threads, steps = torch.get_num_threads(), [course.steps for course in courses]
-    times = side_by_side([partial(_step_seconds, course, lesson) for course in courses])
+    times = side_by_side(
+        [partial(course.step_seconds, lesson.taught, lesson.seed) for course in courses]
+    )
     half = sum(time * count for time, count in zip(times, steps, strict=True)) / 2
     return half / min(threads, 2 * len(courses)) + half / min(threads, len(courses))
-
-
-def _step_seconds(course: Course, lesson: Lesson) -> float:
-    """The time of one step of training."""
-    net, times = _fresh(course, lesson), []
-    for _ in range(2):  # the first may have to prepare something
-        start = time.perf_counter()
-        net.score(course.inputs, course.everyone[:BATCH]).sum().backward()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def _fresh(course: Course, lesson: Lesson) -> Net:
-    """An untrained net, always the same."""
-    with SEEDED:
-        torch.manual_seed(lesson.seed)
-        return Net(course.encoder(), lesson.taught)
 
 
 class _Trainer:
@@ -238,7 +178,9 @@ class _Trainer:
     def of_half(self, half: int) -> tuple[Net, int]:
         """A net trained on one half of the inputs, as it judges the other, and its epochs."""
         learned, judged = self._halves[half], self._halves[1 - half]
-        net, kept = self.until_it_overfits(_fresh(self._course, self._lesson), learned, judged)
+        net, kept = self.until_it_overfits(
+            self._course.fresh(self._taught, self._lesson.seed), learned, judged
+        )
         if self._taught.mass is None:  # else the probabilities themselves are promised
             _soften(net, self._inputs, self._taught, judged)
         return net, kept
@@ -247,8 +189,8 @@ class _Trainer:
         """A probe trained on all inputs, and what the nets of `halves` say of the others."""
         unseen = torch.zeros(len(self._inputs), len(halves[0][0].head.bias))
         for (net, _), judged in zip(halves, reversed(self._halves), strict=True):
-            unseen[torch.from_numpy(judged)] = _scores(net, self._inputs, judged)
-        net = _fresh(self._course, self._lesson)
+            unseen[torch.from_numpy(judged)] = scores_of(net, self._inputs, judged)
+        net = self._course.fresh(self._taught, self._lesson.seed)
         for _ in self.epochs(net, self._everyone, round(sum(kept for _, kept in halves) / 2)):
             pass
         _done(net)
@@ -275,7 +217,7 @@ class _Trainer:
     def epochs(self, net: Net, learned: Ints, epochs: int) -> Iterator[Net]:
         """Train `net` on rows `learned` so many times; yields it after each."""
         order = np.random.default_rng(self._lesson.seed)
-        steps = epochs * _steps(learned)
+        steps = epochs * steps_of(learned)
         groups: list[dict[str, Any]] = [
             {"params": [p for p in net.encoder.parameters() if p.requires_grad]},
             {"params": net.head.parameters(), "lr": HEAD_LEARNING_RATE},
@@ -287,7 +229,7 @@ class _Trainer:
             optimizer, lambda step: min((step + 1) / (WARM_UP * steps), 1 - step / steps, 1.0)
         )
         for _ in range(epochs):
-            for rows in _mixed_batches(self._inputs, order, learned):
+            for rows in mixed_batches(self._inputs, order, learned):
                 scores = net.score(self._inputs, rows)
                 loss = self._taught.of_rows(torch.from_numpy(rows)).cross_entropy(scores)
                 optimizer.zero_grad()
@@ -312,20 +254,10 @@ def _soften(net: Net, inputs: Sequence[Any], taught: Taught, rows: Ints) -> None
     if not len(rows):
         return
     subsets = None if taught.subsets is None else taught.subsets[torch.from_numpy(rows)]
-    lead = taught.link.lead(restrict(_scores(net, inputs, rows), subsets))
+    lead = taught.link.lead(restrict(scores_of(net, inputs, rows), subsets))
     factor = LARGEST_LEAD / float(lead.quantile(LEADS_UP_TO).clamp(LARGEST_LEAD))
     net.head.weight.mul_(factor)
     net.head.bias.mul_(factor)
-
-
-@torch.no_grad()
-def _scores(net: Net, inputs: Sequence[Any], rows: Ints) -> Tensor:
-    """`Net.score` of any number of `rows`."""
-    found = torch.zeros(len(rows), len(net.head.bias))
-    order = np.argsort([len(inputs[row]) for row in rows.tolist()], kind="stable")
-    for places in _batches(order):
-        found[torch.from_numpy(places)] = net.score(inputs, rows[places])
-    return found
 
 
 @torch.no_grad()
@@ -333,26 +265,5 @@ def _error(net: Net, inputs: Sequence[Any], taught: Taught, rows: Ints) -> float
     """The mean cross-entropy of `rows`."""
     if not len(rows):
         return 0.0
-    scores = _scores(net, inputs, rows)
+    scores = scores_of(net, inputs, rows)
     return float(taught.of_rows(torch.from_numpy(rows)).cross_entropy(scores))
-
-
-def _batches(rows: Ints) -> Iterator[Ints]:
-    for start in range(0, len(rows), BATCH):
-        yield rows[start : start + BATCH]
-
-
-def _mixed_batches(inputs: Sequence[Any], order: np.random.Generator, rows: Ints) -> list[Ints]:
-    """All of `rows` in random batches, each of inputs of about the same length."""
-    rows = order.permutation(rows)
-    found: list[Ints] = []
-    for start in range(0, len(rows), BATCH * SORTED):
-        some = rows[start : start + BATCH * SORTED]
-        lens = [len(inputs[row]) for row in some.tolist()]
-        found += _batches(some[np.argsort(lens, kind="stable")])
-    return [found[place] for place in order.permutation(len(found))]
-
-
-def _steps(rows: Ints) -> int:
-    """The number of batches of one epoch."""
-    return math.ceil(len(rows) / BATCH)

@@ -1,0 +1,67 @@
+"""The net of a student or a branch as it is trained: an encoder and a head, read in batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vllm_adainfer.arrays import Ints
+from vllm_adainfer.offline.calibration.fit.distil import Taught
+from vllm_adainfer.policy.encoders import StateEncoder, TextEncoder
+
+BATCH = 16
+SORTED = 8  # batches are of inputs of about the same length, out of so many batches at a time
+
+
+class Net(nn.Module):
+    """An encoder with a head, as training sees them; it reads inputs that have a length."""
+
+    def __init__(self, encoder: StateEncoder | TextEncoder, taught: Taught) -> None:
+        """Put an untrained head for what is `taught` on `encoder`."""
+        super().__init__()
+        self.encoder = encoder.eval()  # no dropout: threads share the random numbers
+        self.head = nn.Linear(encoder.width, taught.labels.shape[1] + (taught.mass is not None))
+
+    def score(self, inputs: Sequence[Any], rows: Ints) -> Tensor:
+        """Scores of some rows, fp32 [rows, labels, and one for the mass if it is taught]."""
+        with torch.autocast("cpu", torch.bfloat16):
+            read = self.encoder([inputs[row] for row in rows.tolist()])
+            scores: Tensor = self.head(read)
+        return scores.float()
+
+
+@torch.no_grad()
+def scores_of(net: Net, inputs: Sequence[Any], rows: Ints) -> Tensor:
+    """`Net.score` of any number of `rows`."""
+    found = torch.zeros(len(rows), len(net.head.bias))
+    order = np.argsort([len(inputs[row]) for row in rows.tolist()], kind="stable")
+    for places in batches(order):
+        found[torch.from_numpy(places)] = net.score(inputs, rows[places])
+    return found
+
+
+def batches(rows: Ints) -> Iterator[Ints]:
+    """The rows in their order, some at a time."""
+    for start in range(0, len(rows), BATCH):
+        yield rows[start : start + BATCH]
+
+
+def mixed_batches(inputs: Sequence[Any], order: np.random.Generator, rows: Ints) -> list[Ints]:
+    """All of `rows` in random batches, each of inputs of about the same length."""
+    rows = order.permutation(rows)
+    found: list[Ints] = []
+    for start in range(0, len(rows), BATCH * SORTED):
+        some = rows[start : start + BATCH * SORTED]
+        lens = [len(inputs[row]) for row in some.tolist()]
+        found += batches(some[np.argsort(lens, kind="stable")])
+    return [found[place] for place in order.permutation(len(found))]
+
+
+def steps_of(rows: Ints) -> int:
+    """The number of batches of one epoch."""
+    return math.ceil(len(rows) / BATCH)
