@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.intervals import share_of, shares_of
 from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.reports.shares import clopper_pearson, share_in, spelled, verdict
+from vllm_adainfer.offline.reports.speedup import Speedup
 
 RESULTS = Path(__file__).parent / "results"
 DEMO = "8-shot reviews, SmolLM2-135M-Instruct (`make demo`)"
@@ -33,7 +34,7 @@ def headlines() -> str:
     columns = [
         "workload",
         "processor, two cores",
-        "speed-up",
+        "speed-up (95 %)",
         "layers saved (95 %)",
         "answers that differ (95 %)",
         "accuracy, stock / ours (95 %)",
@@ -45,7 +46,8 @@ def of_evaluation(name: str, title: str) -> list[str]:
     """A report of `vllm-adainfer evaluate`."""
     report = load(name)
     accuracies = {"stock_accuracy": report["stock"]["accuracy"], **report["adainfer"]}
-    cells = row(title, report, report | accuracies, report["n"], report["disagreement"])
+    run = report | accuracies | speedup_of(report).entries("speedup")
+    cells = row(title, report, run, report["n"], report["disagreement"])
     return [title, "AMX", *cells[2:]] if name.endswith("amx") else cells
 
 
@@ -71,11 +73,20 @@ def row(
     return [
         title,
         processor(report),
-        f"**{run['speedup']:.2f}x**",
+        Speedup.read(run, "speedup").bold,
         share_of(run["layers_saved"], rows, 0),
         of_bound(changed, rows, report["epsilon"]),
         shares_of(run["stock_accuracy"], run["accuracy"], rows),
     ]
+
+
+def speedup_of(report: Mapping[str, Any]) -> Speedup:
+    """The speed-up of a report; of an older one of `evaluate`, that of its rounds."""
+    if "speedup_rounds" in report or "runs" not in report.get("stock", {}):
+        return Speedup.read(report, "speedup")
+    return Speedup.of(
+        *([run["seconds"] for run in report[name]["runs"]] for name in ("stock", "adainfer"))
+    )
 
 
 def processor(report: dict[str, Any]) -> str:
@@ -126,9 +137,8 @@ def compared() -> str:
 
 
 def speed(report: dict[str, Any], name: str) -> str:
-    """The median speed-up of a method; stock's if it has no policy."""
+    """The speed-up of a method; stock's if it has no policy."""
     times = report["times"]
     if name not in times:
         return "**1.00x**"
-    pairs = zip(times["stock"]["seconds"], times[name]["seconds"], strict=True)
-    return f"**{statistics.median(stock / own for stock, own in pairs):.2f}x**"
+    return Speedup.of(times["stock"]["seconds"], times[name]["seconds"]).bold

@@ -8,10 +8,11 @@ from datetime import datetime
 from typing import Any
 
 from benchmarks.common.intervals import share_of
-from benchmarks.front_page import load, processor
+from benchmarks.front_page import load, processor, speedup_of
 from benchmarks.serving.auto_report import RECENT
 from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.reports.shares import share_in
+from vllm_adainfer.offline.reports.speedup import Speedup
 
 CHANGED = "-dirty"  # how git marks a commit with changes that were not committed
 
@@ -38,7 +39,13 @@ def summary() -> str:
         generated("generated text, one request at a time", "generated-text"),
         nothing_saved("nobody exits (scripted)", "scripted-exits"),
     ]
-    columns = ["requests", "speed-up", "layers saved (95 %)", "what changed (95 %)", "measured on"]
+    columns = [
+        "requests",
+        "speed-up (95 %)",
+        "layers saved (95 %)",
+        "what changed (95 %)",
+        "measured on",
+    ]
     return markdown_grid(columns, rows)
 
 
@@ -48,7 +55,14 @@ def one_task(what: str, section: str, name: str) -> list[str]:
     task = report["tasks"][0]
     run, rows = task["measured"], task["test"]
     changed = f"{share_of(run['disagreement'], rows)} of the answers"
-    return row(what, section, run["speedup"], share_of(run["layers_saved"], rows), changed, report)
+    return row(
+        what,
+        section,
+        Speedup.read(run, "speedup"),
+        share_of(run["layers_saved"], rows),
+        changed,
+        report,
+    )
 
 
 def evaluation(what: str, section: str, name: str) -> list[str]:
@@ -58,7 +72,7 @@ def evaluation(what: str, section: str, name: str) -> list[str]:
     rows = report["n"]
     saved = share_of(report["layers_saved"], rows)
     changed = f"{share_of(report['disagreement'], rows)} of the answers"
-    return row(what, section, report["speedup"], saved, changed, report)
+    return row(what, section, speedup_of(report), saved, changed, report)
 
 
 def server(what: str, section: str) -> list[str]:
@@ -69,7 +83,7 @@ def server(what: str, section: str) -> list[str]:
     answers = report["answers"]
     changed = f"{share_of(answers['disagreement'], answers['n'])} of the answers"
     ratios = limit["ratios"]
-    cells = row(what, section, ratios["request_throughput"], saved, changed, report)
+    cells = row(what, section, Speedup((ratios["request_throughput"],)), saved, changed, report)
     cells[1] += f", p99 latency {ratios['p99_e2el_ms']:.2f}x"
     return cells
 
@@ -83,13 +97,13 @@ def choices(what: str, section: str) -> list[str]:
     changed = f"{share_of(case['differ'] / rows, rows)} of the texts"
     saved = share_of(case["layers_saved"], rows)
     cells = row(what, section, rate, saved, changed, report)
-    cells[1] += f", p50 latency {p50:.2f}x"
+    cells[1] += f", p50 latency {p50.text}"
     return cells
 
 
-def ratio_of(case: Mapping[str, Any], key: str) -> float:
-    """Ours / stock's of the medians over rounds."""
-    return middle(case, "adainfer", key) / middle(case, "stock", key)
+def ratio_of(case: Mapping[str, Any], key: str) -> Speedup:
+    """Ours / stock's over rounds."""
+    return Speedup.of(*([one[key] for one in case[name]] for name in ("adainfer", "stock")))
 
 
 def middle(case: Mapping[str, Any], engine: str, key: str) -> float:
@@ -103,7 +117,7 @@ def promise(what: str, section: str) -> list[str]:
     [run] = [one for one in report["policies"] if one["promise"] == what]
     saved = share_of(run["layers_saved"], report["test"])
     changed = f"{share_in(run, 'wrong')} break it"
-    return row(what, section, run["speedup"], saved, changed, report)
+    return row(what, section, Speedup.read(run, "speedup"), saved, changed, report)
 
 
 def classifier(what: str, section: str) -> list[str]:
@@ -111,7 +125,7 @@ def classifier(what: str, section: str) -> list[str]:
     report, *_ = load("classify")
     saved = share_of(report["layers_saved"], report["test"])
     changed = f"{share_in(report, 'changed')} of the labels"
-    return row(what, section, report["speedup"], saved, changed, report)
+    return row(what, section, Speedup.read(report, "speedup"), saved, changed, report)
 
 
 def reranker(what: str, section: str) -> list[str]:
@@ -121,7 +135,7 @@ def reranker(what: str, section: str) -> list[str]:
     stock, ours, *_ = size["servers"]
     saved = share_of(ours["layers_saved"], size["queries"])
     changed = f"{share_in(ours, 'lost')} of the queries lose one of the first {report['k']}"
-    return row(what, section, stock["mean"] / ours["mean"], saved, changed, report)
+    return row(what, section, Speedup((stock["mean"] / ours["mean"],)), saved, changed, report)
 
 
 def self_calibrated(what: str, section: str) -> list[str]:
@@ -129,9 +143,11 @@ def self_calibrated(what: str, section: str) -> list[str]:
     report = load("auto")
     traffic = next(iter(report["traffic"].values()))
     kind, blocks = max(traffic["kinds"], key=lambda one: one["requests"]), traffic["blocks"]
-    speedup = statistics.median(
-        one["adainfer"]["requests_per_second"] / one["stock"]["requests_per_second"]
-        for one in blocks[-3:]
+    speedup = Speedup(
+        tuple(
+            one["adainfer"]["requests_per_second"] / one["stock"]["requests_per_second"]
+            for one in blocks[-3:]
+        )
     )
     saved = share_of(kind["layers_saved"], round(RECENT * kind["requests"] / len(blocks)))
     changed, compared = kind["changed"][1], kind["compared"][1]
@@ -147,7 +163,7 @@ def generated(what: str, section: str) -> list[str]:
     texts = len(quality) * report["prompts"]
     share = statistics.mean(one["disagreement"] for one in quality)
     changed = f"{share_of(share, texts)} of the tokens"
-    return row(what, section, run["speedup"], "few", changed, report)
+    return row(what, section, Speedup.read(run, "speedup"), "few", changed, report)
 
 
 def nothing_saved(what: str, section: str) -> list[str]:
@@ -158,14 +174,14 @@ def nothing_saved(what: str, section: str) -> list[str]:
         for one in report["cases"]
         if one["scenario"] == "never exit" and one["output"] == 1
     ]
-    return row(what, section, statistics.median(cases), "0", "nothing", report)
+    return row(what, section, Speedup((statistics.median(cases),)), "0", "nothing", report)
 
 
 def row(
-    what: str, section: str, speedup: float, saved: str, changed: str, report: Any
+    what: str, section: str, speedup: Speedup, saved: str, changed: str, report: Any
 ) -> list[str]:
     """The cells of a row."""
-    return [f"[{what}](#{section})", f"**{speedup:.2f}x**", saved, changed, processor(report)]
+    return [f"[{what}](#{section})", speedup.bold, saved, changed, processor(report)]
 
 
 def measured(*names: str) -> str:

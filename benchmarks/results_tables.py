@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from benchmarks.common.intervals import share_of, shares_of
-from benchmarks.front_page import load, of_bound
+from benchmarks.front_page import load, of_bound, speedup_of
 from benchmarks.results_summary import middle, ratio_of
 from vllm_adainfer.offline.facts.document import markdown_grid, markdown_table
+from vllm_adainfer.offline.reports.speedup import Speedup
 
 REPORTS = {
     "sst2_zero_shot": "SST-2, zero-shot, fine-tuned SmolLM2-135M",
@@ -35,7 +36,8 @@ def workloads() -> list[str]:
                 "prompts": f"{report['n']} x {report['prompt_tokens_mean']:.0f} tokens",
                 "stock, requests/s": f"{stock['requests_per_second']:.1f}",
                 "ours, requests/s": f"{ours['requests_per_second']:.1f}",
-                "speed-up": f"**{report['speedup']:.2f}x**",
+                "speed-up (95 %)": speedup_of(report).bold,
+                "never exiting": Speedup.read(report["never_exit"], "speedup").text,
                 "layers saved (95 %)": share_of(report["layers_saved"], report["n"], 0),
                 "disagreement (95 %)": of_bound(
                     report["disagreement"], report["n"], report["epsilon"]
@@ -76,7 +78,7 @@ def suite_table(name: str) -> list[str]:
                 shares_of(run["stock_accuracy"], run["accuracy"], count),
                 share_of(run["disagreement"], count),
                 share_of(run["layers_saved"], count, 0),
-                f"**{run['speedup']:.2f}x**",
+                Speedup.read(run, "speedup").bold,
                 ", ".join(map(str, task["exit_points"])),
                 theirs,
             ]
@@ -87,7 +89,7 @@ def suite_table(name: str) -> list[str]:
         "accuracy, stock / ours (95 %)",
         "disagreement (95 %)",
         "layers saved (95 %)",
-        "speed-up",
+        "speed-up (95 %)",
         "exit points",
         "AdaInfer as published: layers saved (95 %), points lost",
     ]
@@ -107,7 +109,7 @@ def choices_table() -> list[str]:
         compared = case["compared"]
         cells = [
             f"{middle(case, 'stock', key):.1f} / {middle(case, 'adainfer', key):.1f} "
-            f"(**{ratio_of(case, key):.2f}x**)"
+            f"= {ratio_of(case, key).bold}"
             for key in ("requests_per_second", "p50_ms", "p99_ms")
         ]
         differ = share_of(case["differ"] / compared, compared)

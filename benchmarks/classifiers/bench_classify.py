@@ -24,7 +24,7 @@ import numpy as np
 import typer
 
 from benchmarks.classifiers.label_classifier import label_classifier
-from benchmarks.common.intervals import share_of, shares_of, speedups_of
+from benchmarks.common.intervals import share_of, shares_of
 from benchmarks.common.report_files import add_report
 from benchmarks.serving.bench_choices import layer_rows
 from benchmarks.serving.sending import Sent, send
@@ -35,10 +35,11 @@ from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.calibration.data.examples import read_rows, read_template
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
-from vllm_adainfer.offline.evaluation.rounds import in_rounds
+from vllm_adainfer.offline.evaluation.rounds import ROUNDS, in_rounds
 from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled
+from vllm_adainfer.offline.reports.speedup import Speedup
 
 PATH = "/classify"
 ALONE = 100  # requests that are sent one after the other
@@ -53,7 +54,7 @@ def main(
     template: Annotated[str, typer.Option()],
     test: Annotated[int, typer.Option(help="Rows that calibrate nothing.")] = 600,
     epsilon: Annotated[float, typer.Option()] = 0.02,
-    repeat: Annotated[int, typer.Option(help="Rounds of both servers.")] = 3,
+    repeat: Annotated[int, typer.Option(help="Rounds of both servers.")] = ROUNDS,
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/classify.json"),
 ) -> None:
     """Calibrate, measure, and add the task to the JSON and the Markdown of `output`."""
@@ -110,17 +111,12 @@ def measure(
     answers = {name: labels_of(sent[0]) for name, sent in at_once.items()}
     count = len(bodies)
     changed = sum(a != b for a, b in zip(answers[OURS], answers[STOCK], strict=True))
-    speedups = [
-        stock.seconds / ours.seconds
-        for stock, ours in zip(at_once[STOCK], at_once[OURS], strict=True)
-    ]
+    seconds = {name: [one.seconds for one in sent] for name, sent in at_once.items()}
     return {
         "layers_saved": float(skipped / (run + skipped)),
-        "speedups": speedups,
-        "speedup": statistics.median(speedups),
+        **Speedup.of(seconds[STOCK], seconds[OURS]).entries("speedup"),
         "requests_per_second": {
-            name: count / statistics.median(one.seconds for one in sent)
-            for name, sent in at_once.items()
+            name: count / statistics.median(each) for name, each in seconds.items()
         },
         "latency_alone": {
             name: {
@@ -155,7 +151,7 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
             {
                 "task": one["task"],
                 "layers saved (95 %)": share_of(one["layers_saved"], one["test"]),
-                "speed-up, all at once (rounds)": speedups_of(one),
+                "speed-up, all at once (95 %)": Speedup.read(one, "speedup").bold,
                 "alone, mean, stock / ours": f"{stock['mean']:.0f} / {ours['mean']:.0f} ms",
                 "p99": f"{stock['p99']:.0f} / {ours['p99']:.0f} ms",
                 "other label (95 %)": spelled(one["changed"], tuple(one["changed_95"])),

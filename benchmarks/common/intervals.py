@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,19 +34,6 @@ def mean_interval(values: Floats) -> Interval:
     return middle - reach, middle + reach
 
 
-def ratio_of(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
-    """Values / others over rounds: the geometric mean, and its 95 % interval."""
-    logs = np.log(np.array(values)) - np.log(np.array(others))
-    low, high = mean_interval(logs)
-    return float(np.exp(np.mean(logs))), float(np.exp(low)), float(np.exp(high))
-
-
 def bounded(share: float, report: Mapping[str, Any]) -> str:
     """A share of the prompts of an evaluation, beside the bound on it."""
     return f"{share_of(share, report['n'])}, bound {report['epsilon']:.0%}"
-
-
-def speedups_of(row: Mapping[str, Any]) -> str:
-    """The median speed-up of some rounds, with their range."""
-    least, most = min(row["speedups"]), max(row["speedups"])
-    return f"**{row['speedup']:.2f}x** ({least:.2f} to {most:.2f})"

@@ -22,6 +22,7 @@ import typer
 
 from benchmarks.common.intervals import bounded, share_of, shares_of
 from benchmarks.common.report_files import write_report
+from benchmarks.front_page import speedup_of
 from benchmarks.offline.small_models import (
     FAMILIES,
     SOURCES,
@@ -36,6 +37,7 @@ from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.evaluation.evaluate import evaluate
 from vllm_adainfer.offline.evaluation.rounds import ROUNDS
 from vllm_adainfer.offline.facts.document import markdown_table
+from vllm_adainfer.offline.reports.speedup import Speedup
 
 TRAIN, CALIBRATE = 1400, 700  # rows
 
@@ -113,8 +115,8 @@ def table(reports: dict[str, Any]) -> str:
                 "requests that leave after each layer": ", ".join(exits),
                 "layers saved (95 %)": share_of(report["layers_saved"], n, 0),
                 "disagreement (95 %)": bounded(report["disagreement"], report),
-                "speed-up": f"**{report['speedup']:.2f}x**",
-                "never exiting": f"{report['never_exit']['speedup']:.2f}x",
+                "speed-up (95 %)": speedup_of(report).bold,
+                "never exiting (95 %)": Speedup.read(report["never_exit"], "speedup").text,
             }
         )
     return markdown_table(rows) + "\n"

@@ -30,12 +30,13 @@ from benchmarks.common.report_files import write_report
 from vllm_adainfer.artifact.files import load_artifact_config, load_details
 from vllm_adainfer.offline.calibration.data.examples import Example, Row, make_examples
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
-from vllm_adainfer.offline.evaluation.rounds import in_rounds
+from vllm_adainfer.offline.evaluation.rounds import ROUNDS, in_rounds
 from vllm_adainfer.offline.evaluation.run import Run
 from vllm_adainfer.offline.evaluation.sequences import compare, has_number, rescore
 from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.offline.reports.speedup import Speedup
 from vllm_adainfer.plugin import register
 from vllm_adainfer.settings.request import EXIT_ARG
 from vllm_adainfer.stats import stats
@@ -59,7 +60,7 @@ def main(
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/generation.json"),
     max_tokens: Annotated[int, typer.Option(min=2)] = 64,
     prompts: Annotated[int, typer.Option(help="Prompts per data set, for quality.")] = 24,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    rounds: Annotated[int, typer.Option(min=1)] = ROUNDS,
 ) -> None:
     """Measure, and write JSON and a Markdown table next to each other."""
     config = load_artifact_config(artifact)
@@ -174,15 +175,12 @@ def measure_speed(
         is_stock = variant == STOCK
         rates = [one.tokens / one.seconds for one in found]
         stock = [one.tokens / one.seconds for one in passes[STOCK]]
-        ratios = [ours / theirs for ours, theirs in zip(rates, stock, strict=True)]
         rows.append(
             {
                 "batch": batch,
                 "variant": variant,
                 "tokens_per_second": median(rates),
-                "speedup": median(ratios),
-                "speedup_min": min(ratios),
-                "speedup_max": max(ratios),
+                **Speedup.of(rates, stock).entries("speedup"),
                 "layers_saved": None if is_stock else median(one.layers_saved for one in found),
                 "passes_saved": None if is_stock else median(one.passes_saved for one in found),
                 "exit_histogram": found[-1].exit_histogram,
@@ -261,7 +259,7 @@ def table(report: Mapping[str, Any]) -> str:
         if row["variant"] != STOCK:
             left = {int(layers): count for layers, count in row["exit_histogram"].items()}
             cells = [
-                f"**{row['speedup']:.2f}x** ({row['speedup_min']:.2f} to {row['speedup_max']:.2f})",
+                Speedup.read(row, "speedup").bold,
                 f"{row['layers_saved']:.1%}",
                 f"{row['passes_saved']:.1%}",
                 f"{1 - left.get(depth, 0) / sum(left.values()):.0%}",

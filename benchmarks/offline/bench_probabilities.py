@@ -24,6 +24,7 @@ import typer
 from benchmarks.common.intervals import bounded, share_of
 from benchmarks.common.report_files import write_report
 from benchmarks.common.tasks import TASKS
+from benchmarks.front_page import speedup_of
 from vllm_adainfer.offline.calibration.calibrate import fit_and_certify, record_prompts
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import load_prompts
@@ -121,7 +122,7 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
                 "tolerance": f"{report['tolerance']:.2f}",
                 "mass promised": "yes" if report["label_mass"] else "no",
                 "layers saved (95 %)": share_of(report["layers_saved"], n, 0),
-                "speed-up": f"**{report['speedup']:.2f}x**",
+                "speed-up (95 %)": speedup_of(report).bold,
                 "beyond the tolerance (95 %)": bounded(ours["wrong"], report),
                 "best label differs (95 %)": share_of(ours["label_differs"], n),
                 "largest move: mean, 95th percentile": moves(ours),

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.common.intervals import bounded, share_of, shares_of
 from benchmarks.common.report_files import write_report
+from benchmarks.front_page import speedup_of
 from vllm_adainfer.artifact.files import load_details
 from vllm_adainfer.offline.calibration.calibrate import (
     calibration_of,
@@ -41,6 +42,7 @@ from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.evaluation.evaluate import evaluate
 from vllm_adainfer.offline.evaluation.rounds import ROUNDS
 from vllm_adainfer.offline.facts.document import markdown_grid, markdown_table
+from vllm_adainfer.offline.reports.speedup import Speedup
 from vllm_adainfer.promise.tolerance import Tolerance
 
 
@@ -125,8 +127,8 @@ def tables(reports: Sequence[dict[str, Any]]) -> str:
             {
                 "promise": report["promise"],
                 "layers saved (95 %)": share_of(report["layers_saved"], report["n"], 0),
-                "speed-up": f"**{report['speedup']:.2f}x**",
-                "never exiting": f"{report['never_exit']['speedup']:.2f}x",
+                "speed-up (95 %)": speedup_of(report).bold,
+                "never exiting (95 %)": Speedup.read(report["never_exit"], "speedup").text,
                 "accuracy, stock / ours (95 %)": shares_of(
                     report["stock"]["accuracy"], report["adainfer"]["accuracy"], report["n"]
                 ),

@@ -44,6 +44,7 @@ from benchmarks.offline.throughput_report import (
 )
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
+from vllm_adainfer.offline.evaluation.rounds import ROUNDS, turns
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.plugin import register
@@ -129,7 +130,7 @@ def main(
         typer.Option(help=f"Only its config is used, not its weights; or {', '.join(SHAPES)}."),
     ],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/throughput.json"),
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    rounds: Annotated[int, typer.Option(min=1)] = ROUNDS,
 ) -> None:
     """Measure, and write JSON, a Markdown table and a plot next to each other."""
     if model in SHAPES:
@@ -217,22 +218,19 @@ def measure(
     few = 1 + MIN_TOKENS // case.length
     for run in runs:
         one_pass(engines[run.engine], prompts[:few], [scripted_request(None)] * len(prompts[:few]))
-    for number in range(rounds):
-        for run in runs[number % len(runs) :] + runs[: number % len(runs)]:
-            engine = engines[run.engine]
-            exits = run.exits(case.batch, np.random.default_rng(number))
-            params = [scripted_request(layer, case.output) for layer in exits]
-            ours = run.engine in (ONE, FOUR)
-            before = stats(engine) if ours else {}
-            seconds = statistics.mean(
-                one_pass(engine, prompts, params) for _ in range(case.repeats)
-            )
-            found[run.name]["seconds"].append(seconds)
-            if ours:
-                after = stats(engine)
-                executed = after["layers_run"] - before["layers_run"]
-                possible = after["layers_possible"] - before["layers_possible"]
-                found[run.name]["layers_saved"] = 1 - executed / possible
+    for number, run in turns(runs, rounds, "rounds of a case"):
+        engine = engines[run.engine]
+        exits = run.exits(case.batch, np.random.default_rng(number))
+        params = [scripted_request(layer, case.output) for layer in exits]
+        ours = run.engine in (ONE, FOUR)
+        before = stats(engine) if ours else {}
+        seconds = statistics.mean(one_pass(engine, prompts, params) for _ in range(case.repeats))
+        found[run.name]["seconds"].append(seconds)
+        if ours:
+            after = stats(engine)
+            executed = after["layers_run"] - before["layers_run"]
+            possible = after["layers_possible"] - before["layers_possible"]
+            found[run.name]["layers_saved"] = 1 - executed / possible
     return found
 
 

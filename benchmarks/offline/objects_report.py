@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.common.intervals import ratio_of, share_of
+from benchmarks.common.intervals import share_of
 from benchmarks.offline.object_rounds import DRAFTS, STUDENT
 from benchmarks.offline.structured_engine import OURS, STOCK
 from vllm_adainfer.offline.facts.document import markdown_grid
+from vllm_adainfer.offline.reports.speedup import Speedup
 
 Part = Mapping[str, Any]
 ENGINES = (DRAFTS, OURS, STUDENT)
@@ -78,13 +79,13 @@ def speeds(parts: Sequence[Part]) -> str:
         for name in names:
             alone = part["in_flight"][0]
             p50 = statistics.median(alone[name]["p50_ms"])
-            shorter = spoken(ratio_of(alone[name]["p50_ms"], alone[STOCK]["p50_ms"]))
+            shorter = Speedup.of(alone[name]["p50_ms"], alone[STOCK]["p50_ms"]).bold
             cells = [
-                spoken(ratio_of(one[STOCK]["seconds"], one[name]["seconds"]))
+                Speedup.of(one[STOCK]["seconds"], one[name]["seconds"]).bold
                 for one in part["in_flight"]
             ]
             beside = [
-                "" if name == DRAFTS else spoken(ratio_of(*seconds_of(one, name)))
+                "" if name == DRAFTS else Speedup.of(*seconds_of(one, name)).bold
                 for one in part["in_flight"]
             ]
             rows.append([part["schema"], SPOKEN[name], f"{p50:.0f} ({shorter})", *cells, *beside])
@@ -94,12 +95,6 @@ def speeds(parts: Sequence[Part]) -> str:
 def seconds_of(one: Mapping[str, Any], name: str) -> tuple[list[float], list[float]]:
     """The seconds of drafts alone and of an engine, in each round."""
     return one[DRAFTS]["seconds"], one[name]["seconds"]
-
-
-def spoken(ratio: tuple[float, float, float]) -> str:
-    """A ratio with its 95 % interval."""
-    middle, low, high = ratio
-    return f"**{middle:.2f}x**, {low:.2f} to {high:.2f}"
 
 
 def reached(parts: Sequence[Part]) -> list[str]:
@@ -112,13 +107,13 @@ def reached(parts: Sequence[Part]) -> list[str]:
                 continue
             what = f"{part['schema']}, {SPOKEN[name]}"
             alone, many = by_number[1], by_number[16]
-            if ratio_of(alone[name]["p50_ms"], alone[STOCK]["p50_ms"])[1] > 0.25:
+            if Speedup.of(alone[name]["p50_ms"], alone[STOCK]["p50_ms"]).least > 0.25:
                 missed.append(f"{what}: latency alone above 0.25x")
-            if ratio_of(many[STOCK]["seconds"], many[name]["seconds"])[2] < 2.5:
+            if Speedup.of(many[STOCK]["seconds"], many[name]["seconds"]).most < 2.5:
                 missed.append(f"{what}: throughput with 16 in flight below 2.5x")
             missed += [
                 f"{what}: slower than drafts alone with {number} in flight"
                 for number, one in by_number.items()
-                if ratio_of(*seconds_of(one, name))[2] < 0.98
+                if Speedup.of(*seconds_of(one, name)).most < 0.98
             ]
     return [f"Aims that are missed: {'; '.join(missed) or 'none'}."]

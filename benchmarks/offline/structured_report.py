@@ -6,11 +6,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from benchmarks.common.intervals import ratio_of, share_of
+from benchmarks.common.intervals import share_of
 from benchmarks.offline.structured_engine import OURS, STOCK
 from vllm_adainfer.offline.facts.document import markdown_grid
+from vllm_adainfer.offline.reports.speedup import Speedup
 
 Part = Mapping[str, Any]
 NUMBERS = (4, 16, 64)  # in flight, whose throughput is shown
@@ -56,7 +55,6 @@ def drafts(parts: Sequence[Part]) -> str:
         objects = alone["objects"] * len(alone[STOCK]["seconds"])
         steps = " / ".join(f"{alone[name]['steps'] / objects:.1f}" for name in (STOCK, OURS))
         every = [one[OURS] for one in part["in_flight"]]
-        fast = np.array(first[STOCK]["seconds"]) / np.array(first[OURS]["seconds"])
         rows.append(
             [
                 part["kind"],
@@ -65,7 +63,7 @@ def drafts(parts: Sequence[Part]) -> str:
                 steps,
                 kept_of(every),
                 kept_of([first[OURS]]),
-                f"{statistics.median(fast):.2f}x ({fast.min():.2f} to {fast.max():.2f})",
+                Speedup.of(first[STOCK]["seconds"], first[OURS]["seconds"]).text,
                 share_of(texts["differ"] / texts["compared"], texts["compared"]),
                 share_of(texts["stock_differ"] / texts["stock_compared"], texts["stock_compared"]),
             ]
@@ -98,9 +96,9 @@ def reached(parts: Sequence[Part]) -> list[str]:
         elif kind == "free text":
             aims = [(number, "per_second", 0.98, 99) for number in (1, *NUMBERS)]
         for number, key, least, most in aims:
-            middle, low, high = ratio(part, number, key)
-            if not least <= middle <= most:
-                clearly = "clearly " if high < least or low > most else ""
+            found = ratio(part, number, key)
+            if not least <= found.value <= most:
+                clearly = "clearly " if found.most < least or found.least > most else ""
                 what = "latency" if key == "p50_ms" else "throughput"
                 missed.append(f"{name}, {number} in flight: {what} {clearly}beyond the aim")
     return [f"Aims that are missed: {'; '.join(missed) or 'none'}."]
@@ -109,14 +107,13 @@ def reached(parts: Sequence[Part]) -> list[str]:
 def spoken(part: Part, number: int, key: str) -> str:
     """The medians of stock and ours, and their ratio."""
     stock, ours = (statistics.median(values(part, number, name, key)) for name in (STOCK, OURS))
-    middle, low, high = ratio(part, number, key)
-    return f"{stock:.3g} / {ours:.3g} (**{middle:.2f}x**, {low:.2f} to {high:.2f})"
+    return f"{stock:.3g} / {ours:.3g} = {ratio(part, number, key).bold}"
 
 
-def ratio(part: Part, number: int, key: str) -> tuple[float, float, float]:
-    """Ours / stock over the rounds, see `ratio_of`."""
+def ratio(part: Part, number: int, key: str) -> Speedup:
+    """Ours / stock over the rounds."""
     stock, ours = (values(part, number, name, key) for name in (STOCK, OURS))
-    return ratio_of(ours, stock)
+    return Speedup.of(ours, stock)
 
 
 def values(part: Part, number: int, name: str, key: str) -> list[float]:

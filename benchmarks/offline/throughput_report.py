@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 
 from benchmarks.common.report_files import as_png
 from vllm_adainfer.offline.facts.document import markdown_grid
+from vllm_adainfer.offline.reports.speedup import Speedup
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -39,10 +40,9 @@ def case_rows(
     for name, run in runs.items():
         if name in (STOCK, HALF):
             continue
-        pairs = zip(run["stock"], run["seconds"], strict=True)
-        ratios = [stock / seconds for stock, seconds in pairs]
+        speedup = Speedup.of(run["stock"], run["seconds"])
         saved = run["layers_saved"] or 0.0
-        speedup, bound = statistics.median(ratios), 1 / (1 - in_layers * saved)
+        bound = 1 / (1 - in_layers * saved)
         rows.append(
             {
                 **case,
@@ -50,11 +50,9 @@ def case_rows(
                 "stock_seconds": statistics.median(run["stock"]),
                 "outside_layers": 1 - in_layers,
                 "layers_saved": saved,
-                "speedup": speedup,
-                "speedup_min": min(ratios),
-                "speedup_max": max(ratios),
+                **speedup.entries("speedup"),
                 "bound": bound,
-                "of_bound": speedup / bound,
+                "of_bound": speedup.value / bound,
             }
         )
     return rows

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.reports.shares import clopper_pearson, share_in, spelled
+from vllm_adainfer.offline.reports.speedup import Speedup
 
 TITLES = {
     "words": "TF-IDF, logistic regression",
@@ -75,14 +76,11 @@ def _times(report: Mapping[str, Any]) -> str:
         if name not in times:
             continue
         own = times[name]
-        ups = [one / mine for one, mine in zip(stock["seconds"], own["seconds"], strict=True)]
         rows.append(
             {
                 "method": title,
                 "requests/s": f"{report['at_once'] / statistics.median(own['seconds']):.0f}",
-                "speed-up (rounds)": (
-                    f"{statistics.median(ups):.2f}x ({min(ups):.2f} to {max(ups):.2f})"
-                ),
+                "speed-up (95 %)": Speedup.of(stock["seconds"], own["seconds"]).text,
                 "p50, ms": f"{own['p50_ms']:.1f}",
                 "p99, ms": f"{own['p99_ms']:.1f}",
             }

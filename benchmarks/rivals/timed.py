@@ -14,14 +14,13 @@ from benchmarks.rivals.task import Task
 from vllm_adainfer.offline.calibration.record.collect import greedy
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
-from vllm_adainfer.offline.evaluation.rounds import in_rounds
+from vllm_adainfer.offline.evaluation.rounds import ROUNDS, in_rounds
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 
-ROUNDS = 3
 AT_ONCE, ALONE = 300, 200  # prompts to time together, and one at a time
 WARM_UP = 32
 

@@ -10,6 +10,7 @@ from typing import Any
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.offline.reports.speedup import Speedup
 
 SUITE = "adainfer"
 METHODS = {
@@ -105,7 +106,7 @@ def _measured_table(report: dict[str, Any]) -> str:
                 f"{run['stock_accuracy']:.1%} / {run['accuracy']:.1%}",
                 f"{run['disagreement']:.1%}",
                 f"{run['layers_saved']:.1%}",
-                f"**{run['speedup']:.2f}x**",
+                Speedup.read(run, "speedup").bold,
                 ", ".join(map(str, task["exit_points"])),
             ]
         )

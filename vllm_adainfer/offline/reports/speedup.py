@@ -5,6 +5,7 @@ In a round, all that is compared runs in turn, so a ratio is of two times that l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,6 +78,16 @@ class Speedup:
     def reach(self) -> float | None:
         """How far the interval reaches to either side, as a share of the ratio."""
         return self.interval and (self.interval[1] - self.interval[0]) / 2 / self.value
+
+    @property
+    def least(self) -> float:
+        """The lower end of the interval; without one, nothing is too little."""
+        return 0.0 if self.interval is None else self.interval[0]
+
+    @property
+    def most(self) -> float:
+        """The upper end of the interval; without one, nothing is too much."""
+        return math.inf if self.interval is None else self.interval[1]
 
     @property
     def around(self) -> str:
