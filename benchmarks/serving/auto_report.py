@@ -10,6 +10,7 @@ import numpy as np
 from benchmarks.common.intervals import share_of
 from benchmarks.serving.serve_report import OURS, STOCK
 from vllm_adainfer.offline.facts.document import markdown_grid
+from vllm_adainfer.offline.reports.speedup import Speedup
 
 GROUPS = 8  # rows of the table over time
 RECENT = 4  # blocks over which the layers saved are averaged
@@ -85,16 +86,13 @@ def over_time(blocks: Sequence[Mapping[str, Any]]) -> str:
     rows, start = [], 0
     for group in np.array_split(np.arange(len(blocks)), min(GROUPS, len(blocks))):
         some = [blocks[index] for index in group.tolist()]
-        ratios = [b[OURS]["requests_per_second"] / b[STOCK]["requests_per_second"] for b in some]
+        rates = {s: [b[s]["requests_per_second"] for b in some] for s in (STOCK, OURS)}
         rows.append(
             [
                 f"{start:,} to {some[-1]['requests']:,}",
                 f"{some[-1]['minutes']:.1f}",
-                *(
-                    f"{np.mean([b[s]['requests_per_second'] for b in some]):.1f}"
-                    for s in (STOCK, OURS)
-                ),
-                f"{np.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})",
+                *(f"{np.mean(rates[s]):.1f}" for s in (STOCK, OURS)),
+                Speedup.of(rates[OURS], rates[STOCK]).text,
                 *(f"{np.median([b[s]['p99_ms'] for b in some]):.0f}" for s in (STOCK, OURS)),
             ]
         )

@@ -42,9 +42,10 @@ from benchmarks.serving.side_by_side import side_by_side
 from vllm_adainfer.offline.adapter import NamedAdapter, read_adapter
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.evaluation.evaluate import evaluate
-from vllm_adainfer.offline.evaluation.rounds import in_rounds
+from vllm_adainfer.offline.evaluation.rounds import ROUNDS, in_rounds
 from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.offline.reports.speedup import Speedup
 
 
 def main(
@@ -58,7 +59,7 @@ def main(
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/adapters.json"),
     calibrated: Annotated[int, typer.Option(min=1, help="Rows to calibrate on, per task.")] = 400,
     requests: Annotated[int, typer.Option(min=1, help="Requests per task and round.")] = 100,
-    rounds: Annotated[int, typer.Option(min=1)] = 2,
+    rounds: Annotated[int, typer.Option(min=1)] = ROUNDS,
 ) -> None:
     """Measure, and write JSON and a Markdown table."""
     with tempfile.TemporaryDirectory() as name:
@@ -186,7 +187,7 @@ def table(report: Mapping[str, Any]) -> str:
             text_columns=1,
         )
         + f"\nAll at once: stock {count / stock:.1f}, ours {count / ours:.1f} requests/s "
-        + f"(**{stock / ours:.2f}x**).\n"
+        + f"{Speedup.of(*(report['seconds'][name] for name in (STOCK, OURS))).bold}.\n"
     )
 
 

@@ -41,9 +41,10 @@ from benchmarks.serving.sending import Sent, send, text_of
 from benchmarks.serving.serve_report import OURS, STOCK
 from benchmarks.serving.side_by_side import side_by_side
 from vllm_adainfer.offline.calibration.calibrate import calibrate
-from vllm_adainfer.offline.evaluation.rounds import in_rounds
+from vllm_adainfer.offline.evaluation.rounds import ROUNDS, in_rounds
 from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.offline.reports.speedup import Speedup
 
 REPORTED = 1.0  # seconds until counters catch up with the last answer
 
@@ -55,7 +56,7 @@ def main(
     requests: Annotated[int, typer.Option(min=1, help="Sent all at once, per round.")] = 300,
     alone: Annotated[int, typer.Option(min=1, help="Sent one after the other, per round.")] = 60,
     compared: Annotated[int, typer.Option(min=1, help="Texts compared per case.")] = 800,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    rounds: Annotated[int, typer.Option(min=1)] = ROUNDS,
     exits: Annotated[bool, typer.Option(help="Calibrate policies and serve with them.")] = False,
     chats: Annotated[
         bool, typer.Option(help="Send the chats of DIR instead of its tasks.")
@@ -163,8 +164,9 @@ def table(report: Mapping[str, Any]) -> str:
     """Markdown: a row per case, with medians over the rounds, stock / ours."""
 
     def cell(case: Mapping[str, Any], key: str) -> str:
-        stock, ours = (statistics.median(run[key] for run in case[name]) for name in (STOCK, OURS))
-        return f"{stock:.1f} / {ours:.1f} (**{ours / stock:.2f}x**)"
+        stock, ours = ([run[key] for run in case[name]] for name in (STOCK, OURS))
+        middles = f"{statistics.median(stock):.1f} / {statistics.median(ours):.1f}"
+        return f"{middles} = {Speedup.of(ours, stock).bold}"
 
     return (
         markdown_grid(

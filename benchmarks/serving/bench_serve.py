@@ -49,7 +49,7 @@ from vllm_adainfer.offline.calibration.data.examples import (
     read_template,
 )
 from vllm_adainfer.offline.calibration.record.engine import BLOCK
-from vllm_adainfer.offline.evaluation.rounds import in_rounds
+from vllm_adainfer.offline.evaluation.rounds import ROUNDS, in_rounds
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.promise.tolerance import Tolerance
@@ -71,7 +71,7 @@ def main(
         "5,10,20,40,inf"
     ),
     requests: Annotated[int, typer.Option(min=1, help="Requests per rate and round.")] = 300,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    rounds: Annotated[int, typer.Option(min=1)] = ROUNDS,
 ) -> None:
     """Measure, and write JSON, a Markdown table and a plot next to each other."""
     config = load_artifact_config(artifact)

@@ -37,6 +37,7 @@ from vllm_adainfer.offline.calibration.data.examples import read_rows
 from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.offline.reports.speedup import Speedup
 from vllm_adainfer.promise.tolerance import Tolerance
 
 ASKED = (
@@ -160,16 +161,15 @@ def ask(server: Server, bodies: Sequence[dict[str, Any]]) -> float:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown: a row per length and count, with median times and the median ratio."""
+    """Markdown: a row per length and count, with median times and their ratio."""
     rows = []
     for one in report["cells"]:
         cells = [str(one["state_tokens"]), str(one["questions"])]
         for touch in "new", "again":
             stock, ours = (one["seconds"][name][touch] for name in (STOCK, OURS))
-            ratio = statistics.median(a / b for a, b in zip(stock, ours, strict=True))
             cells += [
                 f"{1000 * statistics.median(stock):.0f} / {1000 * statistics.median(ours):.0f}",
-                f"**{ratio:.2f}x**",
+                Speedup.of(stock, ours).bold,
             ]
         rows.append(cells)
     columns = ["tokens of the state", "questions", "new, ms", "", "again, ms", ""]
