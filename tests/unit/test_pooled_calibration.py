@@ -169,7 +169,7 @@ def test_prompts_are_pooled_from_where_they_begin_to_differ(prompts, shared):
     assert pooled_from(examples, min(map(len, prompts))) == shared
 
 
-@pytest.mark.parametrize("rows", [300, 1000, 1500, 20_000])
+@pytest.mark.parametrize("rows", [300, 1000, 1500, 3000])
 @pytest.mark.parametrize("epsilon", [0.02, 0.05])
 def test_prompts_that_the_bound_can_do_without_are_fitted_on(rows, epsilon):
     """No more certify than are needed for a bound on 0.6 epsilon, to within a few percent."""
@@ -182,6 +182,31 @@ def test_prompts_that_the_bound_can_do_without_are_fitted_on(rows, epsilon):
         assert bound.allowance(held_out, epsilon) >= ALLOWANCE * epsilon
     sizes = range(1, int(0.9 * held_out))
     assert all(bound.allowance(size, epsilon) < ALLOWANCE * epsilon for size in sizes[::7])
+
+
+@pytest.mark.parametrize(("rows", "epsilon"), [(4000, 0.02), (12_000, 0.02), (12_000, 0.05)])
+def test_of_many_prompts_a_share_certifies_and_allows_more_than_the_least_that_would_do(
+    rows, epsilon
+):
+    options = PolicyOptions(epsilon=epsilon)
+    split, bound = split_of(np.arange(rows), options), Bound.promised(options)
+    held_out, least = len(split.certify), len(split_of(np.arange(3000), options).certify)
+    assert sorted([*split.fit, *split.certify]) == [*range(rows)]
+    assert 0.2 * rows <= held_out <= 0.25 * rows
+    assert bound.allowance(held_out, epsilon) >= bound.allowance(least, epsilon)
+    steps = [bound.allowance(size, epsilon) for size in range(held_out - 200, held_out, 40)]
+    assert bound.allowance(held_out, epsilon) >= max(steps), "no size just below allows more"
+
+
+def test_many_prompts_that_hardly_do_for_the_bound_are_halved():
+    assert len(split_of(np.arange(4000), PolicyOptions(epsilon=0.005)).certify) == 2000
+
+
+def test_groups_of_many_prompts_that_ask_the_same_are_never_torn_apart():
+    alike = np.arange(8000) // 2
+    split = split_of(np.arange(8000), PolicyOptions(), alike)
+    assert not {*alike[split.fit]} & {*alike[split.certify]}
+    assert 0.2 * 8000 <= len(split.certify) <= 0.25 * 8000
 
 
 @pytest.mark.parametrize(
