@@ -206,6 +206,30 @@ def test_the_learning_curve_says_whether_more_prompts_would_pay(tiny_model, gain
     assert f"more prompts {said}" in blocks[-2]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        ({"calibration": 150.0}, ": about +2.6 points, at most 3 min more to calibrate."),
+        ({"calibration": None}, ": about +2.6 points."),
+    ],
+)
+def test_the_learning_curve_says_what_twice_as_many_prompts_would_bring_and_take(
+    tiny_model, seconds, said
+):
+    """By the line through all three: the last step alone, + 2.2 points, may be chance."""
+    saved = zip((212, 424, 848), (0.400, 0.430, 0.452), strict=True)
+    curve = [{"prompts": prompts, "layers_saved": share} for prompts, share in saved]
+    details = {**DETAILS, "prompts": 1500, "learning_curve": curve, "seconds": seconds}
+    [plain] = [one for one in artifact_facts(tiny_config(tiny_model), details)
+               if isinstance(one, str) and "Fitted on" in one]  # fmt: skip
+    assert plain.endswith(f" 3000 prompts instead of 1500{said}")
+    assert "by their heads" not in plain
+    asked = {"exit_points": (0, 3), **student.asked_with(SHARED)}
+    assert "the exit points save by their heads alone 40%, 43%, 45%" in as_text(
+        artifact_facts(tiny_config(tiny_model, **asked), details)
+    )
+
+
 def test_the_card_has_front_matter_the_facts_and_how_often_the_probe_agrees(tiny_model):
     asked = {"exit_points": (0, 3), **student.asked_with(SHARED)}
     card = model_card(tiny_config(tiny_model, **asked), DETAILS)

@@ -169,6 +169,13 @@ def test_all_candidates_are_compared_on_all_rows_that_fit(found):
     assert {len(exit.fitted.loss) for exit in found.candidates} == {len(SPLIT.fit)}
 
 
+def test_its_learning_curve_is_of_the_heads_alone_and_trains_nothing(found, monkeypatch):
+    monkeypatch.setattr(exits, "fit_trained", None)
+    curve = found.learning_curve()
+    assert [point["prompts"] for point in curve] == [112, 225, 450]
+    assert curve[-1]["layers_saved"] >= curve[0]["layers_saved"]
+
+
 def test_prompts_it_cannot_read_are_never_settled_by_it(recording, found):
     base = base_of(recording)
     readable = np.array([bool(text) for text in found.student.base.texts])

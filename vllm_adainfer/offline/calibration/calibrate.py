@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -53,13 +54,14 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
 
     An AdaInferError if the input, the model or the bound does not allow it; nothing is written.
     """
+    started = time.monotonic()
     prompts = load_prompts(request)
     if prompts.schema is None:
         rows = record_prompts(request, prompts)
     else:
         prompts, rows = record_objects(request, prompts, prompts.schema)
     say_what_they_share(prompts)
-    return fit_and_certify(request, prompts, rows)
+    return fit_and_certify(request, prompts, rows, started)
 
 
 def record_prompts(
@@ -135,8 +137,10 @@ def say_what_they_share(prompts: Prompts) -> None:
         )
 
 
-def fit_and_certify(request: CalibrationRequest, prompts: Prompts, rows: Rows) -> ArtifactConfig:
-    """Make the policy and write its artifact.
+def fit_and_certify(
+    request: CalibrationRequest, prompts: Prompts, rows: Rows, started: float | None = None
+) -> ArtifactConfig:
+    """Make the policy and write its artifact; `started` is when calibration did, if that counts.
 
     An AdaInferError if no policy keeps the bound and is worth its cost; nothing is written.
     """
@@ -165,6 +169,8 @@ def fit_and_certify(request: CalibrationRequest, prompts: Prompts, rows: Rows) -
         )
     if prompts.schema is not None:
         check_spares_rows(policy, [example.token_ids for example in prompts.examples])
+    if started is not None:
+        policy = replace(policy, seconds=time.monotonic() - started)
     adapter = None if request.adapter is None else request.adapter.described
     output, template = request.output, request.template
     schema = None if prompts.schema is None else prompts.schema.text

@@ -50,6 +50,7 @@ class FittedPolicy:
         questions: question -> the same for it alone, if each is certified on its own.
         last_token: for a pooled policy, the policy for requests whose prompt it cannot see as a
             whole; None if such requests run all layers.
+        seconds: how long it took to make, with the recording; None if that is not known.
 
     """
 
@@ -62,6 +63,7 @@ class FittedPolicy:
     points: Points
     questions: dict[str, Points]
     last_token: FittedPolicy | None = None
+    seconds: float | None = None
 
     @cached_property
     def terms(self) -> Terms:
@@ -84,14 +86,15 @@ class FittedPolicy:
     def learning_curve(self) -> list[dict[str, float]]:
         """The layers saved, 0 to 1, if fewer prompts are fitted on; empty for other probes.
 
-        These are judged out of fold: the held-out ones are for the bound alone. Also empty with a
-        student or branches, which would be trained three times.
+        These are judged out of fold: the held-out ones are for the bound alone. It is of heads
+        alone: a student or branches would be trained three times.
         """
         calibration, split = self.calibration, self.calibration.split
-        is_head = calibration.target.kind in LABEL_HEADS
-        if not is_head or self.student is not None or self.branches:
+        has_head = {exit.layer for exit in self.candidates if exit.probe.encoder is None}
+        layers = [exit.layer for exit in self.exits if exit.layer in has_head]
+        if calibration.target.kind not in LABEL_HEADS or not layers:
             return []
-        layers, depth = [exit.layer for exit in self.exits], calibration.rows.model.depth
+        depth = calibration.rows.model.depth
         curve = []
         for share in SHARES:
             fit = split.fit[: round(len(split.fit) * share)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ from vllm_adainfer.artifact.words import (
 from vllm_adainfer.offline.facts.document import Block, Facts, Table
 
 SHOWN_VALUES = 8  # of a field
+FEWEST_FOR_A_LINE = 3  # points of a learning curve
 WORTH_MORE_PROMPTS = 1.0  # percentage points that the second half of the prompts has brought
 
 
@@ -40,7 +43,7 @@ def artifact_facts(config: ArtifactConfig, details: Mapping[str, Any]) -> list[B
         *_last_token(config),
         *_questions(config, details),
         *_not_covered(config, details),
-        *_learning_curve(details),
+        *_learning_curve(config, details),
         *after_which_text(config),
         expected_savings(config),
     ]
@@ -201,7 +204,7 @@ def _not_covered(config: ArtifactConfig, details: Mapping[str, Any]) -> list[str
     return said
 
 
-def _learning_curve(details: Mapping[str, Any]) -> list[str]:
+def _learning_curve(config: ArtifactConfig, details: Mapping[str, Any]) -> list[str]:
     """The learning curve, in words."""
     curve: Sequence[Mapping[str, Any]] = details.get("learning_curve") or ()
     if not curve:
@@ -212,10 +215,26 @@ def _learning_curve(details: Mapping[str, Any]) -> list[str]:
     advice = "more prompts may save more, and need no labels"
     if gain < WORTH_MORE_PROMPTS:
         advice = "more prompts will hardly save more"
+    by_heads = " by their heads alone" if config.student or config.branches else ""
     return [
-        f"Fitted on {prompts} prompts, the exit points save {saved} of the layers of prompts that "
-        f"they were not fitted on: {advice}."
+        f"Fitted on {prompts} prompts, the exit points save{by_heads} {saved} of the layers of "
+        f"prompts that they were not fitted on: {advice}.{_next_doubling(curve, details)}"
     ]
+
+
+def _next_doubling(curve: Sequence[Mapping[str, Any]], details: Mapping[str, Any]) -> str:
+    """What twice as many prompts bring and take, by the line through the curve."""
+    if len(curve) < FEWEST_FOR_A_LINE:
+        return ""
+    doublings = [math.log2(point["prompts"]) for point in curve]
+    saved = [100 * point["layers_saved"] for point in curve]
+    slope = statistics.linear_regression(doublings, saved).slope
+    seconds = details.get("seconds", {}).get("calibration")
+    more = f", at most {math.ceil(seconds / 60)} min more to calibrate" if seconds else ""
+    return (
+        f" {2 * details['prompts']} prompts instead of {details['prompts']}: about "
+        f"{slope:+.1f} points{more}."
+    )
 
 
 def expected_savings(config: ArtifactConfig) -> str:

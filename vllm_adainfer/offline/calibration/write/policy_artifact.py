@@ -221,6 +221,7 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
             "layer": costs.layer,
             "cut": costs.cut,
             "expected": policy.expected,
+            "calibration": policy.seconds,
         },
         "risk_curve": [
             {
