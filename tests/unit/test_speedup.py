@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from inspect import signature
 
 import numpy as np
 import pytest
 
-from vllm_adainfer.offline.evaluation.rounds import in_rounds, slice_of, turns
-from vllm_adainfer.offline.reports.speedup import Speedup, doubt
+from vllm_adainfer.cli.evaluate import evaluate
+from vllm_adainfer.offline.evaluation.rounds import ROUNDS, in_rounds, slice_of, turns
+from vllm_adainfer.offline.reports.speedup import LEAST_ROUNDS, Speedup, doubt
 
 
 def test_load_that_falls_on_both_sides_of_a_round_is_no_noise():
@@ -63,6 +65,10 @@ def test_every_side_comes_first_equally_often():
     assert len(order) == 36
     assert Counter(side for _, side in order[::3]) == {"stock": 4, "never": 4, "ours": 4}
     assert in_rounds(["a", "b"], 2, str.upper) == {"a": ["A", "A"], "b": ["B", "B"]}
+
+
+def test_evaluate_runs_as_many_rounds_by_default_as_benchmarks_and_enough_for_an_interval():
+    assert signature(evaluate).parameters["repeat"].default == ROUNDS >= 10 > LEAST_ROUNDS
 
 
 def test_three_rounds_run_every_prompt_once_unless_a_round_would_be_too_small():
