@@ -29,7 +29,7 @@ from vllm_adainfer.artifact.outputs import (
 from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
-from vllm_adainfer.offline.calibration.fit import cost, training
+from vllm_adainfer.offline.calibration.fit import cost, students, training
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.probes import (
     Target,
@@ -310,6 +310,6 @@ def cheap_probes_that_learn_fast(patch: pytest.MonkeyPatch) -> None:
     """An encoder of random weights has more to learn than one that knows the language."""
     patch.setattr(cost, "probe_seconds", lambda *_: 1e-6)
     patch.setattr(cost, "trained_seconds", lambda *_: 1e-6)
-    patch.setattr(training, "STUDENT_LEARNING_RATE", 1e-2)
+    patch.setattr(students, "STUDENT_LEARNING_RATE", 1e-2)
     patch.setattr(training, "HEAD_LEARNING_RATE", 1e-2)
-    patch.setattr(training, "STUDENT_EPOCHS", 6)
+    patch.setattr(students, "STUDENT_EPOCHS", 6)

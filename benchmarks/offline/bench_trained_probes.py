@@ -44,7 +44,8 @@ from vllm_adainfer.offline.calibration import fit_policy
 from vllm_adainfer.offline.calibration.calibrate import calibration_of, record_prompts
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
-from vllm_adainfer.offline.calibration.fit.training import branches_of, train_student
+from vllm_adainfer.offline.calibration.fit.students import train_students
+from vllm_adainfer.offline.calibration.fit.training import branches_of
 from vllm_adainfer.offline.calibration.fit_policy import (
     FittedPolicy,
     best_heads,
@@ -158,9 +159,9 @@ def made_policies(request: CalibrationRequest, test: int, only_chosen: bool) -> 
     students: list[TrainedProbe] = []
     trained: dict[tuple[int, ...], tuple[TrainedProbe, ...]] = {}
 
-    def student_of(*args: Any) -> TrainedProbe:
-        students.append(train_student(*args))
-        return students[-1]
+    def students_of(*args: Any) -> list[TrainedProbe]:
+        students.extend(train_students(*args))
+        return students
 
     @cache
     def states_after(layers: tuple[int, ...]) -> OwnStates | None:
@@ -173,13 +174,13 @@ def made_policies(request: CalibrationRequest, test: int, only_chosen: bool) -> 
         return trained[layers]
 
     with (
-        patch.object(fit_policy, "train_student", student_of),
+        patch.object(fit_policy, "train_students", students_of),
         patch.object(fit_policy, "branches_of", branches_once),
     ):
         chosen = fit_policy.fit_policy(
             plain, request.probe, prompts.student, lambda layers: states_after(tuple(layers))
         )
-    student = chosen.student or students[0]
+    student = chosen.student or students[-1]
     time_of, all_rows = cost.trained_seconds, np.arange(ROWS_IN_A_STEP)
     seconds = time_of(student, recording, all_rows)
     policies = {CHOSEN: chosen}

@@ -27,7 +27,8 @@ from vllm_adainfer.offline.calibration.data.student_base import load_student_bas
 from vllm_adainfer.offline.calibration.enough_rows import split_of
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
-from vllm_adainfer.offline.calibration.fit.training import Lesson, train_student
+from vllm_adainfer.offline.calibration.fit.students import layers_of, train_students
+from vllm_adainfer.offline.calibration.fit.training import Lesson
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, best_heads, make_policy
 from vllm_adainfer.offline.calibration.prompts import Prompts
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
@@ -153,7 +154,9 @@ class Contest:
         exits_seconds = time.perf_counter() - start
         assert prompts.student is not None
         start = time.perf_counter()
-        student = train_student(prompts.student, Lesson.of(calibration))
+        [student] = train_students(
+            prompts.student, Lesson.of(calibration), [layers_of(prompts.student)]
+        )
         student_seconds = time.perf_counter() - start
         both = replace(calibration, trained=(student,))
         with patch.object(cost, "trained_seconds", return_value=0.0):

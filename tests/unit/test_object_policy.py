@@ -26,7 +26,7 @@ from vllm_adainfer.artifact.files import load_artifact, load_details
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.calibrate import check_spares_rows
-from vllm_adainfer.offline.calibration.fit import training
+from vllm_adainfer.offline.calibration.fit import students
 from vllm_adainfer.offline.calibration.fit.probes import taught_by_full_depth
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, fit_policy, make_policy
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
@@ -105,7 +105,7 @@ def test_heads_that_read_the_prompts_mean_beside_each_fields_row(tmp_path):
 @pytest.mark.full
 def test_a_student_reads_the_text_for_all_fields(tmp_path, monkeypatch):
     cheap_probes_that_learn_fast(monkeypatch)
-    monkeypatch.setattr(training, "STUDENT_EPOCHS", 15)  # six answers, not two
+    monkeypatch.setattr(students, "STUDENT_EPOCHS", 15)  # six answers, not two
     rows = recording_of_objects()
     base = base_of(rows, unreadable=4, answers=range(6))
     policy = fit_policy(of_objects(rows), "label-head", base)

@@ -178,7 +178,7 @@ def quick(monkeypatch) -> None:
 @pytest.mark.parametrize("trained", ["", "branch", "student"])
 def test_heads_that_read_prompts_and_what_is_trained(tmp_path, quick, trained):
     """Each part is decided as certified: that of whole prompts, and that of the last token."""
-    recording = recording_of_prompts(1.0 if trained == "branch" else 0.6)
+    recording = recording_of_prompts({"": 0.6, "branch": 1.0, "student": 1.5}[trained])
     student = base_of(recording, unreadable=4) if trained == "student" else None
     kind = "branch" if trained == "branch" else "pooled-label-head"
     found = fit_policy(

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from tests.calibrations import LABEL_IDS, SPLIT, base_of, of_prompts, recording_of_prompts
-from vllm_adainfer.offline.calibration.fit import training
+from vllm_adainfer.offline.calibration.fit import students
 from vllm_adainfer.offline.calibration.fit.side_by_side import side_by_side
-from vllm_adainfer.offline.calibration.fit.training import Lesson, train_students
+from vllm_adainfer.offline.calibration.fit.students import sizes_of, train_students
+from vllm_adainfer.offline.calibration.fit.training import Lesson
 
 
 @pytest.fixture
@@ -48,16 +49,17 @@ def test_an_error_of_one_is_raised_and_torch_has_its_threads_again():
 
 
 def test_students_trained_side_by_side_are_those_trained_one_after_the_other(monkeypatch):
-    monkeypatch.setattr(training, "STUDENT_EPOCHS", 2)
+    monkeypatch.setattr(students, "STUDENT_EPOCHS", 2)
     recording = recording_of_prompts(0.6)
-    lesson, bases = Lesson.of(of_prompts(recording)), [base_of(recording), base_of(recording, 9)]
-    alone = [one.unseen for base in bases for one in train_students([base], lesson)]
+    lesson, base = Lesson.of(of_prompts(recording)), base_of(recording, 9)
+    sizes = sizes_of(base)
+    alone = [one.unseen for size in sizes for one in train_students(base, lesson, [size])]
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        together = [one.unseen for one in train_students(bases, lesson)]
+        together = [one.unseen for one in train_students(base, lesson)]
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(*pair) for pair in zip(alone, together, strict=True))
-    assert np.unique(LABEL_IDS[alone[0].argmax(1)]).size == 2
+    assert np.unique(LABEL_IDS[alone[-1].argmax(1)]).size == 2
     assert len(alone[0]) == len(SPLIT.fit)

@@ -14,6 +14,7 @@ import torch
 from adainfer_kernels import Head, rows_to_compile_for
 from tokenizers import decoders
 from torch import Tensor
+from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 from vllm import SamplingParams
 
 from tests import student
@@ -28,8 +29,8 @@ from vllm_adainfer.engine.scheduler.prompt_texts import texts_for_students
 from vllm_adainfer.engine.worker.gpu_worker import warm_up
 from vllm_adainfer.engine.worker.served_policies import check_replaces
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy import own_text
-from vllm_adainfer.policy.encoders import BATCH, TextEncoder
+from vllm_adainfer.policy import own_text, packing
+from vllm_adainfer.policy.encoders import BATCH
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.own_text import (
     MOST_CHARACTERS,
@@ -40,6 +41,7 @@ from vllm_adainfer.policy.own_text import (
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.policy.text_encoders import BagEncoder, LayersEncoder, TextEncoder
 from vllm_adainfer.promise.label_subsets import bits_of
 from vllm_adainfer.settings.engine import Settings
 
@@ -143,6 +145,97 @@ def test_each_text_is_scored_as_if_it_were_alone(count):
     scores = scores_of(own, texts)
     wanted = torch.stack([scores_by_hand(model, text, own.head) for text in texts])
     torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_texts_of_any_lengths_stand_side_by_side(monkeypatch):
+    """In rows of several lengths, and as they are read in padded batches."""
+    monkeypatch.setattr(packing, "SHORTEST_ROW", 4)
+    lens = [*range(1, student.LONGEST + 1), 3, 3, 9, 1]
+    texts = [words(length, seed=place) for place, length in enumerate(lens)]
+    rows = [*packing.packed(texts, CPU)]
+    assert sorted(np.concatenate([one.texts for one in rows]).tolist()) == [*range(len(lens))]
+    assert [one.tokens.shape[1] for one in rows][-1] == 32, "24 and shorter ones"
+    assert len(rows) > 1
+    assert sum(one.tokens.numel() for one in rows) < 1.2 * sum(lens)
+    encoder = LayersEncoder(student.bert())
+    assert encoder.packs
+    torch.testing.assert_close(encoder(texts), encoder._padded(texts), rtol=1e-4, atol=1e-4)
+
+
+def roberta() -> RobertaModel:
+    """An encoder that counts positions on from that of the padding."""
+    torch.manual_seed(3)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    config = RobertaConfig(
+        vocab_size=1000, num_hidden_layers=1, max_position_embeddings=64, pad_token_id=1, **size
+    )
+    config.initializer_range = 0.5
+    return RobertaModel(config).eval()
+
+
+def test_an_encoder_that_would_read_them_otherwise_is_given_padded_batches():
+    model, texts = roberta(), [words(count, seed=count) for count in (3, 20, 7)]
+    encoder = LayersEncoder(model)
+    assert not encoder.packs
+    wanted = torch.stack([model(torch.tensor([t])).last_hidden_state[0].mean(0) for t in texts])
+    torch.testing.assert_close(encoder(texts), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"avx2": True, "avx512_bf16": False}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+    ],
+    ids=["neither", "avx512", "amx"],
+)
+def test_it_is_read_in_bfloat16_where_the_processor_multiplies_that(
+    monkeypatch, capabilities, dtype
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    plain = student.encoder()
+    half = {name: one.bfloat16() for name, one in plain.tensors.items()}
+    served = TextEncoder.of(Encoder(plain.settings, half), CPU)
+    assert {one.dtype for one in served.state_dict().values()} == {dtype}
+    assert served([(101, 102)]).dtype == torch.float32
+
+
+def test_the_first_layers_of_an_encoder_read_as_it_does_up_to_there():
+    deep = BertModel(BertConfig(**{**student.bert().config.to_dict(), "num_hidden_layers": 4}))
+    text = words(9)
+    shorter = LayersEncoder.first_layers(deep.eval(), 2).eval()
+    wanted = deep(torch.tensor([text]), output_hidden_states=True).hidden_states[2].mean(1)
+    torch.testing.assert_close(shorter([text]), wanted, rtol=1e-4, atol=1e-4)
+    kept = TextEncoder.of(Encoder(shorter.settings, shorter.tensors()), CPU)
+    assert torch.equal(kept([text]), shorter([text]))
+
+
+def bag() -> BagEncoder:
+    torch.manual_seed(4)
+    return BagEncoder(torch.randn(1000, 6), 8).eval()
+
+
+def test_a_bag_reads_the_mean_of_its_tokens_in_any_order():
+    encoder, texts = bag(), [(7, 8, 9), (9, 7, 8), (5,)]
+    means = torch.stack([encoder.words.weight[list(text)].mean(0) for text in texts])
+    wanted = torch.nn.functional.gelu(encoder.mlp(encoder.norm(means)))
+    torch.testing.assert_close(encoder(texts), wanted)
+    kept = TextEncoder.of(Encoder(encoder.settings, encoder.tensors()), CPU)
+    assert isinstance(kept, BagEncoder)
+    assert torch.equal(kept(texts), encoder(texts))
+
+
+def test_a_bag_whose_tensors_do_not_fit_is_an_error():
+    whole = bag().tensors()
+    for wrong in (
+        {},
+        {**whole, "mlp.bias": torch.zeros(9)},
+        {**whole, "words.weight": torch.zeros(1000, 7)},
+        {**whole, "other": torch.zeros(1)},
+    ):
+        with pytest.raises(AdaInferError, match=r"the student cannot be built .* calibrate again"):
+            TextEncoder.of(Encoder(bag().settings, wrong), CPU)
 
 
 def test_labels_that_a_request_does_not_name_score_nothing():

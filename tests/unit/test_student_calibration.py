@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch.nn.functional import one_hot
 from tests import student
 from tests.calibrations import (
     EPSILON,
+    HF_CONFIG,
+    HINTS,
     LABEL_IDS,
     PROMPTS,
     SPLIT,
@@ -34,12 +37,21 @@ from vllm_adainfer.offline.calibration.data.shared import shared_tokens
 from vllm_adainfer.offline.calibration.data.student_base import (
     load_student_base,
 )
-from vllm_adainfer.offline.calibration.fit import cost, exits, training
+from vllm_adainfer.offline.calibration.fit import cost, exits, students, training
 from vllm_adainfer.offline.calibration.fit.calibration import TrainedProbe
 from vllm_adainfer.offline.calibration.fit.distil import Taught
-from vllm_adainfer.offline.calibration.fit.training import Lesson, train_student
-from vllm_adainfer.offline.calibration.fit_policy import fit_policy
-from vllm_adainfer.policy.encoders import TextEncoder
+from vllm_adainfer.offline.calibration.fit.students import (
+    Size,
+    bag_of,
+    layers_of,
+    sizes_of,
+    train_students,
+)
+from vllm_adainfer.offline.calibration.fit.training import Lesson
+from vllm_adainfer.offline.calibration.fit_policy import fit_policy, with_best_student
+from vllm_adainfer.offline.calibration.write.card import model_card
+from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, policy_details
+from vllm_adainfer.policy.text_encoders import LayersEncoder, TextEncoder
 
 CLEAR = 0.03  # a lead that no rounding to bfloat16 turns, on any processor
 
@@ -51,14 +63,21 @@ def quick(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def recording() -> Any:
-    return recording_of_prompts(0.6)
+    return recording_of_prompts(1.5)  # the texts say more than the heads before the first layer
 
 
 @pytest.fixture(scope="module")
 def found(recording) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         cheap_probes_that_learn_fast(patch)
-        return fit_policy(of_prompts(recording), "auto", base_of(recording, unreadable=4))
+        return fit_policy(
+            of_prompts(recording), "pooled-label-head", base_of(recording, unreadable=4)
+        )
+
+
+def trained_on(base: Any, lesson: Lesson, size: Size | None = None) -> TrainedProbe:
+    [trained] = train_students(base, lesson, [size or layers_of(base)])
+    return trained
 
 
 def scores_of(trained: TrainedProbe, texts: Any) -> torch.Tensor:
@@ -66,14 +85,14 @@ def scores_of(trained: TrainedProbe, texts: Any) -> torch.Tensor:
 
 
 def test_a_student_learns_what_the_words_say_and_half_students_of_the_other_half(recording):
-    trained = train_student(base_of(recording), Lesson.of(of_prompts(recording)))
+    trained = trained_on(base_of(recording), Lesson.of(of_prompts(recording)))
     fit, certify = recording.of(SPLIT.fit), recording.of(SPLIT.certify)
     texts = [trained.base.texts[row] for row in certify]
     own = LABEL_IDS[scores_of(trained, texts).argmax(1)].numpy()
     assert np.mean(own == recording.tokens[certify]) > 0.75
     halves = LABEL_IDS[trained.unseen.argmax(1)].numpy()
     assert 0.6 < np.mean(halves == recording.tokens[fit]) < 0.95, "they know half as much"
-    again = train_student(base_of(recording), Lesson.of(of_prompts(recording)))
+    again = trained_on(base_of(recording), Lesson.of(of_prompts(recording)))
     assert torch.equal(scores_of(again, texts), scores_of(trained, texts))
     assert torch.equal(again.unseen, trained.unseen)
 
@@ -93,7 +112,7 @@ def test_training_goes_to_its_end_unless_the_student_overfits(monkeypatch, error
     monkeypatch.setattr(training, "_error", error)
     taught = Taught(torch.empty(40, 0), torch.eye(2).repeat(20, 1))
     words, rows = [(400 + number % 7,) for number in range(40)], np.arange(40)
-    net = training.Net(TextEncoder(student.bert()), taught)
+    net = training.Net(LayersEncoder(student.bert()), taught)
     lesson = Lesson(taught, rows, rows % 2, LABEL_IDS, seed=0)
     course = training.Course("a student", TextEncoder, words, len(errors), 1e-3)
     trainer = training._Trainer(course, lesson, SimpleNamespace(update=lambda: None))
@@ -105,9 +124,9 @@ def test_training_goes_to_its_end_unless_the_student_overfits(monkeypatch, error
 
 def test_sure_answers_stay_apart_where_the_answer_alone_is_promised(recording, monkeypatch):
     """The classifier reads probabilities; the best label is that of the scores as trained."""
-    plain = train_student(base_of(recording), Lesson.of(of_prompts(recording)))
+    plain = trained_on(base_of(recording), Lesson.of(of_prompts(recording)))
     monkeypatch.setattr(training, "LARGEST_LEAD", 0.5)
-    softer = train_student(base_of(recording), Lesson.of(of_prompts(recording)))
+    softer = trained_on(base_of(recording), Lesson.of(of_prompts(recording)))
     texts = [plain.base.texts[row] for row in recording.of(SPLIT.fit)]
     for scores in (
         [scores_of(one, texts) for one in (plain, softer)],
@@ -122,25 +141,25 @@ def test_sure_answers_stay_apart_where_the_answer_alone_is_promised(recording, m
 
 
 def test_held_out_rows_change_no_weight(recording):
-    plain = train_student(base_of(recording), Lesson.of(of_prompts(recording)))
+    plain = trained_on(base_of(recording), Lesson.of(of_prompts(recording)))
     base = base_of(recording)
     learned = recording.of(SPLIT.fit)
     texts = [(9,) if row not in learned else text for row, text in enumerate(base.texts)]
-    again = train_student(replace(base, texts=texts), Lesson.of(of_prompts(recording)))
+    again = trained_on(replace(base, texts=texts), Lesson.of(of_prompts(recording)))
     assert torch.equal(again.probe.head.weight, plain.probe.head.weight)
     assert torch.equal(again.unseen, plain.unseen)
 
 
 def test_what_is_said_of_a_half_is_learned_from_the_other_one(recording, monkeypatch):
     """Rows that judge a net only tell when it overfits: never after one epoch."""
-    monkeypatch.setattr(training, "STUDENT_EPOCHS", 1)
+    monkeypatch.setattr(students, "STUDENT_EPOCHS", 1)
     base, rows = base_of(recording), np.arange(200)
     halves = rows % 2
     labels = torch.eye(2)[torch.from_numpy(halves)]
 
     def unseen(labels: torch.Tensor) -> torch.Tensor:
         taught = Taught(torch.empty(200, 0), labels)
-        return train_student(base, Lesson(taught, rows, halves, LABEL_IDS, seed=0)).unseen
+        return trained_on(base, Lesson(taught, rows, halves, LABEL_IDS, seed=0)).unseen
 
     plain, other = unseen(labels), unseen(torch.where(labels[:, :1] > 0, 1 - labels, labels))
     same = (plain == other).all(dim=1).numpy()
@@ -198,6 +217,41 @@ def test_a_student_that_takes_longer_than_it_saves_is_left_out(
     if policy.student is None:
         plain = fit_policy(of_prompts(recording), "auto")
         assert policy.points[EPSILON].threshold == plain.points[EPSILON].threshold
+
+
+def test_the_size_is_taken_that_makes_prompts_fastest(recording, monkeypatch, capsys):
+    """Here one word tells the answer, to any size, so what a size costs decides."""
+    words = dict(zip(LABEL_IDS.tolist(), HINTS, strict=False))
+    texts = [(words[token],) for token in recording.tokens.tolist()]
+    base = replace(base_of(recording), texts=texts)
+    names = [size.name for size in sizes_of(base)]
+    assert names == ["a bag of tokens", "the whole encoder"], "it has one layer"
+    taken = set()
+    for cheap in names:
+        slow = {name: 0.0 if name == cheap else 1.0 for name in names}
+        monkeypatch.setattr(cost, "trained_seconds", lambda one, *_, slow=slow: slow[one.name])
+        trained = [trained_on(base, Lesson.of(of_prompts(recording)), s) for s in sizes_of(base)]
+        policy = with_best_student(fit_policy(of_prompts(recording), "auto"), trained)
+        assert policy.student is not None
+        taken.add(policy.student.name)
+        assert [one.size for one in policy.students] == names
+        [best] = [one for one in policy.students if one.size == cheap]
+        assert best.expected == policy.expected["chosen"]
+        assert f"a student of {cheap}: 0.00 ms a prompt" in capsys.readouterr().err
+        config, details = policy_config(policy, "tiny", HF_CONFIG), policy_details(policy)
+        assert [one["size"] for one in details["students"]] == names
+        assert re.search(rf"\| {cheap} +\| +0\.00 \|", model_card(config, details))
+    assert taken == {*names}
+
+
+def test_a_bag_learns_what_the_words_say(recording):
+    base = base_of(recording)
+    trained = trained_on(base, Lesson.of(of_prompts(recording)), bag_of(base))
+    certify = recording.of(SPLIT.certify)
+    own = scores_of(trained, [base.texts[row] for row in certify]).argmax(1)
+    assert np.mean(LABEL_IDS[own].numpy() == recording.tokens[certify]) > 0.6
+    words = base.model.get_input_embeddings().weight.bfloat16().float()
+    assert torch.equal(trained.probe.encoder.embedding.weight.float(), words), "frozen"
 
 
 def test_without_a_student_nothing_is_trained(recording, monkeypatch):
@@ -308,9 +362,9 @@ def test_minilm_learns_the_sentiment_of_reviews_from_a_few_hundred_of_them(monke
     right = torch.tensor([names.index(row["label"]) for row in rows])
     halves = np.arange(len(rows)) % 2
     taught = Taught(torch.empty(len(rows), 0), one_hot(right, len(names)).float())
-    monkeypatch.setattr(training, "STUDENT_EPOCHS", 3)
+    monkeypatch.setattr(students, "STUDENT_EPOCHS", 3)
     lesson = Lesson(taught, np.arange(len(rows)), halves, torch.arange(len(names)), seed=0)
-    trained = train_student(base, lesson)
+    trained = trained_on(base, lesson)
     assert trained.asked(np.arange(len(rows))).all()
     commonest = right.bincount().max() / len(right)
     assert (trained.unseen.argmax(1) == right).float().mean() > commonest + 0.1

@@ -72,8 +72,9 @@ def calibrate(
         str | None,
         typer.Option(
             help="A small encoder, a directory or hub id, such as MiniLM: trained on the model's "
-            "own answers in some minutes, it answers what it is sure of before the first layer, "
-            "within the same bound. It is left out where it costs more time than it saves."
+            "own answers in some minutes, in several sizes, of which the one is taken that makes "
+            "prompts fastest, it answers what it is sure of before the first layer, within the "
+            "same bound. It is left out where it costs more time than it saves."
         ),
     ] = None,
     classifier: Annotated[

@@ -16,11 +16,12 @@ from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.artifact.tensors import served_shape
 from vllm_adainfer.policy.answers import Answers, best_token
-from vllm_adainfer.policy.encoders import StateEncoder, TextEncoder
+from vllm_adainfer.policy.encoders import StateEncoder
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.score import score
+from vllm_adainfer.policy.text_encoders import TextEncoder
 from vllm_adainfer.promise.label_subsets import mask_of, restrict
 from vllm_adainfer.promise.links import ByField
 from vllm_adainfer.promise.probabilities import (

@@ -15,7 +15,8 @@ from adainfer_kernels import Head, Lens, Norm, NormKind, ProbeResult
 from torch import Tensor
 
 from vllm_adainfer.arrays import Ints
-from vllm_adainfer.policy.encoders import StateEncoder, TextEncoder
+from vllm_adainfer.policy.encoders import StateEncoder
+from vllm_adainfer.policy.text_encoders import TextEncoder
 from vllm_adainfer.promise.label_subsets import restrict
 
 NO_LENS: Ints = np.arange(0)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -21,10 +21,11 @@ from vllm_adainfer.offline.calibration.fit.cost import (
     untrained_branch_layers,
 )
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_exits, with_trained
-from vllm_adainfer.offline.calibration.fit.training import Lesson, branches_of, train_student
+from vllm_adainfer.offline.calibration.fit.students import train_students
+from vllm_adainfer.offline.calibration.fit.training import Lesson, branches_of
 from vllm_adainfer.offline.calibration.record.rows import OwnStates
 from vllm_adainfer.offline.progress import progress, say
-from vllm_adainfer.policy.encoders import TextEncoder
+from vllm_adainfer.policy.text_encoders import TextEncoder
 
 # A policy also promises probabilities in the whole vocabulary if it keeps at least this share of
 # the savings it would have without. It does where the labels have nearly all of the mass.
@@ -33,6 +34,40 @@ MASS_WORTH = 0.5
 BRANCH_WORTH = 1 / 3
 AGREES_ENOUGH = 0.98  # a head that agrees with full depth this often leaves a branch few errors
 SHARES = (0.25, 0.5, 1.0)  # of the prompts, for the learning curve
+
+
+@dataclass(frozen=True)
+class TriedStudent:
+    """A student of one size, with the exit points that were chosen beside it.
+
+    Attributes:
+        size: `TrainedProbe.name`.
+        seconds: its time for a prompt on this machine.
+        layers_saved: of the prompts that fit, by it and the exit points; without it, if it costs
+            more than it saves.
+        expected: the expected time of a prompt, in seconds.
+
+    """
+
+    size: str
+    seconds: float
+    layers_saved: float
+    expected: float
+
+    @classmethod
+    def of(cls, student: TrainedProbe, policy: FittedPolicy) -> TriedStudent:
+        """What a policy that was chosen with `student` costs and saves."""
+        depth, costs = policy.calibration.rows.model.depth, policy.costs
+        saved = layers_saved(policy.exits, depth, policy.allowed)
+        return cls(student.name, costs.probe[0], saved, policy.expected["chosen"])
+
+    def in_words(self) -> str:
+        """One line."""
+        return (
+            f"a student of {self.size}: {self.seconds * 1e3:.2f} ms a prompt, "
+            f"{self.layers_saved:.1%} of the layers saved with its exit points, "
+            f"{self.expected * 1e3:.2f} ms expected for a prompt"
+        )
 
 
 @dataclass(frozen=True)
@@ -51,6 +86,7 @@ class FittedPolicy:
         last_token: for a pooled policy, the policy for requests whose prompt it cannot see as a
             whole; None if such requests run all layers.
         seconds: how long it took to make, with the recording; None if that is not known.
+        students: what was found of the students that were trained for it.
 
     """
 
@@ -64,6 +100,7 @@ class FittedPolicy:
     questions: dict[str, Points]
     last_token: FittedPolicy | None = None
     seconds: float | None = None
+    students: tuple[TriedStudent, ...] = ()
 
     @cached_property
     def terms(self) -> Terms:
@@ -121,12 +158,7 @@ def fit_policy(
         test.check(calibration.rows.tokens[calibration.held_out])
     policy = best_heads(calibration, probe)
     if base is not None:
-        student = train_student(base, Lesson.of(policy.calibration))
-        with_student = with_trained_probes(policy, student)
-        if with_student.student is None:
-            say("the student costs more time than it saves, and is left out")
-        else:
-            policy = with_student
+        policy = with_best_student(policy, train_students(base, Lesson.of(policy.calibration)))
     if states_after is None:
         return policy
     target = policy.calibration.target
@@ -149,6 +181,23 @@ def fit_policy(
         return with_branches
     say("branches cost more time than they save, and are left out")
     return policy
+
+
+def with_best_student(policy: FittedPolicy, students: Iterable[TrainedProbe]) -> FittedPolicy:
+    """The policy with the student that makes prompts fastest; as it is where none makes them so.
+
+    The part that fits decides which one, and says what each costs and saves.
+    """
+    tried, best = [], policy
+    for student in students:
+        found = with_trained_probes(policy, student)
+        tried.append(TriedStudent.of(student, found))
+        say(tried[-1].in_words())
+        if found.student is not None and found.expected["chosen"] < best.expected["chosen"]:
+            best = found
+    if best is policy:
+        say("the student costs more time than it saves, and is left out")
+    return replace(best, students=tuple(tried))
 
 
 def best_heads(calibration: Calibration, probe: ProbeChoice) -> FittedPolicy:
@@ -188,6 +237,7 @@ def with_trained_probes(policy: FittedPolicy, *trained: TrainedProbe) -> FittedP
     kept = () if policy.student is None else (policy.student,)
     heads = [one for one in policy.candidates if one.probe.encoder is None]
     found = make_policy(replace(calibration, trained=(*kept, *trained)), heads)
+    found = replace(found, students=policy.students)
     if not calibration.target.is_pooled:
         return found
     last = of_last_token(found)

@@ -42,6 +42,7 @@ class TrainedProbe:
         inputs: what it reads of prompts, the text or the states of each. It is not asked about
             those that have none.
         base: what a student was trained from; None for a branch.
+        name: the size of a student, in words.
 
     """
 
@@ -50,6 +51,7 @@ class TrainedProbe:
     unseen: Tensor
     inputs: Callable[[Ints], Sequence[Any]]
     base: StudentBase | None = None
+    name: str = ""
 
     def asked(self, prompts: Ints) -> Bools:
         """[prompts], whether it is asked about each."""

@@ -14,7 +14,8 @@ import torch
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.offline.calibration.fit.distil import Taught
 from vllm_adainfer.offline.calibration.fit.net import BATCH, Net, steps_of
-from vllm_adainfer.policy.encoders import StateEncoder, TextEncoder
+from vllm_adainfer.policy.encoders import StateEncoder
+from vllm_adainfer.policy.text_encoders import TextEncoder
 
 SEEDED = threading.Lock()  # nets begin one after the other, with the same random numbers
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.offline.calibration.fit.distil import Taught
-from vllm_adainfer.policy.encoders import StateEncoder, TextEncoder
+from vllm_adainfer.policy.encoders import StateEncoder
+from vllm_adainfer.policy.text_encoders import TextEncoder
 
 BATCH = 16
 SORTED = 8  # batches are of inputs of about the same length, out of so many batches at a time

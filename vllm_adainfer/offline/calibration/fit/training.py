@@ -20,7 +20,6 @@ from adainfer_kernels import Head
 from torch import Tensor, nn
 
 from vllm_adainfer.arrays import Ints
-from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
 from vllm_adainfer.offline.calibration.fit.course import Course
 from vllm_adainfer.offline.calibration.fit.distil import Taught
@@ -34,8 +33,9 @@ from vllm_adainfer.offline.calibration.fit.probes import taught_by_full_depth
 from vllm_adainfer.offline.calibration.fit.side_by_side import side_by_side
 from vllm_adainfer.offline.calibration.record.rows import OwnStates
 from vllm_adainfer.offline.progress import in_words, progress, say
-from vllm_adainfer.policy.encoders import StateEncoder, TextEncoder
+from vllm_adainfer.policy.encoders import StateEncoder
 from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.policy.text_encoders import TextEncoder
 from vllm_adainfer.promise.label_subsets import restrict
 
 # A net overfits once the cross-entropy of inputs that it does not learn from is this much above its
@@ -51,7 +51,6 @@ HEAD_LEARNING_RATE = 1e-3
 LARGEST_LEAD = 3.0
 LEADS_UP_TO = 0.95  # of the answers
 SERVED_DTYPE = torch.bfloat16
-STUDENT_EPOCHS, STUDENT_LEARNING_RATE = 8, 5e-5
 BRANCH_EPOCHS, BRANCH_LEARNING_RATE = 15, 1e-3
 
 
@@ -86,35 +85,6 @@ class Lesson:
             target.label_ids,
             calibration.options.seed,
         )
-
-
-def train_student(base: StudentBase, lesson: Lesson) -> TrainedProbe:
-    """Train the encoder of `base`, which has read all prompts, and a head."""
-    [student] = train_students([base], lesson)
-    return student
-
-
-def train_students(bases: Sequence[StudentBase], lesson: Lesson) -> tuple[TrainedProbe, ...]:
-    """Train the encoder of each of `bases`, which have read all prompts, and a head."""
-
-    def texts(base: StudentBase, prompts: Ints) -> list[Sequence[int]]:
-        return [base.texts[prompt] for prompt in prompts.tolist()]
-
-    def encoder(base: StudentBase) -> TextEncoder:
-        own = TextEncoder(copy.deepcopy(base.model))
-        # Half of a small encoder, and a few hundred texts have few of its words.
-        own.model.get_input_embeddings().requires_grad_(False)
-        return own
-
-    how = STUDENT_EPOCHS, STUDENT_LEARNING_RATE
-    courses = [
-        Course("a student", partial(encoder, base), texts(base, lesson.prompts), *how)
-        for base in bases
-    ]
-    return tuple(
-        TrainedProbe(0, probe, unseen, partial(texts, base), base)
-        for base, (probe, unseen) in zip(bases, train(courses, lesson), strict=True)
-    )
 
 
 def branches_of(calibration: Calibration, states: OwnStates) -> tuple[TrainedProbe, ...]:
@@ -197,7 +167,9 @@ class _Trainer:
         if self._taught.mass is None:
             _soften(net, self._inputs, self._taught, self._everyone)
         head = Head(net.head.weight, net.head.bias)
-        served = net.encoder.to(SERVED_DTYPE)
+        served: StateEncoder | TextEncoder = net.encoder.to(SERVED_DTYPE)
+        if isinstance(served, TextEncoder):
+            served = served.served(torch.device("cpu"))
         probe = Probe(head, token_ids=self._lesson.label_ids, encoder=served, fused=False)
         return probe, unseen
 

@@ -21,6 +21,7 @@ def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
             f"{details['rows_fitted']} rows fitted the probes. How often the probe alone agrees "
             "with the full model, if every row left there:",
             Table(_agreement(config, details), text_columns=1),
+            *_students(details),
             "`vllm-adainfer inspect DIR --html page.html` draws the risk and its bound against "
             "layers saved.",
             f"Made with {versions} on {provenance['cpu']}.",
@@ -63,6 +64,25 @@ A request for `/v1/chat/completions` that it serves, with a prompt like those of
 {json.dumps(body, indent=2, ensure_ascii=False)}
 ```
 """
+
+
+def _students(details: Mapping[str, Any]) -> list[str | Table]:
+    """The students that were trained, and what each costs and saves; nothing without any."""
+    tried: list[Facts] = [
+        {
+            "student": one["size"],
+            "ms a prompt": f"{one['seconds'] * 1e3:.2f}",
+            "layers saved": f"{one['layers_saved']:.1%}",
+            "ms expected a prompt": f"{one['expected'] * 1e3:.2f}",
+        }
+        for one in details.get("students", ())
+    ]
+    if not tried:
+        return []
+    return [
+        "Students that were trained, each with exit points chosen beside it:",
+        Table(tried, text_columns=1),
+    ]
 
 
 def _agreement(config: ArtifactConfig, details: Mapping[str, Any]) -> list[Facts]:

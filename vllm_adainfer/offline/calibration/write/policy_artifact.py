@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.kinds import LABEL_HEADS
 from vllm_adainfer.offline.calibration.certify.path import PathPoint, held_out_path, threshold_grid
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
+from vllm_adainfer.offline.calibration.fit.training import SERVED_DTYPE
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.policy.encoders import TextEncoder
+from vllm_adainfer.policy.text_encoders import TextEncoder
 
 
 def write_artifact(
@@ -48,9 +50,11 @@ def write_artifact(
     if policy.student is not None and policy.student.base is not None:
         tokenizer = policy.student.base.tokenizer
         assert isinstance(policy.student.probe.encoder, TextEncoder)
-        own = policy.student.probe.encoder.model
-        settings = own.config.to_diff_dict() | {"model_type": own.config.model_type}
-        encoder = Encoder(settings, {n: t.contiguous() for n, t in own.state_dict().items()})
+        own = policy.student.probe.encoder
+        encoder = Encoder(
+            own.settings,
+            {n: t.to(SERVED_DTYPE).contiguous() for n, t in own.tensors().items()},
+        )
     card = model_card(config, details)
     tensors, guesser = policy_tensors(policy), policy.calibration.guesser
     if guesser is not None:
@@ -217,6 +221,7 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
         "oracle_layers_run": oracle_layers_run(policy),
         "questions": question_rows(policy, point),
         "never_named": never_named(calibration),
+        "students": [asdict(student) for student in policy.students],
         "seconds": {
             "layer": costs.layer,
             "cut": costs.cut,

@@ -1,0 +1,90 @@
+"""Students of several sizes, trained from one encoder: a policy takes one of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from vllm_adainfer.arrays import Ints
+from vllm_adainfer.offline.calibration.data.student_base import StudentBase
+from vllm_adainfer.offline.calibration.fit.calibration import TrainedProbe
+from vllm_adainfer.offline.calibration.fit.course import Course
+from vllm_adainfer.offline.calibration.fit.training import Lesson, train
+from vllm_adainfer.policy.text_encoders import BagEncoder, LayersEncoder, TextEncoder
+
+FIRST_LAYERS = (2, 3)
+STUDENT_EPOCHS, STUDENT_LEARNING_RATE = 8, 5e-5
+BAG_EPOCHS, BAG_LEARNING_RATE = 30, 1e-3
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size of student.
+
+    Attributes:
+        name: in words.
+        encoder: makes an untrained one, for training.
+        epochs: see `train`.
+        learning_rate: likewise.
+
+    """
+
+    name: str
+    encoder: Callable[[], TextEncoder]
+    epochs: int
+    learning_rate: float
+
+
+def bag_of(base: StudentBase) -> Size:
+    """A bag of the encoder's tokens."""
+    words = base.model.get_input_embeddings().weight
+    return Size(
+        "a bag of tokens", lambda: BagEncoder(words.detach()), BAG_EPOCHS, BAG_LEARNING_RATE
+    )
+
+
+def layers_of(base: StudentBase, count: int | None = None) -> Size:
+    """The first `count` layers of the encoder; None for the encoder as it is."""
+
+    def encoder() -> TextEncoder:
+        if count is None:
+            own = LayersEncoder(copy.deepcopy(base.model))
+        else:
+            own = LayersEncoder.first_layers(base.model, count)
+        # Half of a small encoder, and a few hundred texts have few of its words.
+        own.embedding.requires_grad_(False)
+        return own
+
+    name = "the whole encoder" if count is None else f"its first {count} layers"
+    return Size(name, encoder, STUDENT_EPOCHS, STUDENT_LEARNING_RATE)
+
+
+def sizes_of(base: StudentBase) -> list[Size]:
+    """All sizes, the smallest first."""
+    depth = getattr(base.model.config, "num_hidden_layers", 0)
+    fewer = [layers_of(base, count) for count in FIRST_LAYERS if count < depth]
+    return [bag_of(base), *fewer, layers_of(base)]
+
+
+def train_students(
+    base: StudentBase, lesson: Lesson, sizes: Sequence[Size] = ()
+) -> tuple[TrainedProbe, ...]:
+    """Train a student of each of `sizes` (none: of all), which has read all prompts, and a head."""
+    sizes = sizes or sizes_of(base)
+
+    def texts(prompts: Ints) -> list[Sequence[int]]:
+        return [base.texts[prompt] for prompt in prompts.tolist()]
+
+    read = texts(lesson.prompts)
+    courses = [
+        Course(f"a student of {one.name}", one.encoder, read, one.epochs, one.learning_rate)
+        for one in sizes
+    ]
+    found = []
+    for size, (probe, unseen) in zip(sizes, train(courses, lesson), strict=True):
+        assert isinstance(probe.encoder, TextEncoder)
+        described = base.described.model_copy(update={"hidden_size": probe.encoder.width})
+        own = replace(base, described=described)
+        found.append(TrainedProbe(0, probe, unseen, texts, own, size.name))
+    return tuple(found)
