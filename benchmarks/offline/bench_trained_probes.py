@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -43,13 +43,12 @@ from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.offline.calibration import fit_policy
 from vllm_adainfer.offline.calibration.calibrate import calibration_of, record_prompts
 from vllm_adainfer.offline.calibration.fit import cost
+from vllm_adainfer.offline.calibration.fit.branches import branches_of, layers_to_branch
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
 from vllm_adainfer.offline.calibration.fit.students import train_students
-from vllm_adainfer.offline.calibration.fit.training import branches_of
 from vllm_adainfer.offline.calibration.fit_policy import (
     FittedPolicy,
     best_heads,
-    layers_to_branch,
     make_policy,
 )
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
@@ -167,11 +166,13 @@ def made_policies(request: CalibrationRequest, test: int, only_chosen: bool) -> 
     def states_after(layers: tuple[int, ...]) -> OwnStates | None:
         return record_prompts(request, prompts, layers).own_states
 
-    def branches_once(calibration: Calibration, states: OwnStates) -> tuple[TrainedProbe, ...]:
-        layers = tuple(states.rows)
-        if layers not in trained:
-            trained[layers] = branches_of(calibration, states)
-        return trained[layers]
+    def branches_once(
+        calibration: Calibration, states: OwnStates, layers: Sequence[int] | None = None
+    ) -> tuple[TrainedProbe, ...]:
+        wanted = tuple(states.rows if layers is None else layers)
+        if wanted not in trained:
+            trained[wanted] = branches_of(calibration, states, wanted)
+        return trained[wanted]
 
     with (
         patch.object(fit_policy, "train_students", students_of),

@@ -41,12 +41,17 @@ from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
 from vllm_adainfer.exits.recording.recorder import StateFiles
 from vllm_adainfer.offline.calibration import fit_policy as best
-from vllm_adainfer.offline.calibration.fit import cost, training
+from vllm_adainfer.offline.calibration.fit import branches, cost
+from vllm_adainfer.offline.calibration.fit.branches import (
+    branches_of,
+    promising,
+    train_branches,
+)
 from vllm_adainfer.offline.calibration.fit.calibration import TrainedProbe
 from vllm_adainfer.offline.calibration.fit.choose import choose_exits, one_per_layer
 from vllm_adainfer.offline.calibration.fit.distil import Taught, distil
 from vllm_adainfer.offline.calibration.fit.exits import with_trained
-from vllm_adainfer.offline.calibration.fit.training import Lesson, branches_of, train_branches
+from vllm_adainfer.offline.calibration.fit.training import Lesson
 from vllm_adainfer.offline.calibration.fit_policy import fit_policy, with_trained_probes
 from vllm_adainfer.offline.calibration.record import collect
 from vllm_adainfer.offline.calibration.record.rows import FOLDS, OwnStates, own_states_of
@@ -352,7 +357,7 @@ def test_it_learns_what_no_head_on_the_mean_can(capsys):
 def branched(monkeypatch) -> Any:
     """A pooled policy whose heads know little, and the same with the branches that pay."""
     cheap_probes_that_learn_fast(monkeypatch)
-    monkeypatch.setattr(training, "BRANCH_EPOCHS", 2)
+    monkeypatch.setattr(branches, "EPOCHS", 2)
     recording = recording_of_prompts(mean_noise=1.0)
     heads = fit_policy(of_prompts(recording), "pooled-label-head")
     layers = [exit.layer for exit in heads.exits if exit.layer > 0]
@@ -427,6 +432,27 @@ def test_auto_trains_branches_where_one_takes_a_small_part_of_a_layer(
     assert bool(found.branches) == trained
 
 
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_first_look_finds_the_branches_that_do_as_well_as_heads(branched, knows):
+    """States that tell the answer are worth a branch, noise is not."""
+    heads, states = branched
+    if not knows:
+        noise = {layer: torch.randn_like(rows) for layer, rows in states.rows.items()}
+        states = replace(states, rows=noise)
+    found = promising(heads.calibration, heads.exits, states)
+    assert found == ([*states.rows] if knows else [])
+
+
+def test_auto_trains_no_branch_that_a_first_look_speaks_against(branched, monkeypatch, capsys):
+    monkeypatch.setattr(best, "untrained_branch_layers", lambda *_: 0.1)
+    monkeypatch.setattr(best, "promising", lambda *_: [])
+    monkeypatch.setattr(best, "branches_of", lambda *_: pytest.fail("none is worth it"))
+    _, states = branched
+    found = fit_policy(of_prompts(recording_of_prompts(1.0)), "auto", None, lambda _: states)
+    assert found.branches == ()
+    assert "at a first look no branch does as well" in capsys.readouterr().err
+
+
 def test_an_untrained_branch_is_timed_in_layers():
     recording = recording_of_prompts(0.3)
     slow, fast = (
@@ -444,4 +470,4 @@ def test_a_branch_is_trained_only_where_the_head_still_errs():
         return SimpleNamespace(layer=layer, fitted=SimpleNamespace(agrees=rows))
 
     exits = [exit_at(0, 0.7), exit_at(4, 0.8), exit_at(16, 0.97), exit_at(24, 0.99)]
-    assert best.layers_to_branch(exits) == [4, 16]
+    assert branches.layers_to_branch(exits) == [4, 16]

@@ -31,7 +31,7 @@ from tests.calibrations import (
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.artifact.outputs import Choices
-from vllm_adainfer.offline.calibration.fit import training
+from vllm_adainfer.offline.calibration.fit import branches
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, fit_policy, make_policy
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.policy.exit_policy import UndecidedRows
@@ -171,7 +171,7 @@ def test_other_classifiers(tmp_path, classifier):
 
 @pytest.fixture
 def quick(monkeypatch) -> None:
-    monkeypatch.setattr(training, "BRANCH_EPOCHS", 2)
+    monkeypatch.setattr(branches, "EPOCHS", 2)
     cheap_probes_that_learn_fast(monkeypatch)
 
 

@@ -13,6 +13,11 @@ from vllm_adainfer.artifact.kinds import LABEL_HEADS, ProbeChoice
 from vllm_adainfer.offline.calibration.certify.certify import Terms, certified
 from vllm_adainfer.offline.calibration.certify.path import Points
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
+from vllm_adainfer.offline.calibration.fit.branches import (
+    branches_of,
+    layers_to_branch,
+    promising,
+)
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
 from vllm_adainfer.offline.calibration.fit.choose import chosen, layers_saved
 from vllm_adainfer.offline.calibration.fit.cost import (
@@ -21,8 +26,8 @@ from vllm_adainfer.offline.calibration.fit.cost import (
     untrained_branch_layers,
 )
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_exits, with_trained
-from vllm_adainfer.offline.calibration.fit.students import train_students
-from vllm_adainfer.offline.calibration.fit.training import Lesson, branches_of
+from vllm_adainfer.offline.calibration.fit.students import TriedStudent, train_students
+from vllm_adainfer.offline.calibration.fit.training import Lesson
 from vllm_adainfer.offline.calibration.record.rows import OwnStates
 from vllm_adainfer.offline.progress import progress, say
 from vllm_adainfer.policy.text_encoders import TextEncoder
@@ -32,42 +37,7 @@ from vllm_adainfer.policy.text_encoders import TextEncoder
 MASS_WORTH = 0.5
 # "auto" trains branches, which takes minutes, if one takes less than this share of a layer's time.
 BRANCH_WORTH = 1 / 3
-AGREES_ENOUGH = 0.98  # a head that agrees with full depth this often leaves a branch few errors
 SHARES = (0.25, 0.5, 1.0)  # of the prompts, for the learning curve
-
-
-@dataclass(frozen=True)
-class TriedStudent:
-    """A student of one size, with the exit points that were chosen beside it.
-
-    Attributes:
-        size: `TrainedProbe.name`.
-        seconds: its time for a prompt on this machine.
-        layers_saved: of the prompts that fit, by it and the exit points; without it, if it costs
-            more than it saves.
-        expected: the expected time of a prompt, in seconds.
-
-    """
-
-    size: str
-    seconds: float
-    layers_saved: float
-    expected: float
-
-    @classmethod
-    def of(cls, student: TrainedProbe, policy: FittedPolicy) -> TriedStudent:
-        """What a policy that was chosen with `student` costs and saves."""
-        depth, costs = policy.calibration.rows.model.depth, policy.costs
-        saved = layers_saved(policy.exits, depth, policy.allowed)
-        return cls(student.name, costs.probe[0], saved, policy.expected["chosen"])
-
-    def in_words(self) -> str:
-        """One line."""
-        return (
-            f"a student of {self.size}: {self.seconds * 1e3:.2f} ms a prompt, "
-            f"{self.layers_saved:.1%} of the layers saved with its exit points, "
-            f"{self.expected * 1e3:.2f} ms expected for a prompt"
-        )
 
 
 @dataclass(frozen=True)
@@ -176,7 +146,15 @@ def fit_policy(
         return policy
     states = states_after(layers)
     assert states is not None
-    with_branches = with_trained_probes(policy, *branches_of(policy.calibration, states))
+    if probe == "auto":
+        layers = promising(policy.calibration, policy.exits, states)
+        if not layers:
+            say(
+                "at a first look no branch does as well as the head after its layer: none is trained"
+            )
+            return policy
+    branches = branches_of(policy.calibration, states, layers)
+    with_branches = with_trained_probes(policy, *branches)
     if with_branches.branches:
         return with_branches
     say("branches cost more time than they save, and are left out")
@@ -188,10 +166,12 @@ def with_best_student(policy: FittedPolicy, students: Iterable[TrainedProbe]) ->
 
     The part that fits decides which one, and says what each costs and saves.
     """
-    tried, best = [], policy
+    calibration, tried, best = policy.calibration, list[TriedStudent](), policy
     for student in students:
         found = with_trained_probes(policy, student)
-        tried.append(TriedStudent.of(student, found))
+        saved = layers_saved(found.exits, calibration.rows.model.depth, found.allowed)
+        seconds, expected = found.costs.probe[0], found.expected["chosen"]
+        tried.append(TriedStudent(student.name, seconds, saved, expected))
         say(tried[-1].in_words())
         if found.student is not None and found.expected["chosen"] < best.expected["chosen"]:
             best = found
@@ -242,13 +222,6 @@ def with_trained_probes(policy: FittedPolicy, *trained: TrainedProbe) -> FittedP
         return found
     last = of_last_token(found)
     return with_last_token(found, last, fit_candidates(last, {exit.layer for exit in found.exits}))
-
-
-def layers_to_branch(exits: Sequence[FittedExit]) -> list[int]:
-    """The layers of the exit points where a branch has something to learn that the head misses."""
-    return [
-        exit.layer for exit in exits if exit.layer > 0 and exit.fitted.agrees.mean() < AGREES_ENOUGH
-    ]
 
 
 def fit_candidates(

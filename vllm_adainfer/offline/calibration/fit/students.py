@@ -36,6 +36,33 @@ class Size:
     learning_rate: float
 
 
+@dataclass(frozen=True)
+class TriedStudent:
+    """A student of one size, with the exit points that were chosen beside it.
+
+    Attributes:
+        size: `TrainedProbe.name`.
+        seconds: its time for a prompt on this machine.
+        layers_saved: of the prompts that fit, by it and the exit points; without it, if it costs
+            more than it saves.
+        expected: the expected time of a prompt, in seconds.
+
+    """
+
+    size: str
+    seconds: float
+    layers_saved: float
+    expected: float
+
+    def in_words(self) -> str:
+        """One line."""
+        return (
+            f"a student of {self.size}: {self.seconds * 1e3:.2f} ms a prompt, "
+            f"{self.layers_saved:.1%} of the layers saved with its exit points, "
+            f"{self.expected * 1e3:.2f} ms expected for a prompt"
+        )
+
+
 def bag_of(base: StudentBase) -> Size:
     """A bag of the encoder's tokens."""
     words = base.model.get_input_embeddings().weight

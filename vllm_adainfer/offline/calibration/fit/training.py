@@ -20,7 +20,7 @@ from adainfer_kernels import Head
 from torch import Tensor, nn
 
 from vllm_adainfer.arrays import Ints
-from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.course import Course
 from vllm_adainfer.offline.calibration.fit.distil import Taught
 from vllm_adainfer.offline.calibration.fit.net import (
@@ -31,7 +31,6 @@ from vllm_adainfer.offline.calibration.fit.net import (
 )
 from vllm_adainfer.offline.calibration.fit.probes import taught_by_full_depth
 from vllm_adainfer.offline.calibration.fit.side_by_side import side_by_side
-from vllm_adainfer.offline.calibration.record.rows import OwnStates
 from vllm_adainfer.offline.progress import in_words, progress, say
 from vllm_adainfer.policy.encoders import StateEncoder
 from vllm_adainfer.policy.probe import Probe
@@ -51,7 +50,6 @@ HEAD_LEARNING_RATE = 1e-3
 LARGEST_LEAD = 3.0
 LEADS_UP_TO = 0.95  # of the answers
 SERVED_DTYPE = torch.bfloat16
-BRANCH_EPOCHS, BRANCH_LEARNING_RATE = 15, 1e-3
 
 
 @dataclass(frozen=True)
@@ -87,25 +85,6 @@ class Lesson:
         )
 
 
-def branches_of(calibration: Calibration, states: OwnStates) -> tuple[TrainedProbe, ...]:
-    """A branch for each layer of `states`, trained on the prompts that fit."""
-    return train_branches(states, Lesson.of(calibration))
-
-
-def train_branches(states: OwnStates, lesson: Lesson) -> tuple[TrainedProbe, ...]:
-    """Train branches on the prompts of `lesson`, one for each layer of all prompts' `states`."""
-    courses = []
-    for layer in states.rows:
-        inputs = states.of(layer, lesson.prompts)
-        encoder = partial(StateEncoder, inputs[0].shape[1])
-        name = f"a branch after layer {layer}"
-        courses.append(Course(name, encoder, inputs, BRANCH_EPOCHS, BRANCH_LEARNING_RATE))
-    return tuple(
-        TrainedProbe(layer, probe, unseen, partial(states.of, layer))
-        for layer, (probe, unseen) in zip(states.rows, train(courses, lesson), strict=True)
-    )
-
-
 def train(courses: Sequence[Course], lesson: Lesson) -> list[tuple[Probe, Tensor]]:
     """Train probes on each half of the inputs, which the other half judges, and on all.
 
@@ -123,6 +102,13 @@ def train(courses: Sequence[Course], lesson: Lesson) -> list[tuple[Probe, Tensor
             halves = iter([*side_by_side(pieces)])
             pairs = zip(trainers, zip(halves, halves, strict=True), strict=True)
             return [*side_by_side([partial(one.of_all, pair) for one, pair in pairs])]
+
+
+def first_looks(courses: Sequence[Course], lesson: Lesson) -> list[tuple[Ints, Tensor]]:
+    """A net of each course, trained on one half alone: the rows of the other, and their scores."""
+    with torch.random.fork_rng(), progress(desc="first look") as bar:
+        trainers = [_Trainer(course, lesson, bar) for course in courses]
+        return [*side_by_side([one.first_look for one in trainers])]
 
 
 def _seconds(courses: Sequence[Course], lesson: Lesson) -> float:
@@ -144,6 +130,12 @@ class _Trainer:
         self._everyone = course.everyone
         halves = lesson.halves[self._everyone]
         self._halves = [self._everyone[halves == half] for half in (0, 1)]
+
+    def first_look(self) -> tuple[Ints, Tensor]:
+        """The rows of one half, and what a net trained on the other says of them."""
+        net, _ = self.of_half(0)
+        judged = self._halves[1]
+        return judged, scores_of(net, self._inputs, judged)
 
     def of_half(self, half: int) -> tuple[Net, int]:
         """A net trained on one half of the inputs, as it judges the other, and its epochs."""
