@@ -45,7 +45,8 @@ from vllm_adainfer.offline.calibration.calibrate import calibration_of, record_p
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.branches import branches_of, layers_to_branch
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
-from vllm_adainfer.offline.calibration.fit.students import train_students
+from vllm_adainfer.offline.calibration.fit.students import layers_of, train_students
+from vllm_adainfer.offline.calibration.fit.training import Lesson
 from vllm_adainfer.offline.calibration.fit_policy import (
     FittedPolicy,
     best_heads,
@@ -155,12 +156,7 @@ def made_policies(request: CalibrationRequest, test: int, only_chosen: bool) -> 
     assert prompts.student is not None
     recording = record_prompts(request, prompts)
     plain = calibration_of(request, prompts, recording)
-    students: list[TrainedProbe] = []
     trained: dict[tuple[int, ...], tuple[TrainedProbe, ...]] = {}
-
-    def students_of(*args: Any) -> list[TrainedProbe]:
-        students.extend(train_students(*args))
-        return students
 
     @cache
     def states_after(layers: tuple[int, ...]) -> OwnStates | None:
@@ -174,19 +170,19 @@ def made_policies(request: CalibrationRequest, test: int, only_chosen: bool) -> 
             trained[wanted] = branches_of(calibration, states, wanted)
         return trained[wanted]
 
-    with (
-        patch.object(fit_policy, "train_students", students_of),
-        patch.object(fit_policy, "branches_of", branches_once),
-    ):
+    with patch.object(fit_policy, "branches_of", branches_once):
         chosen = fit_policy.fit_policy(
             plain, request.probe, prompts.student, lambda layers: states_after(tuple(layers))
         )
-    student = chosen.student or students[-1]
     time_of, all_rows = cost.trained_seconds, np.arange(ROWS_IN_A_STEP)
-    seconds = time_of(student, recording, all_rows)
     policies = {CHOSEN: chosen}
     if only_chosen:
+        seconds = 0.0 if chosen.student is None else chosen.costs.probe[0]
         return Made(prompts, tests, policies, seconds)
+    student = chosen.student
+    if student is None:
+        [student] = train_students(prompts.student, Lesson.of(plain), [layers_of(prompts.student)])
+    seconds = time_of(student, recording, all_rows)
     exits, branches = best_heads(plain, "pooled-label-head"), tuple[TrainedProbe, ...]()
     if layers := layers_to_branch(exits.exits):
         states = states_after(tuple(layers))

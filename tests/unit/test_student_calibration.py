@@ -43,11 +43,12 @@ from vllm_adainfer.offline.calibration.fit.distil import Taught
 from vllm_adainfer.offline.calibration.fit.students import (
     Size,
     bag_of,
+    half_students,
     layers_of,
     sizes_of,
     train_students,
 )
-from vllm_adainfer.offline.calibration.fit.training import Lesson
+from vllm_adainfer.offline.calibration.fit.training import Lesson, train_wholes
 from vllm_adainfer.offline.calibration.fit_policy import fit_policy, with_best_student
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, policy_details
@@ -115,8 +116,8 @@ def test_training_goes_to_its_end_unless_the_student_overfits(monkeypatch, error
     net = training.Net(LayersEncoder(student.bert()), taught)
     lesson = Lesson(taught, rows, rows % 2, LABEL_IDS, seed=0)
     course = training.Course("a student", TextEncoder, words, len(errors), 1e-3)
-    trainer = training._Trainer(course, lesson, SimpleNamespace(update=lambda: None))
-    found, epochs = trainer.until_it_overfits(net, rows, rows)
+    bar = SimpleNamespace(update=lambda: None)
+    found, epochs = training._Trainer(course, lesson).until_it_overfits(net, rows, rows, bar)
     assert epochs == kept
     assert torch.equal(found.head.bias, biases[kept - 1])
     assert len({tuple(bias.tolist()) for bias in biases}) == len(biases)
@@ -220,7 +221,10 @@ def test_a_student_that_takes_longer_than_it_saves_is_left_out(
 
 
 def test_the_size_is_taken_that_makes_prompts_fastest(recording, monkeypatch, capsys):
-    """Here one word tells the answer, to any size, so what a size costs decides."""
+    """Here one word tells the answer, to any size, so what a size costs decides.
+
+    It alone is trained on all that fits.
+    """
     words = dict(zip(LABEL_IDS.tolist(), HINTS, strict=False))
     texts = [(words[token],) for token in recording.tokens.tolist()]
     base = replace(base_of(recording), texts=texts)
@@ -230,8 +234,16 @@ def test_the_size_is_taken_that_makes_prompts_fastest(recording, monkeypatch, ca
     for cheap in names:
         slow = {name: 0.0 if name == cheap else 1.0 for name in names}
         monkeypatch.setattr(cost, "trained_seconds", lambda one, *_, slow=slow: slow[one.name])
-        trained = [trained_on(base, Lesson.of(of_prompts(recording)), s) for s in sizes_of(base)]
-        policy = with_best_student(fit_policy(of_prompts(recording), "auto"), trained)
+        halves = half_students(base, Lesson.of(of_prompts(recording)))
+        wholes: list[int] = []
+
+        def counted(some: Any, wholes: list[int] = wholes, train: Any = train_wholes) -> Any:
+            wholes.append(len(some))
+            return train(some)
+
+        monkeypatch.setattr(students, "train_wholes", counted)
+        policy = with_best_student(fit_policy(of_prompts(recording), "auto"), halves)
+        assert wholes == [1]
         assert policy.student is not None
         taken.add(policy.student.name)
         assert [one.size for one in policy.students] == names

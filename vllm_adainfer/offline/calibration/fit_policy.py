@@ -26,7 +26,11 @@ from vllm_adainfer.offline.calibration.fit.cost import (
     untrained_branch_layers,
 )
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_exits, with_trained
-from vllm_adainfer.offline.calibration.fit.students import TriedStudent, train_students
+from vllm_adainfer.offline.calibration.fit.students import (
+    HalfTrained,
+    TriedStudent,
+    half_students,
+)
 from vllm_adainfer.offline.calibration.fit.training import Lesson
 from vllm_adainfer.offline.calibration.record.rows import OwnStates
 from vllm_adainfer.offline.progress import progress, say
@@ -128,7 +132,7 @@ def fit_policy(
         test.check(calibration.rows.tokens[calibration.held_out])
     policy = best_heads(calibration, probe)
     if base is not None:
-        policy = with_best_student(policy, train_students(base, Lesson.of(policy.calibration)))
+        policy = with_best_student(policy, half_students(base, Lesson.of(policy.calibration)))
     if states_after is None:
         return policy
     target = policy.calibration.target
@@ -149,9 +153,7 @@ def fit_policy(
     if probe == "auto":
         layers = promising(policy.calibration, policy.exits, states)
         if not layers:
-            say(
-                "at a first look no branch does as well as the head after its layer: none is trained"
-            )
+            say("at a first look no branch does as well as its layer's head: none is trained")
             return policy
     branches = branches_of(policy.calibration, states, layers)
     with_branches = with_trained_probes(policy, *branches)
@@ -161,23 +163,27 @@ def fit_policy(
     return policy
 
 
-def with_best_student(policy: FittedPolicy, students: Iterable[TrainedProbe]) -> FittedPolicy:
+def with_best_student(policy: FittedPolicy, students: Iterable[HalfTrained]) -> FittedPolicy:
     """The policy with the student that makes prompts fastest; as it is where none makes them so.
 
-    The part that fits decides which one, and says what each costs and saves.
+    The part that fits decides which one, by nets that have seen half of it, and says what each
+    costs and saves. Only that one is trained on all of it.
     """
-    calibration, tried, best = policy.calibration, list[TriedStudent](), policy
+    calibration, tried = policy.calibration, list[TriedStudent]()
+    fastest, best = policy.expected["chosen"], None
     for student in students:
-        found = with_trained_probes(policy, student)
+        found = make_policy(replace(calibration, trained=(student.judged,)), heads_of(policy))
         saved = layers_saved(found.exits, calibration.rows.model.depth, found.allowed)
         seconds, expected = found.costs.probe[0], found.expected["chosen"]
-        tried.append(TriedStudent(student.name, seconds, saved, expected))
+        tried.append(TriedStudent(student.judged.name, seconds, saved, expected))
         say(tried[-1].in_words())
-        if found.student is not None and found.expected["chosen"] < best.expected["chosen"]:
-            best = found
-    if best is policy:
+        if found.student is not None and expected < fastest:
+            fastest, best = expected, student
+    found = policy if best is None else with_trained_probes(policy, best.finished())
+    if found.student is None:
         say("the student costs more time than it saves, and is left out")
-    return replace(best, students=tuple(tried))
+        found = policy
+    return replace(found, students=tuple(tried))
 
 
 def best_heads(calibration: Calibration, probe: ProbeChoice) -> FittedPolicy:
@@ -215,13 +221,17 @@ def with_trained_probes(policy: FittedPolicy, *trained: TrainedProbe) -> FittedP
     """A policy from the heads of another one and what was trained beside them, chosen anew."""
     calibration = policy.calibration
     kept = () if policy.student is None else (policy.student,)
-    heads = [one for one in policy.candidates if one.probe.encoder is None]
-    found = make_policy(replace(calibration, trained=(*kept, *trained)), heads)
+    found = make_policy(replace(calibration, trained=(*kept, *trained)), heads_of(policy))
     found = replace(found, students=policy.students)
     if not calibration.target.is_pooled:
         return found
     last = of_last_token(found)
     return with_last_token(found, last, fit_candidates(last, {exit.layer for exit in found.exits}))
+
+
+def heads_of(policy: FittedPolicy) -> list[FittedExit]:
+    """The candidates of a policy for which nothing was trained."""
+    return [one for one in policy.candidates if one.probe.encoder is None]
 
 
 def fit_candidates(

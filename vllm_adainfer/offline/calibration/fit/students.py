@@ -10,7 +10,12 @@ from vllm_adainfer.arrays import Ints
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.calibration import TrainedProbe
 from vllm_adainfer.offline.calibration.fit.course import Course
-from vllm_adainfer.offline.calibration.fit.training import Lesson, train
+from vllm_adainfer.offline.calibration.fit.training import (
+    Halves,
+    Lesson,
+    train_halves,
+    train_wholes,
+)
 from vllm_adainfer.policy.text_encoders import BagEncoder, LayersEncoder, TextEncoder
 
 FIRST_LAYERS = (2, 3)
@@ -94,10 +99,29 @@ def sizes_of(base: StudentBase) -> list[Size]:
     return [bag_of(base), *fewer, layers_of(base)]
 
 
-def train_students(
+@dataclass(frozen=True)
+class HalfTrained:
+    """A student whose nets have seen one half each of what fits: enough to choose by.
+
+    Attributes:
+        judged: it as far as it is known; its probe is that of one half.
+        halves: how far it is trained.
+
+    """
+
+    judged: TrainedProbe
+    halves: Halves
+
+    def finished(self) -> TrainedProbe:
+        """It, trained on all that fits."""
+        [probe] = train_wholes([self.halves])
+        return replace(self.judged, probe=probe)
+
+
+def half_students(
     base: StudentBase, lesson: Lesson, sizes: Sequence[Size] = ()
-) -> tuple[TrainedProbe, ...]:
-    """Train a student of each of `sizes` (none: of all), which has read all prompts, and a head."""
+) -> list[HalfTrained]:
+    """Train students of `sizes` (none: of all) on either half; `base` has read all prompts."""
     sizes = sizes or sizes_of(base)
 
     def texts(prompts: Ints) -> list[Sequence[int]]:
@@ -109,9 +133,18 @@ def train_students(
         for one in sizes
     ]
     found = []
-    for size, (probe, unseen) in zip(sizes, train(courses, lesson), strict=True):
+    for size, halves in zip(sizes, train_halves(courses, lesson), strict=True):
+        probe = halves.probe()
         assert isinstance(probe.encoder, TextEncoder)
         described = base.described.model_copy(update={"hidden_size": probe.encoder.width})
         own = replace(base, described=described)
-        found.append(TrainedProbe(0, probe, unseen, texts, own, size.name))
-    return tuple(found)
+        judged = TrainedProbe(0, probe, halves.unseen, texts, own, size.name)
+        found.append(HalfTrained(judged, halves))
+    return found
+
+
+def train_students(
+    base: StudentBase, lesson: Lesson, sizes: Sequence[Size] = ()
+) -> list[TrainedProbe]:
+    """Train a student of each of `sizes` (none: of all), which has read all prompts, and a head."""
+    return [one.finished() for one in half_students(base, lesson, sizes)]

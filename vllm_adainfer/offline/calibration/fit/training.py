@@ -91,24 +91,38 @@ def train(courses: Sequence[Course], lesson: Lesson) -> list[tuple[Probe, Tensor
     Returns of each course the latter, as it serves, and `TrainedProbe.unseen`. The nets of halves
     are trained side by side, and then those of all.
     """
+    halves = train_halves(courses, lesson)
+    wholes = train_wholes(halves)
+    return [(whole, one.unseen) for whole, one in zip(wholes, halves, strict=True)]
+
+
+def train_halves(courses: Sequence[Course], lesson: Lesson) -> list[Halves]:
+    """Train a probe of each course on either half of the inputs, all side by side."""
     names = ", ".join(course.name for course in courses)
     prompts = max(len(course.everyone) for course in courses)
     with torch.random.fork_rng():
         time_needed = in_words(_seconds(courses, lesson))
         say(f"training {names} on {prompts} prompts, for up to {time_needed}")
-        with progress(total=sum(course.steps for course in courses), desc="train") as bar:
-            trainers = [_Trainer(course, lesson, bar) for course in courses]
-            pieces = [partial(one.of_half, half) for one in trainers for half in (0, 1)]
-            halves = iter([*side_by_side(pieces)])
-            pairs = zip(trainers, zip(halves, halves, strict=True), strict=True)
-            return [*side_by_side([partial(one.of_all, pair) for one, pair in pairs])]
+        trainers = [_Trainer(course, lesson) for course in courses]
+        with progress(total=sum(one.steps_of_halves for one in trainers), desc="halves") as bar:
+            pieces = [partial(one.of_half, half, bar) for one in trainers for half in (0, 1)]
+            nets = iter([*side_by_side(pieces)])
+        pairs = zip(trainers, zip(nets, nets, strict=True), strict=True)
+        return [Halves(trainer, pair) for trainer, pair in pairs]
+
+
+def train_wholes(halves: Sequence[Halves]) -> list[Probe]:
+    """Train a probe on all inputs for each of `halves`, side by side, as it serves."""
+    total = sum(one.epochs * one.trainer.steps for one in halves)
+    with torch.random.fork_rng(), progress(total=total, desc="train") as bar:
+        return [*side_by_side([partial(one.trainer.of_all, one.epochs, bar) for one in halves])]
 
 
 def first_looks(courses: Sequence[Course], lesson: Lesson) -> list[tuple[Ints, Tensor]]:
     """A net of each course, trained on one half alone: the rows of the other, and their scores."""
     with torch.random.fork_rng(), progress(desc="first look") as bar:
-        trainers = [_Trainer(course, lesson, bar) for course in courses]
-        return [*side_by_side([one.first_look for one in trainers])]
+        trainers = [_Trainer(course, lesson) for course in courses]
+        return [*side_by_side([partial(one.first_look, bar) for one in trainers])]
 
 
 def _seconds(courses: Sequence[Course], lesson: Lesson) -> float:
@@ -121,54 +135,83 @@ def _seconds(courses: Sequence[Course], lesson: Lesson) -> float:
     return half / min(threads, 2 * len(courses)) + half / min(threads, len(courses))
 
 
+class Halves:
+    """The nets of a course that are trained on one half each.
+
+    Attributes:
+        epochs: how often a net that is trained on all is to see them.
+        unseen: see `TrainedProbe.unseen`.
+
+    """
+
+    def __init__(self, trainer: _Trainer, nets: tuple[tuple[Net, int], tuple[Net, int]]) -> None:
+        self.trainer = trainer
+        self._first = nets[0][0]
+        self.epochs = round(sum(kept for _, kept in nets) / 2)
+        self.unseen = trainer.unseen(nets[0][0], nets[1][0])
+
+    def probe(self) -> Probe:
+        """That of one half, which takes as long as the one that serves; call it once."""
+        return self.trainer.probe_of(self._first)
+
+
 class _Trainer:
     """Trains the nets of a course, in whichever thread."""
 
-    def __init__(self, course: Course, lesson: Lesson, bar: Any) -> None:
-        self._course, self._lesson, self._bar = course, lesson, bar
+    def __init__(self, course: Course, lesson: Lesson) -> None:
+        self._course, self._lesson = course, lesson
         self._inputs, self._taught = course.inputs, lesson.taught
         self._everyone = course.everyone
         halves = lesson.halves[self._everyone]
         self._halves = [self._everyone[halves == half] for half in (0, 1)]
+        self.steps = steps_of(self._everyone)
+        self.steps_of_halves = course.epochs * sum(map(steps_of, self._halves))
 
-    def first_look(self) -> tuple[Ints, Tensor]:
+    def first_look(self, bar: Any) -> tuple[Ints, Tensor]:
         """The rows of one half, and what a net trained on the other says of them."""
-        net, _ = self.of_half(0)
+        net, _ = self.of_half(0, bar)
         judged = self._halves[1]
         return judged, scores_of(net, self._inputs, judged)
 
-    def of_half(self, half: int) -> tuple[Net, int]:
+    def of_half(self, half: int, bar: Any) -> tuple[Net, int]:
         """A net trained on one half of the inputs, as it judges the other, and its epochs."""
         learned, judged = self._halves[half], self._halves[1 - half]
         net, kept = self.until_it_overfits(
-            self._course.fresh(self._taught, self._lesson.seed), learned, judged
+            self._course.fresh(self._taught, self._lesson.seed), learned, judged, bar
         )
         if self._taught.mass is None:  # else the probabilities themselves are promised
             _soften(net, self._inputs, self._taught, judged)
         return net, kept
 
-    def of_all(self, halves: tuple[tuple[Net, int], tuple[Net, int]]) -> tuple[Probe, Tensor]:
-        """A probe trained on all inputs, and what the nets of `halves` say of the others."""
-        unseen = torch.zeros(len(self._inputs), len(halves[0][0].head.bias))
-        for (net, _), judged in zip(halves, reversed(self._halves), strict=True):
+    def unseen(self, first: Net, second: Net) -> Tensor:
+        """What the nets of both halves say of the inputs that they have not seen."""
+        unseen = torch.zeros(len(self._inputs), len(first.head.bias))
+        for net, judged in ((first, self._halves[1]), (second, self._halves[0])):
             unseen[torch.from_numpy(judged)] = scores_of(net, self._inputs, judged)
+        return unseen
+
+    def of_all(self, epochs: int, bar: Any) -> Probe:
+        """A probe trained on all inputs."""
         net = self._course.fresh(self._taught, self._lesson.seed)
-        for _ in self.epochs(net, self._everyone, round(sum(kept for _, kept in halves) / 2)):
+        for _ in self.epochs(net, self._everyone, epochs, bar):
             pass
         _done(net)
         if self._taught.mass is None:
             _soften(net, self._inputs, self._taught, self._everyone)
+        return self.probe_of(net)
+
+    def probe_of(self, net: Net) -> Probe:
+        """A trained net as a probe, as it serves."""
         head = Head(net.head.weight, net.head.bias)
         served: StateEncoder | TextEncoder = net.encoder.to(SERVED_DTYPE)
         if isinstance(served, TextEncoder):
             served = served.served(torch.device("cpu"))
-        probe = Probe(head, token_ids=self._lesson.label_ids, encoder=served, fused=False)
-        return probe, unseen
+        return Probe(head, token_ids=self._lesson.label_ids, encoder=served, fused=False)
 
-    def until_it_overfits(self, net: Net, learned: Ints, judged: Ints) -> tuple[Net, int]:
+    def until_it_overfits(self, net: Net, learned: Ints, judged: Ints, bar: Any) -> tuple[Net, int]:
         """A net trained on rows `learned`, and its epochs; those `judged` show if it overfits."""
         best, kept, least = net, 0, math.inf
-        for epoch, trained in enumerate(self.epochs(net, learned, self._course.epochs), 1):
+        for epoch, trained in enumerate(self.epochs(net, learned, self._course.epochs, bar), 1):
             error = _error(trained, self._inputs, self._taught, judged)
             if error > OVERFITS * least:
                 break
@@ -178,7 +221,7 @@ class _Trainer:
             best, kept = net, self._course.epochs
         return _done(best), kept
 
-    def epochs(self, net: Net, learned: Ints, epochs: int) -> Iterator[Net]:
+    def epochs(self, net: Net, learned: Ints, epochs: int, bar: Any) -> Iterator[Net]:
         """Train `net` on rows `learned` so many times; yields it after each."""
         order = np.random.default_rng(self._lesson.seed)
         steps = epochs * steps_of(learned)
@@ -201,7 +244,7 @@ class _Trainer:
                 nn.utils.clip_grad_norm_(net.encoder.parameters(), LARGEST_GRADIENT)
                 optimizer.step()
                 schedule.step()
-                self._bar.update()
+                bar.update()
             yield net
 
 
