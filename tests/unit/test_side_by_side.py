@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -17,12 +18,23 @@ from vllm_adainfer.offline.calibration.fit.students import sizes_of, train_stude
 from vllm_adainfer.offline.calibration.fit.training import Lesson
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Also in a process that has run an engine, in which vLLM puts a stub in torch's place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", torch._C.set_num_threads)
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with threads(2):
+        yield
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -53,13 +65,10 @@ def test_students_trained_side_by_side_are_those_trained_one_after_the_other(mon
     recording = recording_of_prompts(0.6)
     lesson, base = Lesson.of(of_prompts(recording)), base_of(recording, 9)
     sizes = sizes_of(base)
-    alone = [one.unseen for size in sizes for one in train_students(base, lesson, [size])]
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
+    with threads(1):
+        alone = [one.unseen for size in sizes for one in train_students(base, lesson, [size])]
+    with threads(4):
         together = [one.unseen for one in train_students(base, lesson)]
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(*pair) for pair in zip(alone, together, strict=True))
     assert np.unique(LABEL_IDS[alone[-1].argmax(1)]).size == 2
     assert len(alone[0]) == len(SPLIT.fit)
