@@ -19,7 +19,6 @@ from typing_extensions import override
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.branch_shapes import BRANCH_HEADS, BRANCH_MLP, BRANCH_WIDTH
 
-DROPOUT = 0.1  # in training
 # Prompts are attended to in padded batches of about the same length.
 BATCH = 32
 
@@ -46,7 +45,6 @@ class StateEncoder(nn.Module):
         self.mlp_norm = nn.LayerNorm(BRANCH_WIDTH)
         self.mlp_in = nn.Linear(BRANCH_WIDTH, BRANCH_MLP)
         self.mlp_out = nn.Linear(BRANCH_MLP, BRANCH_WIDTH)
-        self.dropout = nn.Dropout(DROPOUT)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> StateEncoder:
@@ -82,9 +80,9 @@ class StateEncoder(nn.Module):
         the tokens of each prompt, at least one.
         """
         attended = self._attend(self.attention_in(self.attention_norm(rows)), lens)
-        rows = rows + self.dropout(self.attention_out(attended))
-        wide = self.dropout(gelu(self.mlp_in(self.mlp_norm(rows))))
-        rows = (rows + self.dropout(self.mlp_out(wide))).float()
+        rows = rows + self.attention_out(attended)
+        wide = gelu(self.mlp_in(self.mlp_norm(rows)))
+        rows = (rows + self.mlp_out(wide)).float()
         on_device = torch.from_numpy(lens).to(rows.device, non_blocking=True)
         mean = torch.segment_reduce(rows, "mean", lengths=on_device, unsafe=True)
         return torch.cat([rows[on_device.cumsum(0) - 1], mean], dim=1)

@@ -19,7 +19,7 @@ from typing_extensions import override
 from vllm_adainfer.artifact import fields as described
 from vllm_adainfer.artifact.artifact import Encoder
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.encoders import BATCH, DROPOUT
+from vllm_adainfer.policy.encoders import BATCH
 from vllm_adainfer.policy.packing import SHORTEST_ROW, packed
 
 # Settings by which transformers runs other code than the class of the model, or fetches a kernel
@@ -255,7 +255,6 @@ class BagEncoder(TextEncoder):
         self.width, size = width, weight.shape[1]
         self.words = nn.Embedding.from_pretrained(weight)
         self.norm, self.mlp = nn.LayerNorm(size), nn.Linear(size, width)
-        self.dropout = nn.Dropout(DROPOUT)
 
     @classmethod
     def built(cls, encoder: Encoder) -> BagEncoder:
@@ -289,7 +288,7 @@ class BagEncoder(TextEncoder):
             for one in (np.concatenate(texts), np.cumsum(lens) - lens)
         )
         mean = embedding_bag(tokens, weight, starts, mode="mean")
-        return self.dropout(gelu(self.mlp(self.norm(mean)))).float()
+        return gelu(self.mlp(self.norm(mean))).float()
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
