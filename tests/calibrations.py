@@ -313,3 +313,4 @@ def cheap_probes_that_learn_fast(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(students, "STUDENT_LEARNING_RATE", 1e-2)
     patch.setattr(training, "HEAD_LEARNING_RATE", 1e-2)
     patch.setattr(students, "STUDENT_EPOCHS", 6)
+    patch.setattr(students, "STUDENT_BATCH", 16)  # twice as many steps

@@ -53,7 +53,7 @@ def main(
     model = AutoModel.from_pretrained(student, dtype=torch.float32)
     sizes: dict[str, TextEncoder] = {
         "a bag of tokens": BagEncoder(model.get_input_embeddings().weight.detach()),
-        **{f"first {n} layers": LayersEncoder.first_layers(model, n) for n in FIRST_LAYERS},
+        f"first {FIRST_LAYERS} layers": LayersEncoder.first_layers(model, FIRST_LAYERS),
         "whole encoder": LayersEncoder(model),
     }
     rows = []

@@ -48,7 +48,7 @@ from vllm_adainfer.offline.calibration.fit.students import (
     sizes_of,
     train_students,
 )
-from vllm_adainfer.offline.calibration.fit.training import Lesson, train_wholes
+from vllm_adainfer.offline.calibration.fit.training import Lesson, train_whole
 from vllm_adainfer.offline.calibration.fit_policy import fit_policy, with_best_student
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, policy_details
@@ -235,15 +235,15 @@ def test_the_size_is_taken_that_makes_prompts_fastest(recording, monkeypatch, ca
         slow = {name: 0.0 if name == cheap else 1.0 for name in names}
         monkeypatch.setattr(cost, "trained_seconds", lambda one, *_, slow=slow: slow[one.name])
         halves = half_students(base, Lesson.of(of_prompts(recording)))
-        wholes: list[int] = []
+        wholes: list[Any] = []
 
-        def counted(some: Any, wholes: list[int] = wholes, train: Any = train_wholes) -> Any:
-            wholes.append(len(some))
-            return train(some)
+        def counted(half: Any, wholes: list[Any] = wholes, train: Any = train_whole) -> Any:
+            wholes.append(half)
+            return train(half)
 
-        monkeypatch.setattr(students, "train_wholes", counted)
+        monkeypatch.setattr(students, "train_whole", counted)
         policy = with_best_student(fit_policy(of_prompts(recording), "auto"), halves)
-        assert wholes == [1]
+        assert len(wholes) == 1
         assert policy.student is not None
         taken.add(policy.student.name)
         assert [one.size for one in policy.students] == names

@@ -30,6 +30,7 @@ class Course:
         inputs: [rows of the lesson], what it reads of each; empty ones are left out.
         epochs: how often it sees each of them, at most.
         learning_rate: that of the encoder.
+        batch: how many inputs it learns from in one step.
 
     """
 
@@ -38,6 +39,7 @@ class Course:
     inputs: Sequence[Any]
     epochs: int
     learning_rate: float
+    batch: int = BATCH
 
     @property
     def everyone(self) -> Ints:
@@ -47,7 +49,7 @@ class Course:
     @property
     def steps(self) -> int:
         """The batches that its nets see at most, of both halves and of all."""
-        return 2 * self.epochs * steps_of(self.everyone)
+        return 2 * self.epochs * steps_of(self.everyone, self.batch)
 
     def fresh(self, taught: Taught, seed: int) -> Net:
         """An untrained net for what is `taught`, always the same."""
@@ -60,6 +62,6 @@ class Course:
         net, times = self.fresh(taught, seed), []
         for _ in range(2):  # the first may have to prepare something
             start = time.perf_counter()
-            net.score(self.inputs, self.everyone[:BATCH]).sum().backward()
+            net.score(self.inputs, self.everyone[: self.batch]).sum().backward()
             times.append(time.perf_counter() - start)
         return min(times)

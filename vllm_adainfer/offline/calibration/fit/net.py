@@ -41,28 +41,30 @@ def scores_of(net: Net, inputs: Sequence[Any], rows: Ints) -> Tensor:
     """`Net.score` of any number of `rows`."""
     found = torch.zeros(len(rows), len(net.head.bias))
     order = np.argsort([len(inputs[row]) for row in rows.tolist()], kind="stable")
-    for places in batches(order):
+    for places in batches(order, BATCH):
         found[torch.from_numpy(places)] = net.score(inputs, rows[places])
     return found
 
 
-def batches(rows: Ints) -> Iterator[Ints]:
-    """The rows in their order, some at a time."""
-    for start in range(0, len(rows), BATCH):
-        yield rows[start : start + BATCH]
+def batches(rows: Ints, size: int) -> Iterator[Ints]:
+    """The rows in their order, `size` at a time."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
-def mixed_batches(inputs: Sequence[Any], order: np.random.Generator, rows: Ints) -> list[Ints]:
-    """All of `rows` in random batches, each of inputs of about the same length."""
+def mixed_batches(
+    inputs: Sequence[Any], order: np.random.Generator, rows: Ints, size: int
+) -> list[Ints]:
+    """All of `rows` in random batches of `size`, each of inputs of about the same length."""
     rows = order.permutation(rows)
     found: list[Ints] = []
-    for start in range(0, len(rows), BATCH * SORTED):
-        some = rows[start : start + BATCH * SORTED]
+    for start in range(0, len(rows), size * SORTED):
+        some = rows[start : start + size * SORTED]
         lens = [len(inputs[row]) for row in some.tolist()]
-        found += batches(some[np.argsort(lens, kind="stable")])
+        found += batches(some[np.argsort(lens, kind="stable")], size)
     return [found[place] for place in order.permutation(len(found))]
 
 
-def steps_of(rows: Ints) -> int:
-    """The number of batches of one epoch."""
-    return math.ceil(len(rows) / BATCH)
+def steps_of(rows: Ints, size: int) -> int:
+    """The number of batches of `size` in one epoch."""
+    return math.ceil(len(rows) / size)

@@ -10,16 +10,17 @@ from vllm_adainfer.arrays import Ints
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.calibration import TrainedProbe
 from vllm_adainfer.offline.calibration.fit.course import Course
+from vllm_adainfer.offline.calibration.fit.net import BATCH
 from vllm_adainfer.offline.calibration.fit.training import (
     Halves,
     Lesson,
     train_halves,
-    train_wholes,
+    train_whole,
 )
 from vllm_adainfer.policy.text_encoders import BagEncoder, LayersEncoder, TextEncoder
 
-FIRST_LAYERS = (2, 3)
-STUDENT_EPOCHS, STUDENT_LEARNING_RATE = 8, 5e-5
+FIRST_LAYERS = 3
+STUDENT_EPOCHS, STUDENT_LEARNING_RATE, STUDENT_BATCH = 8, 7e-5, 32
 BAG_EPOCHS, BAG_LEARNING_RATE = 30, 1e-3
 
 
@@ -32,6 +33,7 @@ class Size:
         encoder: makes an untrained one, for training.
         epochs: see `train`.
         learning_rate: likewise.
+        batch: likewise.
 
     """
 
@@ -39,6 +41,7 @@ class Size:
     encoder: Callable[[], TextEncoder]
     epochs: int
     learning_rate: float
+    batch: int = BATCH
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,13 @@ def layers_of(base: StudentBase, count: int | None = None) -> Size:
         return own
 
     name = "the whole encoder" if count is None else f"its first {count} layers"
-    return Size(name, encoder, STUDENT_EPOCHS, STUDENT_LEARNING_RATE)
+    return Size(name, encoder, STUDENT_EPOCHS, STUDENT_LEARNING_RATE, STUDENT_BATCH)
 
 
 def sizes_of(base: StudentBase) -> list[Size]:
     """All sizes, the smallest first."""
     depth = getattr(base.model.config, "num_hidden_layers", 0)
-    fewer = [layers_of(base, count) for count in FIRST_LAYERS if count < depth]
+    fewer = [layers_of(base, FIRST_LAYERS)] if depth > FIRST_LAYERS else []
     return [bag_of(base), *fewer, layers_of(base)]
 
 
@@ -114,8 +117,7 @@ class HalfTrained:
 
     def finished(self) -> TrainedProbe:
         """It, trained on all that fits."""
-        [probe] = train_wholes([self.halves])
-        return replace(self.judged, probe=probe)
+        return replace(self.judged, probe=train_whole(self.halves))
 
 
 def half_students(
@@ -129,7 +131,14 @@ def half_students(
 
     read = texts(lesson.prompts)
     courses = [
-        Course(f"a student of {one.name}", one.encoder, read, one.epochs, one.learning_rate)
+        Course(
+            f"a student of {one.name}",
+            one.encoder,
+            read,
+            one.epochs,
+            one.learning_rate,
+            one.batch,
+        )
         for one in sizes
     ]
     found = []

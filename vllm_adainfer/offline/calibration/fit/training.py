@@ -113,9 +113,19 @@ def train_halves(courses: Sequence[Course], lesson: Lesson) -> list[Halves]:
 
 def train_wholes(halves: Sequence[Halves]) -> list[Probe]:
     """Train a probe on all inputs for each of `halves`, side by side, as it serves."""
-    total = sum(one.epochs * one.trainer.steps for one in halves)
-    with torch.random.fork_rng(), progress(total=total, desc="train") as bar:
+    with torch.random.fork_rng(), _training(halves) as bar:
         return [*side_by_side([partial(one.trainer.of_all, one.epochs, bar) for one in halves])]
+
+
+def train_whole(half: Halves) -> Probe:
+    """As `train_wholes`, for an encoder whose steps are large: on all threads."""
+    with torch.random.fork_rng(), _training([half]) as bar:
+        return half.trainer.of_all(half.epochs, bar)
+
+
+def _training(halves: Sequence[Halves]) -> Any:
+    """The bar of a training on all inputs."""
+    return progress(total=sum(one.epochs * one.trainer.steps for one in halves), desc="train")
 
 
 def first_looks(courses: Sequence[Course], lesson: Lesson) -> list[tuple[Ints, Tensor]]:
@@ -164,8 +174,10 @@ class _Trainer:
         self._everyone = course.everyone
         halves = lesson.halves[self._everyone]
         self._halves = [self._everyone[halves == half] for half in (0, 1)]
-        self.steps = steps_of(self._everyone)
-        self.steps_of_halves = course.epochs * sum(map(steps_of, self._halves))
+        self.steps = steps_of(self._everyone, course.batch)
+        self.steps_of_halves = course.epochs * sum(
+            steps_of(half, course.batch) for half in self._halves
+        )
 
     def first_look(self, bar: Any) -> tuple[Ints, Tensor]:
         """The rows of one half, and what a net trained on the other says of them."""
@@ -224,7 +236,7 @@ class _Trainer:
     def epochs(self, net: Net, learned: Ints, epochs: int, bar: Any) -> Iterator[Net]:
         """Train `net` on rows `learned` so many times; yields it after each."""
         order = np.random.default_rng(self._lesson.seed)
-        steps = epochs * steps_of(learned)
+        steps = epochs * steps_of(learned, self._course.batch)
         groups: list[dict[str, Any]] = [
             {"params": [p for p in net.encoder.parameters() if p.requires_grad]},
             {"params": net.head.parameters(), "lr": HEAD_LEARNING_RATE},
@@ -236,7 +248,7 @@ class _Trainer:
             optimizer, lambda step: min((step + 1) / (WARM_UP * steps), 1 - step / steps, 1.0)
         )
         for _ in range(epochs):
-            for rows in mixed_batches(self._inputs, order, learned):
+            for rows in mixed_batches(self._inputs, order, learned, self._course.batch):
                 scores = net.score(self._inputs, rows)
                 loss = self._taught.of_rows(torch.from_numpy(rows)).cross_entropy(scores)
                 optimizer.zero_grad()
