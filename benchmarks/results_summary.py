@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.common.intervals import share_of
 from benchmarks.front_page import load, processor, speedup_of
+from benchmarks.serving import serve_report
 from benchmarks.serving.auto_report import RECENT
 from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.reports.shares import share_in
@@ -82,9 +83,9 @@ def server(what: str, section: str) -> list[str]:
     saved = share_of(limit["adainfer"]["layers_saved"], report["requests"])
     answers = report["answers"]
     changed = f"{share_of(answers['disagreement'], answers['n'])} of the answers"
-    ratios = limit["ratios"]
-    cells = row(what, section, Speedup((ratios["request_throughput"],)), saved, changed, report)
-    cells[1] += f", p99 latency {ratios['p99_e2el_ms']:.2f}x"
+    rate, p99 = (serve_report.ratio_of(limit, key) for key in ("request_throughput", "p99_e2el_ms"))
+    cells = row(what, section, rate, saved, changed, report)
+    cells[1] += f", p99 latency {p99.text}"
     return cells
 
 

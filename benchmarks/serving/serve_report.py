@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.common.intervals import share_of
 from benchmarks.common.report_files import as_png
 from vllm_adainfer.offline.facts.document import markdown_grid
+from vllm_adainfer.offline.reports.speedup import Speedup
 
 STOCK, OURS = "stock", "adainfer"
 # Figures of ``vllm bench serve``, under its names; E2EL is end-to-end latency.
@@ -26,15 +27,19 @@ IN_TABLE = FIGURES[0], "mean_ttft_ms", "p50_e2el_ms", "p99_e2el_ms"
 
 
 def rate_row(rate: float, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """The row for one rate: medians over rounds, all rounds, and the ratios ours / stock."""
+    """The row for one rate: medians over rounds, and all rounds."""
     row: dict[str, Any] = {"rate": rate if math.isfinite(rate) else "inf"}
     for name, done in runs.items():
         medians = {key: statistics.median(run[key] for run in done) for key in FIGURES}
         row[name] = {**medians, "failed": sum(run["failed"] for run in done), "runs": list(done)}
     saved = statistics.median(run["layers_saved"] for run in runs[OURS])
     row[OURS]["layers_saved"] = saved
-    row["ratios"] = {key: row[OURS][key] / row[STOCK][key] for key in FIGURES}
     return row
+
+
+def ratio_of(row: Mapping[str, Any], key: str) -> Speedup:
+    """That of a figure, ours / stock, in pairs of one round each."""
+    return Speedup.of(*([run[key] for run in row[name]["runs"]] for name in (OURS, STOCK)))
 
 
 def name_of(rate: float | str) -> str:
@@ -48,7 +53,7 @@ def table(report: Mapping[str, Any]) -> str:
         [
             name_of(row["rate"]),
             *(
-                f"{row[STOCK][key]:.1f} / {row[OURS][key]:.1f} (**{row['ratios'][key]:.2f}x**)"
+                f"{row[STOCK][key]:.1f} / {row[OURS][key]:.1f} = {ratio_of(row, key).bold}"
                 for key in IN_TABLE
             ),
             share_of(row[OURS]["layers_saved"], report["requests"], 0),
@@ -61,7 +66,7 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [
         f"{report['model']}, {report['data']}: at each rate {report['requests']} prompts of "
         f"{report['prompt_tokens_mean']:.0f} tokens, {sent}. Medians of {report['rounds']} "
-        f"interleaved rounds, stock / ours (ratio). Prefix cache {report['prefix_cache']}; no row "
+        f"interleaved rounds, stock / ours = ratio of pairs. Prefix cache {report['prefix_cache']}; no row "
         "repeats within a run. For one token, the time to first token (TTFT) is the total latency.",
         "",
         markdown_grid(

@@ -105,10 +105,12 @@ def train_halves(courses: Sequence[Course], lesson: Lesson) -> list[Halves]:
         say(f"training {names} on {prompts} prompts, for up to {time_needed}")
         trainers = [_Trainer(course, lesson) for course in courses]
         with progress(total=sum(one.steps_of_halves for one in trainers), desc="halves") as bar:
-            pieces = [partial(one.of_half, half, bar) for one in trainers for half in (0, 1)]
+            # The last courses, the largest, come first: no thread is left with one of them.
+            largest = trainers[::-1]
+            pieces = [partial(one.of_half, half, bar) for one in largest for half in (0, 1)]
             nets = iter([*side_by_side(pieces)])
-        pairs = zip(trainers, zip(nets, nets, strict=True), strict=True)
-        return [Halves(trainer, pair) for trainer, pair in pairs]
+        pairs = zip(largest, zip(nets, nets, strict=True), strict=True)
+        return [Halves(trainer, pair) for trainer, pair in pairs][::-1]
 
 
 def train_wholes(halves: Sequence[Halves]) -> list[Probe]:
