@@ -66,8 +66,9 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [
         f"{report['model']}, {report['data']}: at each rate {report['requests']} prompts of "
         f"{report['prompt_tokens_mean']:.0f} tokens, {sent}. Medians of {report['rounds']} "
-        f"interleaved rounds, stock / ours = ratio of pairs. Prefix cache {report['prefix_cache']}; "
-        "no row repeats within a run. For one token, the time to first token (TTFT) is the total latency.",
+        "interleaved rounds, stock / ours = ratio of pairs. Prefix cache "
+        f"{report['prefix_cache']}; no row repeats within a run. For one token, the time to first "
+        "token (TTFT) is the total latency.",
         "",
         markdown_grid(
             [
