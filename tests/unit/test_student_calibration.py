@@ -39,9 +39,9 @@ from vllm_adainfer.offline.calibration.data.student_base import (
 )
 from vllm_adainfer.offline.calibration.fit import cost, exits, students, training
 from vllm_adainfer.offline.calibration.fit.calibration import TrainedProbe
+from vllm_adainfer.offline.calibration.fit.course import Course
 from vllm_adainfer.offline.calibration.fit.distil import Taught
 from vllm_adainfer.offline.calibration.fit.students import (
-    Size,
     bag_of,
     half_students,
     layers_of,
@@ -76,7 +76,7 @@ def found(recording) -> Any:
         )
 
 
-def trained_on(base: Any, lesson: Lesson, size: Size | None = None) -> TrainedProbe:
+def trained_on(base: Any, lesson: Lesson, size: Course | None = None) -> TrainedProbe:
     [trained] = train_students(base, lesson, [size or layers_of(base)])
     return trained
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.calibration import TrainedProbe
 from vllm_adainfer.offline.calibration.fit.course import Course
-from vllm_adainfer.offline.calibration.fit.net import BATCH
 from vllm_adainfer.offline.calibration.fit.training import (
     Halves,
     Lesson,
@@ -22,26 +21,6 @@ from vllm_adainfer.policy.text_encoders import BagEncoder, LayersEncoder, TextEn
 FIRST_LAYERS = 3
 STUDENT_EPOCHS, STUDENT_LEARNING_RATE, STUDENT_BATCH = 8, 7e-5, 32
 BAG_EPOCHS, BAG_LEARNING_RATE = 30, 1e-3
-
-
-@dataclass(frozen=True)
-class Size:
-    """A size of student.
-
-    Attributes:
-        name: in words.
-        encoder: makes an untrained one, for training.
-        epochs: see `train`.
-        learning_rate: likewise.
-        batch: likewise.
-
-    """
-
-    name: str
-    encoder: Callable[[], TextEncoder]
-    epochs: int
-    learning_rate: float
-    batch: int = BATCH
 
 
 @dataclass(frozen=True)
@@ -71,16 +50,16 @@ class TriedStudent:
         )
 
 
-def bag_of(base: StudentBase) -> Size:
-    """A bag of the encoder's tokens."""
+def bag_of(base: StudentBase) -> Course:
+    """A bag of the encoder's tokens; its course has no inputs yet."""
     words = base.model.get_input_embeddings().weight
-    return Size(
-        "a bag of tokens", lambda: BagEncoder(words.detach()), BAG_EPOCHS, BAG_LEARNING_RATE
+    return Course(
+        "a bag of tokens", lambda: BagEncoder(words.detach()), (), BAG_EPOCHS, BAG_LEARNING_RATE
     )
 
 
-def layers_of(base: StudentBase, count: int | None = None) -> Size:
-    """The first `count` layers of the encoder; None for the encoder as it is."""
+def layers_of(base: StudentBase, count: int | None = None) -> Course:
+    """The first `count` layers of the encoder, None for all; its course has no inputs yet."""
 
     def encoder() -> TextEncoder:
         if count is None:
@@ -92,11 +71,11 @@ def layers_of(base: StudentBase, count: int | None = None) -> Size:
         return own
 
     name = "the whole encoder" if count is None else f"its first {count} layers"
-    return Size(name, encoder, STUDENT_EPOCHS, STUDENT_LEARNING_RATE, STUDENT_BATCH)
+    return Course(name, encoder, (), STUDENT_EPOCHS, STUDENT_LEARNING_RATE, STUDENT_BATCH)
 
 
-def sizes_of(base: StudentBase) -> list[Size]:
-    """All sizes, the smallest first."""
+def sizes_of(base: StudentBase) -> list[Course]:
+    """A course for each size, the smallest first; they have no inputs yet."""
     depth = getattr(base.model.config, "num_hidden_layers", 0)
     fewer = [layers_of(base, FIRST_LAYERS)] if depth > FIRST_LAYERS else []
     return [bag_of(base), *fewer, layers_of(base)]
@@ -121,7 +100,7 @@ class HalfTrained:
 
 
 def half_students(
-    base: StudentBase, lesson: Lesson, sizes: Sequence[Size] = ()
+    base: StudentBase, lesson: Lesson, sizes: Sequence[Course] = ()
 ) -> list[HalfTrained]:
     """Train students of `sizes` (none: of all) on either half; `base` has read all prompts."""
     sizes = sizes or sizes_of(base)
@@ -130,17 +109,7 @@ def half_students(
         return [base.texts[prompt] for prompt in prompts.tolist()]
 
     read = texts(lesson.prompts)
-    courses = [
-        Course(
-            f"a student of {one.name}",
-            one.encoder,
-            read,
-            one.epochs,
-            one.learning_rate,
-            one.batch,
-        )
-        for one in sizes
-    ]
+    courses = [replace(one, name=f"a student of {one.name}", inputs=read) for one in sizes]
     found = []
     for size, halves in zip(sizes, train_halves(courses, lesson), strict=True):
         probe = halves.probe()
@@ -153,7 +122,7 @@ def half_students(
 
 
 def train_students(
-    base: StudentBase, lesson: Lesson, sizes: Sequence[Size] = ()
+    base: StudentBase, lesson: Lesson, sizes: Sequence[Course] = ()
 ) -> list[TrainedProbe]:
     """Train a student of each of `sizes` (none: of all), which has read all prompts, and a head."""
     return [one.finished() for one in half_students(base, lesson, sizes)]
