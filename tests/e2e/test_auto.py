@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adainfer_kernels import normed
 from safetensors.torch import load_file
 from torch import Tensor
 from vllm import SamplingParams
@@ -24,7 +26,7 @@ from tests.waiting import wait_for
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.table import RECURS
-from vllm_adainfer.auto.tries import CERTIFIED, State, Try
+from vllm_adainfer.auto.tries import CERTIFIED, RECORDING, State, Try
 from vllm_adainfer.engine.runner import admitted_kinds
 from vllm_adainfer.engine.worker import self_calibration
 from vllm_adainfer.engine.worker.trainer_process import TrainerProcess
@@ -35,8 +37,11 @@ from vllm_adainfer.watch.ledger import Ledger
 DRAW = np.random.default_rng(0)
 # Of one row, longer than a step of 128 rows, and all between; those before `RECURS` are not kept.
 PROMPTS = [DRAW.integers(5, 1000, n).tolist() for n in DRAW.integers(1, 200, RECURS + 2 * CHUNK)]
+# Prompts of a kind of their own, which all begin alike; the prefix cache has that of some.
+BEGINNING = DRAW.integers(5, 1000, 40).tolist()
+ALIKE = [[*BEGINNING, *prompt] for prompt in PROMPTS]
 TEXT = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
-CUTS = (2, 3, 4, 5)
+CUTS = (0, 2, 3, 4, 5)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +98,8 @@ def test_a_kind_that_recurs_is_recorded_and_every_answer_is_that_of_full_depth(
     recorded = wait_for(lambda: rows_of(directory, kind))
     count = len(recorded["computed"])
     assert CHUNK <= count <= len(PROMPTS) - RECURS + 16, "a step of those that made it recur"
-    assert set(recorded) == {*(f"layer.{cut}" for cut in CUTS), "final", "computed"}
+    named = {f"{what}.{cut}" for cut in CUTS for what in ("layer", "mean")}
+    assert set(recorded) == {*named, "final", "computed"}
     states = [hidden_states(reference, prompt) for prompt in PROMPTS]
     found = set()
     for row in range(count):
@@ -107,6 +113,36 @@ def test_a_kind_that_recurs_is_recorded_and_every_answer_is_that_of_full_depth(
         final = reference.model.norm(states[place][LAYERS][-1:])[0]
         torch.testing.assert_close(recorded["final"][row], final, rtol=1e-3, atol=1e-3)
     assert len(found) == count
+
+
+@torch.inference_mode()
+def test_the_means_over_whole_prompts_are_recorded_from_where_they_differ(
+    auto, directory, labels, reference
+):
+    """Of chunked prompts, too; not where the prefix cache has rows that are to be read."""
+    own = [*labels, 9]
+    kind = Kind("label", tuple(sorted(own))).name(directory.salt)
+    tokens(auto, ALIKE, label(own))
+    tokens(auto, ALIKE, label(own))  # of these the prefix cache has nearly all
+    admitted = running_of(parts(auto)[1]).kinds.kinds[kind]
+    assert admitted.pooled_from == len(BEGINNING)
+    wait_for(lambda: len(rows_of(directory, kind).get("final", ())) >= 2 * CHUNK)
+    recorded = rows_of(directory, kind)
+    states = [hidden_states(reference, prompt) for prompt in ALIKE]
+    found = 0
+    for row in range(len(recorded["computed"])):
+        distances = [float((recorded["layer.5"][row] - one[5][-1]).norm()) for one in states]
+        own_states, mean = states[int(np.argmin(distances))], recorded["mean.5"][row]
+        if mean.isnan().any():
+            assert all(recorded[f"mean.{cut}"][row].isnan().all() for cut in CUTS)
+            continue
+        found += 1
+        for cut in CUTS:
+            expected = normed(own_states[cut][len(BEGINNING) :]).mean(0)
+            torch.testing.assert_close(
+                recorded[f"mean.{cut}"][row].float(), expected, rtol=2e-2, atol=5e-3
+            )
+    assert CHUNK < found < len(recorded["computed"])
 
 
 def test_only_its_user_can_read_the_directory(auto, directory, labels):
@@ -127,24 +163,41 @@ def test_full_depth_by_choice_sampled_and_lone_answers_are_no_kind_and_earn_no_b
     assert {name: own.ledger.requests for name, own in kinds.kinds.items()} == before
 
 
-def certify(directory: AutoDirectory, kind: str, number: int) -> None:
+def certify(
+    directory: AutoDirectory, kind: str, number: int, course: int = 0, status: str = CERTIFIED
+) -> None:
     """Say that a policy is certified, as the trainer does."""
-    state = State(CERTIFIED, (Try(number, "", 0, 0, 1, CERTIFIED),))
+    state = State(status, (Try(number, "", 0, 0, 1, CERTIFIED, course),))
     write_json(directory.trainer(kind), asdict(state))
 
 
+def kind_policy(directory: AutoDirectory, kind: str) -> int | None:
+    """The policy that has come into service last, by the events."""
+    events = [json.loads(line) for line in directory.events.read_text().splitlines()]
+    numbers = [e["policy"] for e in events if e["kind"] == kind and e["event"] == "serving"]
+    return numbers[-1] if numbers else None
+
+
+POLICIES = {
+    "last token": {"exit_points": CUTS[1:3]},
+    "whole prompt": {"exit_points": CUTS[:2], "probe": "pooled-label-head", "pooled_from": 2},
+}
+
+
 @pytest.fixture
-def served(auto, directory, tiny_model, labels) -> tuple[str, Any]:
+def served(auto, directory, tiny_model, labels, request) -> tuple[str, Any]:
     """The kind, with a random policy that settles everybody and a budget of its own to set.
 
     It misses so often that evidence would close the kind at once.
     """
     kind = Kind("label", tuple(sorted(labels))).name(directory.salt)
-    tiny_artifact(tiny_model, directory.policy(kind, 1), exit_points=CUTS[:2])
+    reads = getattr(request, "param", "last token")
+    number = 10 + 10 * [*POLICIES].index(reads)
+    tiny_artifact(tiny_model, directory.policy(kind, number), **POLICIES[reads])
     tokens(auto, PROMPTS[: 2 * RECURS], label(labels))
-    certify(directory, kind, 1)
+    certify(directory, kind, number)
     own = running_of(parts(auto)[1]).kinds.kinds[kind]
-    wait_for(lambda: own.state == "served")
+    wait_for(lambda: own.state == "served" and kind_policy(directory, kind) == number)
     tokens(auto, PROMPTS[:1], TEXT)  # the step after takes the policy into service
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledgers, "ERROR_RATE", 1e-300)
@@ -157,24 +210,32 @@ def depths(llm: Any, kind: str) -> dict[int, int]:
     return found
 
 
+@pytest.mark.parametrize("served", ["whole prompt", "last token"], indirect=True)
 def test_nobody_exits_until_the_budget_allows_for_it_and_no_more_than_it_allows(
-    auto, directory, labels, served, reference, monkeypatch
+    auto, directory, labels, served, request, monkeypatch
 ):
     kind, own = served
     monkeypatch.setattr(running_of(parts(auto)[1]).kinds, "_toss", Random(0).random)
+    auto.reset_prefix_cache()
     full = tokens(auto, PROMPTS, label(labels))
     assert own.ledger.decided == 0
-    assert own.ledger.requests == len(PROMPTS)
+    whole = [prompt for prompt in PROMPTS if len(prompt) > 2]  # another has no part to be read
+    is_pooled = "whole prompt" in request.node.name
+    assert own.ledger.requests == len(whole if is_pooled else PROMPTS)
     own.ledger.allowed = 60.0
     before = sum(depths(auto, kind).values()) if kind in names(auto) else 0
-    early = tokens(auto, PROMPTS * 2, label(labels))
+    early = []
+    for _ in range(2):
+        auto.reset_prefix_cache()  # or no prompt is read as a whole
+        early += tokens(auto, PROMPTS, label(labels))
     ledger = own.ledger
     changed = sum(one != two for one, two in zip(early, full * 2, strict=True))
     assert ledger.misses > 0, "a random policy misses"
     assert 0 < changed <= ledger.changed_at_most <= ledger.allowed
     histogram = depths(auto, kind)
     assert sum(histogram.values()) - before == ledger.decided
-    assert histogram[CUTS[0]] > histogram[LAYERS] > 0, "most leave, some are compared"
+    early = sum(count for layer, count in histogram.items() if layer < LAYERS)
+    assert early > histogram[LAYERS] > 0, "most leave, some are compared"
     written = read_json(directory.ledger(kind))
     assert written["misses"] + written["reserved"] >= ledger.misses, "written ahead"
     # No block that an exit left incomplete is in the prefix cache.
@@ -202,15 +263,16 @@ def test_while_the_ledger_cannot_be_written_nobody_exits(auto, labels, served, m
 @pytest.mark.parametrize(
     ("number", "damage"),
     [
-        pytest.param(2, {"exit_points": (1, 3)}, id="other exit points"),
-        pytest.param(3, {"weights_fingerprint": "0123456789abcdef"}, id="other weights"),
-        pytest.param(4, None, id="no files"),
+        pytest.param(1, {"exit_points": (1, 3)}, id="other exit points"),
+        pytest.param(2, {"weights_fingerprint": "0123456789abcdef"}, id="other weights"),
+        pytest.param(3, None, id="no files"),
     ],
 )
 def test_a_policy_that_cannot_be_served_is_put_away_and_the_one_before_serves_on(
     auto, directory, tiny_model, labels, served, number, damage
 ):
     kind, own = served
+    number += kind_policy(directory, kind)
     if damage is None:
         directory.policy(kind, number).mkdir()
     else:
@@ -220,6 +282,52 @@ def test_a_policy_that_cannot_be_served_is_put_away_and_the_one_before_serves_on
     own.ledger.allowed = 1000.0
     tokens(auto, PROMPTS[:10], label(labels))
     assert own.ledger.decided == 10
+
+
+def test_while_a_policy_serves_those_who_are_compared_are_recorded_for_a_better_one(
+    auto, directory, labels, served, monkeypatch
+):
+    kind, own = served
+    certify(directory, kind, own.certified, status=RECORDING)
+    wait_for(lambda: own.records)
+    own.ledger.allowed = 1000.0
+    before = len(rows_of(directory, kind).get("final", ()))
+    exits = sum(count for layer, count in depths(auto, kind).items() if layer < LAYERS)
+    tokens(auto, PROMPTS * 4, label(labels))
+    exits -= sum(count for layer, count in depths(auto, kind).items() if layer < LAYERS)
+    assert exits < -CHUNK
+    stayed = 4 * len(PROMPTS) + exits
+    wait_for(lambda: len(rows_of(directory, kind)["final"]) - before > stayed - 2 * CHUNK)
+    assert len(rows_of(directory, kind)["final"]) - before <= stayed + CHUNK
+
+
+def test_a_closed_kind_is_recorded_anew_and_opens_with_a_policy_of_those_rows(
+    auto, directory, tiny_model, labels, served, monkeypatch
+):
+    kind, own = served
+    number, full = own.certified, tokens(auto, PROMPTS, label(labels, adainfer=0))
+    own.ledger.allowed = 1000.0
+    monkeypatch.setattr(ledgers, "ERROR_RATE", 0.01)
+    own.ledger.open_again()  # with that rate
+    while not own.ledger.is_closed:
+        tokens(auto, PROMPTS, label(labels))
+    wait_for(lambda: own.state == "recording" and own.records)
+    misses = own.ledger.misses
+    assert tokens(auto, PROMPTS, label(labels)) == full
+    wait_for(lambda: rows_of(directory, kind))
+    certify(directory, kind, number)  # that of the course before
+    certify(directory, kind, number + 5, course=own.course)
+    tiny_artifact(tiny_model, directory.policy(kind, number + 5), **POLICIES["last token"])
+    wait_for(lambda: kind_policy(directory, kind) == number + 5)
+    tokens(auto, PROMPTS[:1], TEXT)
+    assert not own.ledger.is_closed
+    assert own.ledger.misses >= misses, "what is spent stays spent"
+    own.ledger.allowed = 1000.0
+    monkeypatch.setattr(ledgers, "ERROR_RATE", 1e-300)
+    own.ledger.open_again()
+    before = own.ledger.decided
+    tokens(auto, PROMPTS, label(labels))
+    assert own.ledger.decided > before
 
 
 def test_a_client_cannot_ask_a_server_that_calibrates_itself_for_another_bound(auto, labels):

@@ -78,6 +78,50 @@ def test_what_a_policy_in_service_does_not_decide_earns_no_budget(kinds):
     assert own.ledger.requests == RECURS + 5
 
 
+def test_compared_requests_are_recorded_too_while_a_better_policy_may_come(kinds):
+    step(kinds, [request(1)] * RECURS)
+    [own] = kinds.kinds.values()
+    own.state, own.ledger.allowed = "served", 1e6
+    kinds._toss = iter([0.0, 0.9] * 50).__next__
+    recorded, compared, full = step(kinds, [request(1)] * 10)
+    assert recorded == compared.tolist() == [0, 2, 4, 6, 8]
+    assert not full.size
+    own.records = False
+    assert step(kinds, [request(1)] * 10)[0] == []
+
+
+def test_a_kind_with_a_policy_gives_up_its_rows_for_one_without(kinds, clock):
+    for number in range(MOST_RECORDED):
+        step(kinds, [request(number)] * RECURS)
+    own = kinds.kinds["kind-3"]
+    step(kinds, [request(900)] * RECURS)
+    assert "kind-900" not in kinds.kinds, "all are young and have no policy"
+    own.state = "served"
+    step(kinds, [request(900)])
+    assert "kind-900" in kinds.kinds
+    assert own.has_grown
+    assert not own.records
+
+
+def test_a_closed_kind_begins_a_course_and_waits_longer_each_time(kinds, directory):
+    step(kinds, [request(1)] * RECURS)
+    [own] = kinds.kinds.values()
+    waits = []
+    for course in range(1, 4):
+        own.ledger.allowed = 1e9
+        while not own.ledger.is_closed:
+            step(kinds, [request(1)] * 10, misses=10)
+            own.ledger.allowed = 1e9
+        assert own.course == course
+        waits.append(own.begins_at - own.ledger.requests)
+        kinds.came_into_service([own.name])
+        assert not own.ledger.is_closed
+    assert waits == [0, 4000, 8000]
+    kinds.save()
+    again = AdmittedKind.read(own.name, directory.ledger(own.name))
+    assert (again.course, again.begins_at) == (3, own.begins_at)
+
+
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
@@ -98,6 +142,7 @@ def fill(kinds: AdmittedKinds, clock: Clock, count: int, requests: int) -> list[
         step(kinds, [request(number)] * requests)
         if count > MOST_RECORDED:
             kinds.kinds[f"kind-{number}"].state = "served"
+            kinds.kinds[f"kind-{number}"].records = False
     assert len(kinds.kinds) == count
     return list(kinds.kinds)
 

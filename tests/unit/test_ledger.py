@@ -154,7 +154,8 @@ def test_the_claim_never_exceeds_the_budget_once_requests_leave(share, size):
         if ledger.decided:
             assert ledger.changed_at_most <= ledger.allowed + 1e-9
         most_unused = max(MOST_UNUSED, MOST_UNUSED_STEPS * size)
-        assert ledger.allowed <= ledger.changed_at_most + most_unused + 1e-9
+        last = ledger.as_dict()["bounds"][-1]  # which the lowest rate goes on with
+        assert ledger.allowed <= last + most_unused + 1e-9
     assert stream.ledger.decided
 
 
@@ -183,8 +184,8 @@ def test_so_large_a_share_of_requests_exits_however_many_come_in_a_step(size, so
     assert stream.exits - before > later * 40_000
 
 
-@pytest.mark.parametrize(("share", "spent", "closed"), [(0.04, 5100, 22_000), (0.1, 1270, 5000)])
-def test_a_kind_closes_for_good_when_its_traffic_changes(share, spent, closed):
+@pytest.mark.parametrize(("share", "spent", "closed"), [(0.04, 5100, 24_000), (0.1, 1270, 5000)])
+def test_a_kind_closes_when_its_traffic_changes(share, spent, closed):
     """`spent` is when a budget at its most is spent on average, by hand."""
     found = []
     for seed in range(5):
@@ -204,6 +205,28 @@ def test_a_kind_closes_for_good_when_its_traffic_changes(share, spent, closed):
     assert np.mean(found) == pytest.approx(spent, rel=0.4)
 
 
+def test_a_closed_kind_that_opens_again_keeps_what_is_spent_and_closes_on_new_evidence_alone():
+    stream = opened(0.1, 20_000)
+    ledger = stream.ledger
+    assert ledger.closings == 1
+    before = ledger.as_dict()
+    ledger.open_again()
+    assert not ledger.is_closed
+    assert {**ledger.as_dict(), "evidence": 0} == {
+        **before,
+        "evidence": 0,
+        "why_closed": None,
+        "closed": False,
+    }
+    after(20_000, 0.5 * EPSILON, stream)
+    assert not ledger.is_closed
+    after(20_000, 0.3, stream)
+    assert ledger.closings == 2
+    again = Ledger.of_dict(json.loads(json.dumps(ledger.as_dict())))
+    assert again is not None
+    assert again.as_dict() == ledger.as_dict()
+
+
 def test_a_kind_whose_traffic_stays_as_it_is_and_within_epsilon_stays_open():
     for seed in range(6):
         assert not opened(0.9 * EPSILON, 60_000, seed, size=64).ledger.is_closed
@@ -217,7 +240,7 @@ def test_the_rate_falls_where_the_budget_allows_it_and_rises_where_it_has_no_roo
         after(16, 0.005, stream)
         falls.setdefault(stream.ledger.rate, stream.ledger.requests)
     assert 3000 < falls[0.12] < 9000
-    assert falls[0.12] < falls[0.05] < 60_000
+    assert falls[0.12] < falls[LOWER_RATES[-1]] < 20_000
     lowest = stream.ledger.rate
     after(4000, 0.05, stream)
     assert stream.ledger.rate == RATE > lowest
@@ -258,12 +281,13 @@ def test_a_ledger_that_an_earlier_version_wrote_goes_on_with_its_bounds():
     stream = opened(0.01, 5000)
     state = stream.ledger.as_dict()
     earlier = {**state, "latest": [[1600, 18.4]]}
-    for key in "evidence", "largest_step":
+    for key in "evidence", "largest_step", "closings":
         del earlier[key]
-    ledger = Ledger.of_dict(earlier)
+    ledger = Ledger.of_dict({**earlier, "rate": 0.05})  # none of today's
     assert ledger is not None
-    assert ledger.changed_at_most == stream.ledger.changed_at_most
-    assert ledger.as_dict()["bounds"] == state["bounds"]
+    assert ledger.rate == 0.08
+    assert ledger.changed_at_most >= stream.ledger.changed_at_most
+    assert ledger.as_dict()["bounds"][-1] == state["bounds"][-1]
 
 
 @pytest.mark.parametrize(

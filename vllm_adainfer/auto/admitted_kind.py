@@ -6,12 +6,13 @@ import logging
 import math
 import operator
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from vllm_adainfer.auto.beginning import Beginning
 from vllm_adainfer.auto.directory import read_json, write_json
 from vllm_adainfer.watch.ledger import Ledger
 
@@ -19,6 +20,8 @@ logger = logging.getLogger("vllm.adainfer.auto")  # vLLM shows only loggers unde
 
 DAY = 86400.0  # seconds
 RESERVED = 2  # misses for which a file allows ahead
+AGAIN = 2_000  # requests that a course waits for, doubled with each course; the first does not wait
+COURSE = ("pooled_from", "course", "begins_at", "has_grown")
 SHOWN = ("requests", "misses", "changed_at_most", "allowed", "rate", "closed")
 
 
@@ -56,7 +59,13 @@ class AdmittedKind:
         ledger: that of its promise; steps alone change it.
         since: when its requests began to count, in seconds since 1970.
         recent: its requests of about the last day.
-        state: "recording"; "recorded" with rows enough; then "served" or "given up".
+        pooled_from: the position from which on whole prompts are read, see `Beginning`; None
+            before it is known.
+        course: how often it has been recorded anew, see `auto.tries`.
+        begins_at: its requests from which on the rows of this course are recorded.
+        has_grown: whether it gave up its rows for a kind without a policy.
+        state: "recording"; "recorded" with rows enough; then "served", "given up" or "closed".
+        records: whether rows are recorded, also beside serving.
         certified: number of the policy to serve; None for none.
         quarantined: the policy that cannot be served, and why; empty for none.
         content: what its file should say since the last step.
@@ -68,7 +77,12 @@ class AdmittedKind:
     ledger: Ledger
     since: float = field(default_factory=time.time)
     recent: Recent = field(default_factory=Recent)
+    pooled_from: int | None = None
+    course: int = 0
+    begins_at: int = 0
+    has_grown: bool = False
     state: str = "recording"
+    records: bool = True
     certified: int | None = None
     quarantined: Mapping[str, Any] = field(default_factory=dict)
     content: Mapping[str, Any] = field(init=False)
@@ -76,6 +90,7 @@ class AdmittedKind:
     _written: tuple[Any, Any] = (None, None)  # `content` and `quarantined` as the file has them
     _allowed_for: int = 0  # misses that the file has or allows for; -1 while it is written
     _writing: Lock = field(default_factory=Lock)
+    _beginning: Beginning = field(default_factory=Beginning)
 
     def __post_init__(self) -> None:
         """A thread may write the file before the first step of the kind has ended."""
@@ -83,13 +98,31 @@ class AdmittedKind:
 
     @property
     def is_done(self) -> bool:
-        """Whether no request of it will ever exit."""
+        """Whether no request of it exits now."""
         return self.ledger.is_closed or self.state == "given up"
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether its rows are kept, for a try to come."""
+        return self.records or self.state == "recorded"
 
     @property
     def reading(self) -> dict[str, Any]:
         """The state of the ledger, for people."""
         return {name: self.content[name] for name in SHOWN}
+
+    def see(self, prompt: Sequence[int]) -> None:
+        """Look at the prompt of a request that is recorded."""
+        if self.pooled_from is None:
+            self._beginning.see(prompt)
+            self.pooled_from = self._beginning.pooled_from
+
+    def begin_course(self) -> None:
+        """Record it anew: at once for the first time, then after more and more requests."""
+        wait = AGAIN * 2**self.course if self.course else 0
+        self.course, self.begins_at = self.course + 1, self.ledger.requests + wait
+        self.has_grown = False
+        self.note()
 
     def add(self, requests: int, decided: int, misses: int, path: Path) -> None:
         """Enter a step into the ledger, whose file is `path`; see `Ledger.add`.
@@ -106,6 +139,7 @@ class AdmittedKind:
     def note(self) -> None:
         """Note what the file should say; for steps alone, which change the ledger."""
         own = {"since": self.since, "recent": vars(self.recent).copy()}
+        own |= {name: getattr(self, name) for name in COURSE}
         self.content = {**self.ledger.as_dict(self.ledger.spare(RESERVED)), **own}
 
     def save(self, path: Path, reserves: bool = True) -> None:
@@ -143,9 +177,14 @@ class AdmittedKind:
         try:
             since, recent = float(content["since"]), content.get("recent", {})
             recent = Recent(**{key: float(recent[key]) for key in recent})
+            pooled_from = content.get("pooled_from")
+            pooled_from = None if pooled_from is None else int(pooled_from)
+            course, begins_at = (int(content.get(key, 0)) for key in ("course", "begins_at"))
         except (LookupError, TypeError, ValueError):
             return None
         quarantined = content.get("quarantined") or {}
-        found = cls(name, ledger, since, recent, quarantined=quarantined)
+        has_grown = bool(content.get("has_grown"))
+        own = (pooled_from, course, begins_at, has_grown)
+        found = cls(name, ledger, since, recent, *own, quarantined=quarantined)
         found._written, found._allowed_for = (found.content, quarantined), ledger.misses
         return found

@@ -19,7 +19,7 @@ DEFAULT_POLICY = "default"  # name of the policy where only one directory is giv
 # These work on vLLM's own model.
 STOCK_KEYS = {"audit", "auto", "capture", "draft_structure", "finish_choices", "enabled"}
 NOT_WITH_AUTO = {"artifact", "exit_points", "epsilon", "requests", "shadow_rate"}
-AUTO_POINTS = 6  # evenly from 40 to 85 % of the layers
+AUTO_POINTS = 6  # evenly from 40 to 85 % of the layers; and one before the first layer
 # Policy names appear in requests and in the labels of metrics.
 PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
@@ -278,7 +278,7 @@ class Settings(Switch, SwitchInstruments):
         """
         if self.calibrates_itself:
             spread = (depth * (0.4 + 0.45 * n / (AUTO_POINTS - 1)) for n in range(AUTO_POINTS))
-            return tuple(sorted({min(max(1, round(layer)), depth - 1) for layer in spread}))
+            return tuple(sorted({0, *(min(max(1, round(one)), depth - 1) for one in spread)}))
         return self.exit_script or self.exit_points or ()
 
 

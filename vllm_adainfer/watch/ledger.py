@@ -35,7 +35,7 @@ from vllm_adainfer.watch.evidence import Evidence, log_factors
 
 # Large ones begin with a small bound and soon need a high rate, small ones go with low rates.
 GRID = (0.2, 0.12, 0.06, 0.025)
-LOWER_RATES = (0.12, 0.05)
+LOWER_RATES = (0.12, 0.08, 0.045)
 # The changed answers that good times may leave for bad ones: so many, or so many largest steps.
 MOST_UNUSED, MOST_UNUSED_STEPS = 100.0, 3
 # What closes a kind bets that so many times epsilon is missed, and is rarely wrong. Other gamblers
@@ -60,7 +60,8 @@ class Ledger:
         misses: the compared ones of these whose answer the policy would have changed.
         largest_step: the most requests of the kind in one step.
         allowed: the budget, in changed answers: what requests have earned, unless it lay idle.
-        why_closed: a sentence, once the kind is closed for good; None before.
+        why_closed: a sentence while the kind is closed; None while its requests may exit.
+        closings: how often it has been closed.
 
     """
 
@@ -75,13 +76,25 @@ class Ledger:
                 f"anything: take at least {1 - math.exp(-GRID[-1]) + 0.005:.2f}"
             )
         self.epsilon, self.alpha = epsilon, alpha
-        self.requests = self.decided = self.misses = self.largest_step = 0
+        self.requests = self.decided = self.misses = self.largest_step = self.closings = 0
         self.allowed = 0.0
         self.why_closed: str | None = None
-        self._bounds = [math.log(len(GRID) / alpha) / c for c in GRID]  # by c, infinite once out
+        self._bounds = first_bounds(alpha)  # by c, infinite once out
         self._weighed = 0.0  # misses over their rates: about all misses, compared or not
-        self._evidence = Evidence(len(TIMES), BLOCK, ERROR_RATE)
+        self._evidence = self._new_evidence()
         self._take_rates(rate)
+
+    def _new_evidence(self) -> Evidence:
+        """Evidence without a bet; the error rates of all that there ever are add up to one."""
+        share = 1 / ((self.closings + 1) * (self.closings + 2))
+        return Evidence(len(TIMES), BLOCK, share * ERROR_RATE)
+
+    def open_again(self) -> None:
+        """Let requests of a closed kind exit under a new policy; what is spent stays spent.
+
+        Nothing is evidence against the new policy yet.
+        """
+        self._evidence, self.why_closed = self._new_evidence(), None
 
     def use_rate(self, rate: float) -> None:
         """Go on with another highest rate, if it is another."""
@@ -106,7 +119,7 @@ class Ledger:
 
     @property
     def is_closed(self) -> bool:
-        """Whether no request will ever be under a policy again."""
+        """Whether no request may be under the policy that serves now."""
         return self.why_closed is not None
 
     def decidable(self, compared: Sequence[bool]) -> int:
@@ -136,7 +149,8 @@ class Ledger:
         self._count(misses)
         most_unused = max(MOST_UNUSED, MOST_UNUSED_STEPS * self.largest_step)
         earned = self.allowed + self.epsilon * requests
-        self.allowed = min(earned, self.changed_at_most + most_unused)
+        # Beyond the bound that the lowest rate goes on with: below it, that rate would never fit.
+        self.allowed = min(earned, self._bounds[-1] + most_unused)
         self._judge(decided, misses)
         self._set_rate()
 
@@ -152,11 +166,12 @@ class Ledger:
         return 0 if self.is_closed else min(most, self._room(self.rate))
 
     def _judge(self, decided: int, misses: int) -> None:
-        """Close the kind for good once it is evident that its policy changes too much."""
+        """Close the kind once it is evident that its policy changes too much."""
         if self.is_closed or not decided:
             return
         self._evidence.add(miss_factors(self.epsilon, self.rate, decided, misses), decided)
         if self._evidence.is_enough:
+            self.closings += 1
             self.why_closed = (
                 f"its policy changes more than {self.epsilon:g} of the answers, by evidence that "
                 f"is wrong for {ERROR_RATE:.0%} of kinds at most: the traffic has changed"
@@ -207,6 +222,7 @@ class Ledger:
             "weighed": self._weighed,
             "evidence": self._evidence.as_dict(),
             "why_closed": self.why_closed,
+            "closings": self.closings,
             "reserved": reserved,
             "changed_at_most": self.changed_at_most if self.decided else 0.0,
             "closed": self.is_closed,
@@ -218,25 +234,33 @@ class Ledger:
 
         A damaged one begins anew, without its requests: what they earned may be spent. One that an
         earlier version wrote has bounds on all misses, which are above those on changed answers,
-        and no evidence yet.
+        and no evidence yet; its rate may be none of today's, and the next higher one is taken.
         """
         try:
             ledger = cls(float(state["epsilon"]), float(state["alpha"]), float(state["rates"][0]))
-            ledger._go_to(ledger.rates[ledger.rates.index(state["rate"])])
+            rate = float(state["rate"])
+            ledger._go_to(min(one for one in ledger.rates if one >= rate))
             ledger.requests = int(state["requests"])
             ledger.decided, ledger.misses = int(state["decided"]), int(state["misses"])
             ledger.allowed, ledger._weighed = float(state["allowed"]), float(state["weighed"])
             bounds = [math.inf if one is None else float(one) for one in state["bounds"]]
             ledger._bounds = [max(pair) for pair in zip(bounds, ledger._bounds, strict=True)]
             ledger.largest_step = int(state.get("largest_step", 0))
+            ledger.why_closed = None if state["why_closed"] is None else str(state["why_closed"])
+            ledger.closings = int(state.get("closings", ledger.is_closed))
+            ledger._evidence = ledger._new_evidence()
             if "evidence" in state:
                 ledger._evidence.restore(state["evidence"])
             # They are no evidence against the policy, as they may not have happened.
             ledger._count(int(state.get("reserved", 0)))
-            ledger.why_closed = None if state["why_closed"] is None else str(state["why_closed"])
         except (AdaInferError, ArithmeticError, KeyError, TypeError, ValueError):
             return None
         return ledger
+
+
+def first_bounds(alpha: float) -> list[float]:
+    """By c, the bound before any miss; all of them hold together with confidence 1 - `alpha`."""
+    return [math.log(len(GRID) / alpha) / c for c in GRID]
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from random import SystemRandom
 
 import numpy as np
@@ -20,7 +20,7 @@ from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.auto.admitted_kind import AdmittedKind, Recent
 from vllm_adainfer.auto.directory import AutoDirectory
 from vllm_adainfer.auto.table import RECURS
-from vllm_adainfer.engine.admission.running import Running
+from vllm_adainfer.engine.admission.running import NOT_POOLED, Running
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.exits.loop.step import FULL_DEPTH, RecordedRequests
 from vllm_adainfer.settings.engine import Auto
@@ -82,8 +82,31 @@ class AdmittedKinds:
 
     @property
     def closed(self) -> list[str]:
-        """The kinds whose requests run at full depth for good."""
+        """The kinds whose policy no request may be under."""
         return [name for name, kind in self.kinds.items() if kind.ledger.is_closed]
+
+    def came_into_service(self, names: Iterable[str]) -> None:
+        """New policies serve these kinds: those that were closed are open again."""
+        for name in names:
+            kind = self.kinds.get(name)
+            if kind is not None and kind.ledger.is_closed:
+                kind.ledger.open_again()
+                kind.note()
+                logger.info("kind %s has a new policy: its requests may exit again", name)
+                self._directory.tell(name, "opened again", requests=kind.ledger.requests)
+
+    def pooled_from(self, requests: Sequence[Running]) -> Ints:
+        """[requests], from where on prompts that may be recorded are read as a whole.
+
+        `NOT_POOLED` for all others, and for kinds of which that is not known yet.
+        """
+        found = np.full(len(requests), NOT_POOLED)
+        for place, request in enumerate(requests):
+            kind = None if request.kind is None else self.kinds.get(request.kind)
+            if kind is not None and kind.records and kind.pooled_from is not None:
+                is_longer = len(request.prompt) > kind.pooled_from
+                found[place] = kind.pooled_from if is_longer else NOT_POOLED
+        return found
 
     def take_lost(self) -> list[str]:
         """The kinds that have lost their place since the last call; nearly always none."""
@@ -93,7 +116,7 @@ class AdmittedKinds:
     def admit_by_ledger(
         self, requests: Sequence[Running], first_tokens: Ints, lens: Ints, threshold_rows: Ints
     ) -> tuple[Bools, RecordedRequests | None]:
-        """Let a step's requests exit as far as the ledgers allow, and record those of new kinds.
+        """Let a step's requests exit as far as the ledgers allow, and record some of the others.
 
         Those at `first_tokens` yield their first token. `lens` [requests] are the rows of each;
         `threshold_rows` [requests] become `FULL_DEPTH` where all layers must run. Returns bool
@@ -123,13 +146,16 @@ class AdmittedKinds:
             earning = decidable if kind.state == "served" else places
             if earning:
                 self._step[name] = len(earning), count
-            if kind.state == "recording":
-                recorded += [
-                    (place, name)
+            if kind.records:
+                own = [
+                    place
                     for place in places
-                    if threshold_rows[place] == FULL_DEPTH  # its policy may just have come
+                    if (threshold_rows[place] == FULL_DEPTH or compared[place])
                     and not requests[place].force_full_depth_prefill
                 ]
+                for place in own:
+                    kind.see(requests[place].prompt)
+                recorded += [(place, name) for place in own]
         if not recorded:
             return compared, None
         chosen = np.array([place for place, _ in recorded])
@@ -160,11 +186,12 @@ class AdmittedKinds:
             self._directory.tell(name, "opened", requests=ledger.requests)
         if ledger.is_closed and not was_closed:
             logger.warning(
-                "kind %s is closed, its requests run at full depth from now on: %s",
+                "kind %s is closed, its requests run at full depth until it has a new policy: %s",
                 name,
                 ledger.why_closed,
             )
             self._directory.tell(name, "closed", requests=ledger.requests, why=ledger.why_closed)
+            kind.begin_course()
         elif ledger.rate != rate:
             logger.info(
                 "kind %s: from now on %g of its requests run all layers to be compared, not %g",
@@ -199,9 +226,8 @@ class AdmittedKinds:
 
     def _has_room(self, wants: float, step: Container[str], now: float) -> bool:
         """Whether one more kind may be recorded; see `who_goes` for who makes room for it."""
-        kept = ("recording", "recorded")  # kinds whose rows are kept
-        holders = {name: kind for name, kind in self.kinds.items() if kind.state in kept}
-        if len(holders) < MOST_RECORDED:
+        holders = {name: kind for name, kind in self.kinds.items() if kind.keeps_rows}
+        if len(holders) < MOST_RECORDED or self._one_has_grown(holders.values()):
             if len(self.kinds) < MOST_KINDS:
                 return True
             holders = self.kinds
@@ -220,6 +246,17 @@ class AdmittedKinds:
         self._lost.append(name)
         logger.info("kind %s loses its place to one that comes more often", name)
         self._directory.tell(name, "lost its place")
+        return True
+
+    def _one_has_grown(self, holders: Iterable[AdmittedKind]) -> bool:
+        """Whether one that has a policy gave up its rows; it is the one that came least of late."""
+        served = [kind for kind in holders if kind.state == "served"]
+        if not served:
+            return False
+        now = time.time()
+        kind = min(served, key=lambda one: one.recent.at(now))
+        kind.has_grown, kind.records = True, False
+        kind.note()
         return True
 
 

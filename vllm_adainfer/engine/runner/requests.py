@@ -164,7 +164,9 @@ class RunningRequests:
         rows, pooled_from = own.threshold_row, None
         if admission.has_pooled:
             pooled_from = own.pooled_from
-            self._without_lost_rows(own, request_ids, computed)
+            for place in self._lost(pooled_from, request_ids, computed):
+                pooled_from[place] = NOT_POOLED
+                own.threshold_row[place] = own.last_token_row[place]
         needs_all = (own.force_full_depth_prefill != 0) & (computed < own.prompt_tokens)
         # vLLM frees blocks outside the window, which deferred rows still need. Chunks before the
         # last one are never deferred, and pooled policies read them.
@@ -173,7 +175,7 @@ class RunningRequests:
         if admission.any_stand:
             stands = own.answers_stand != 0
             stays, needs_all = needs_all & stands, needs_all & ~stands
-        shadow = recorded = tightened = None
+        shadow = recorded = tightened = keeps_means = None
         if self.kinds is None and (tightened := loop.tightened()) is not None:
             shadow = own.is_shadow != 0
         self._why.clear()
@@ -189,8 +191,13 @@ class RunningRequests:
             first = np.flatnonzero(serves & yields_token & (token == 1))
             requests = [self._requests[request_id] for request_id in request_ids]
             shadow, recorded = self.kinds.admit_by_ledger(requests, first, query_lens, rows)
+            wanted = self.kinds.pooled_from(requests)
+            wanted[self._lost(wanted, request_ids, computed)] = NOT_POOLED
+            keeps_means = wanted >= 0
         if pooled_from is not None and not admission.is_recording:
             pooled_from[rows == FULL_DEPTH] = NOT_POOLED
+        if keeps_means is not None and keeps_means.any():
+            pooled_from = wanted if pooled_from is None else np.maximum(pooled_from, wanted)
         self._ran = StepContext(
             request_ids=request_ids,
             layout=RowLayout(query_lens, last),
@@ -212,6 +219,7 @@ class RunningRequests:
             else None,
             record_rows=own.record_row if admission.is_recording else None,
             recorded=recorded,
+            keeps_means=keeps_means,
             ends_early=own.has_choice_policy != 0 if admission.has_choices else None,
             all_rows_count=bool(own.wants_prompt_logprobs.any()),
             device=device,
@@ -240,13 +248,11 @@ class RunningRequests:
         if tightened is not None:
             yield "too_many_differ", tightened[own.threshold_row] & (own.is_shadow == 0)
 
-    def _without_lost_rows(self, own: Columns, request_ids: Sequence[str], computed: Ints) -> None:
-        """Let requests be decided by their last token of whose prompts some rows never ran."""
-        pooled_from = own.pooled_from
-        for place in np.flatnonzero((pooled_from >= 0) & (computed > pooled_from)).tolist():
-            if self._loop.carried.ends.get(request_ids[place]) != computed[place]:
-                pooled_from[place] = NOT_POOLED
-                own.threshold_row[place] = own.last_token_row[place]
+    def _lost(self, pooled_from: Ints, request_ids: Sequence[str], computed: Ints) -> list[int]:
+        """Requests of whose prompts some rows that are to be read never ran, by their places."""
+        late = np.flatnonzero((pooled_from >= 0) & (computed > pooled_from)).tolist()
+        ends = self._loop.carried.ends
+        return [place for place in late if ends.get(request_ids[place]) != computed[place]]
 
     def adapters_of(self, step: StepContext) -> StepAdapters | None:
         """The adapters of a step's requests; None without LoRA."""

@@ -79,5 +79,6 @@ def write_facts(
         "hf_overrides": overrides if isinstance(overrides, dict) else None,
         "layer_seconds": layer_seconds,
         "cut_seconds": compaction_cost_of(stack, model.device) * layer_seconds / rows,
+        "pool_seconds": model.loop.pool_seconds / max(1, model.loop.pooled_rows),
     }
     write_json(directory.model, {**read_json(directory.identity), **facts_of(model), **facts})

@@ -72,6 +72,11 @@ class RowFiles:
             if not self._directory.rows(kind).exists():
                 del self.counts[kind]
 
+    def forget(self, kind: str) -> None:
+        """Delete the rows of a kind."""
+        shutil.rmtree(self._directory.rows(kind), ignore_errors=True)
+        self.counts.pop(kind, None)
+
     def forget_old(self) -> None:
         """Delete rows that are older than `KEPT_SECONDS`."""
         oldest = time.time() - KEPT_SECONDS

@@ -12,7 +12,7 @@ from threading import Thread
 from torch import Tensor
 
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
-from vllm_adainfer.auto.tries import GIVEN_UP, MOST_ROWS, TRIES, State
+from vllm_adainfer.auto.tries import GIVEN_UP, MOST_ROWS, RECORDING, TRIES, State
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.runner.admitted_kinds import AdmittedKinds
 from vllm_adainfer.engine.worker.kind_policies import KindPolicies
@@ -62,6 +62,7 @@ class SelfCalibration:
         self.kinds = AdmittedKinds(auto, directory)
         self._rows = RowFiles(directory)
         self._policies = KindPolicies(directory, served, self.kinds.kinds)
+        self._courses: dict[str, int] = {}  # by kind, as last seen
         self._note_states()
         self._trainer = TrainerProcess(directory)
         self._chunks: SimpleQueue[Chunk | None] = SimpleQueue()
@@ -164,7 +165,7 @@ class SelfCalibration:
         self._rows.note_deleted()
 
     def _write(self, kinds: Sequence[str], rows: Mapping[str, Tensor]) -> None:
-        wanted = [n for n, kind in list(self.kinds.kinds.items()) if kind.state == "recording"]
+        wanted = [name for name, kind in list(self.kinds.kinds.items()) if kind.records]
         self._rows.put(kinds, rows, wanted)
 
     def _read_policies(self) -> None:
@@ -180,17 +181,28 @@ class SelfCalibration:
             write_facts(self._directory, self._model, self._config, seconds, steps)
 
     def _note_states(self) -> None:
-        """Stop recording kinds that have had a policy, that never will, or with rows enough."""
+        """Note what each kind is at: its policy, and whether more rows of it are recorded."""
         for name, kind in list(self.kinds.kinds.items()):
             tried = State.of(read_json(self._directory.trainer(name)))
-            kind.certified = tried.certified
-            if tried.certified is not None:
+            is_new, rows = tried.course < kind.course, self._rows.counts.get(name, 0)
+            # A policy of an earlier course serves on, unless it was what closed the kind.
+            best = tried.best(kind.course if kind.ledger.is_closed else None)
+            kind.certified = None if best is None else best.number
+            has_ended = tried.status != RECORDING and not is_new
+            waits = kind.ledger.requests < kind.begins_at
+            kind.records = not (has_ended or waits or kind.has_grown or rows >= MOST_ROWS)
+            if best is not None:
                 kind.state = "served"
-            elif tried.status == GIVEN_UP:
+            elif has_ended:
                 kind.state = GIVEN_UP
+            elif waits:
+                kind.state = "closed"
             else:
-                has_enough = self._rows.counts.get(name, 0) >= MOST_ROWS
-                kind.state = "recorded" if has_enough else "recording"
+                kind.state = "recording" if kind.records else "recorded"
+            is_over = self._courses.get(name, kind.course) != kind.course
+            if name in self._rows.counts and (kind.has_grown or is_over):
+                self._rows.forget(name)
+            self._courses[name] = kind.course
 
     def _status(self) -> None:
         """A line about each kind that got requests since the last one."""

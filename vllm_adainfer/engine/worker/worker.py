@@ -154,6 +154,8 @@ class ExitWorker(_Worker):
                 self._served.replace(built)
             except AdaInferError as error:
                 calibration.quarantine(built, error)
+            else:
+                calibration.kinds.came_into_service(built)
 
     def _attach_note(self, output: Any) -> None:
         note = self._running.take_note()

@@ -44,6 +44,7 @@ class Decisions:
         self._step = forward.step
         self._read = read
         self._prompts = PooledPrompts(forward.step, carried)
+        self._carried_on = NOBODY  # the chunks that policies have read at the last exit point
         # By policy, for all requests of the step; answers are valid where settled.
         self._answers: dict[int, Answers] = {}
         self._memory: dict[int, Tensor] = {}
@@ -67,8 +68,9 @@ class Decisions:
             for part in self._policies.rows_by_policy(exit_index, self._forward.owners[waiting])
         ]
         prompt, last_token = ProbeInput.PROMPT, ProbeInput.LAST_TOKEN
+        self._carried_on = _who_read(prompt, chunks)
         states = {  # once for all policies
-            prompt: self._means(exit_index, _who_read(prompt, asked), _who_read(prompt, chunks)),
+            prompt: self._means(exit_index, _who_read(prompt, asked), self._carried_on),
             last_token: self._last_states(_who_read(last_token, asked)),
         }
         of_branches = self._own_states(exit_index, asked, chunks)
@@ -164,6 +166,29 @@ class Decisions:
         if not requests.size and not chunks.size:
             return forward.states.hidden[:0]
         return self._prompts.read(exit_index, requests, chunks, forward.layout, forward.states)
+
+    def recorded_means(self, exit_index: int) -> Tensor:
+        """fp32 [recorded, hidden size], the mean of the normed states of each recorded prompt.
+
+        NaN where some rows of it never ran. Sums of prompts that continue in a later step are
+        carried on, once at each exit point: call it after `decide`.
+        """
+        step, forward = self._step, self._forward
+        recorded = NOBODY if step.recorded is None else step.recorded.places
+        size = forward.states.hidden.shape[1]
+        means = forward.states.hidden.new_full(
+            (len(recorded), size), torch.nan, dtype=torch.float32
+        )
+        if step.keeps_means is None:
+            return means
+        whole = np.flatnonzero(step.keeps_means[recorded])
+        waiting = self._prompts.chunks
+        chunks = np.setdiff1d(waiting[step.keeps_means[waiting]], self._carried_on)
+        if whole.size or chunks.size:
+            read = self._means(exit_index, recorded[whole], chunks)
+            [places] = step.on_device(whole)
+            means[places] = read[:, size:]
+        return means
 
     def _own_states(
         self, exit_index: int, asked: Sequence[Reader], chunks: Sequence[Reader]

@@ -66,6 +66,8 @@ class ExitLoop(Loop):
         self._max_rows = max_rows
         self._read = read
         self.keep_states: StateKeeper | None = None
+        # Time to read whole prompts for those who are recorded, and the token rows of these steps.
+        self.pool_seconds, self.pooled_rows = 0.0, 0
         self._owners = NOBODY  # of the last step's requests, see `ForwardPass`
         self.stats = ExitStats()
         self.reset_counters()
@@ -139,7 +141,7 @@ class ExitLoop(Loop):
         )
         decisions = Decisions(self.policies, forward, self.carried, self._read)
         self.stats.tokens_decided += step.num_sampled
-        asks = True
+        asks, means = True, list[Tensor]()
         for segment in range(self._shape.last_segment):
             if segment == self._shape.tail:
                 forward.drop_unsampled()
@@ -154,6 +156,10 @@ class ExitLoop(Loop):
                 began = time.perf_counter()
                 decisions.decide(segment)
                 deciding += time.perf_counter() - began
+            if step.recorded is not None or decisions.has_chunks:
+                began = time.perf_counter()
+                means.append(decisions.recorded_means(segment))
+                self.pool_seconds += time.perf_counter() - began
             self._regroup(segment, forward)
             if forward.layout.num_rows == 0:
                 break
@@ -161,7 +167,9 @@ class ExitLoop(Loop):
         if step.recorded is not None:
             assert self.keep_states is not None
             [rows] = step.on_device(step.layout.last_rows(step.recorded.places))
-            self.keep_states(step.recorded, [*forward.recorded, hidden.index_select(0, rows)])
+            states = [*forward.recorded, hidden.index_select(0, rows)]
+            self.keep_states(step.recorded, states, means)
+            self.pooled_rows += step.layout.num_rows * len(means)
         self.carried.step_ended(step)
         scored = decisions.place(hidden)
         shadows = tuple(decisions.of_shadows(self.monitors, self.stats))

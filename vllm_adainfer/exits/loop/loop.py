@@ -61,9 +61,9 @@ class StepOutput:
         return ends[requests] - 1
 
 
-# Gets requests and copies of their states, each [requests, width]: after each exit point, and last
-# the LM head's input.
-StateKeeper: TypeAlias = Callable[[RecordedRequests, Sequence[Tensor]], None]
+# Gets requests; copies of their states, each [requests, width]: after each exit point, and last the
+# LM head's input; and the means over their prompts at each exit point, likewise.
+StateKeeper: TypeAlias = Callable[[RecordedRequests, Sequence[Tensor], Sequence[Tensor]], None]
 
 
 class Loop(ABC):

@@ -20,7 +20,7 @@ NOBODY = np.arange(0)
 
 @dataclass(frozen=True)
 class RecordedRequests:
-    """Requests of a step whose states are kept; all of them run all layers.
+    """Requests of a step whose states are kept; all of them run all layers, or are compared.
 
     They have places in the step's batch, int64 [recorded], the names of their kinds, and as
     `computed` the token rows of each that the layers run.
@@ -63,6 +63,8 @@ class StepContext:
         guess_rows: [requests], see `Running.guess_rows`; None likewise.
         record_rows: [requests], see `Running.record_row`; None unless the engine records.
         recorded: requests whose states are kept beside serving; None if there are none.
+        keeps_means: [requests], True for those of whose prompts the mean is kept likewise; None
+            where nothing is recorded.
         shadow: the shadow requests that may exit; None where there is no monitor.
         left_at: int64 [requests], the index of the exit point where each has left; -1 for none.
         codes: int64 [requests], of each that asks for an object and may exit, its answer by the
@@ -91,6 +93,7 @@ class StepContext:
     guess_rows: Sequence[Sequence[int]] | None = None
     record_rows: Ints | None = None
     recorded: RecordedRequests | None = None
+    keeps_means: Bools | None = None
     shadow: Ints | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:

@@ -61,6 +61,7 @@ class StateFiles:
         return {"states.tags": torch.cat(self._tags), "states.lens": torch.cat(self._lens)}
 
 
+MEAN = "mean."  # what the mean at a layer is named by
 CHUNK = 64  # rows: on a GPU, copying some to the host waits for the device
 
 
@@ -96,15 +97,16 @@ ChunkReader = Callable[[Sequence[str], Mapping[str, Tensor]], None]
 def served_recorder(layers: Sequence[int], put: ChunkReader) -> StateKeeper:
     """What keeps the states of some requests beside serving, a chunk at a time.
 
-    `put` gets each chunk, in the thread of the step: it must not block.
+    `put` gets each chunk, in the thread of the step: it must not block. Means are kept in fp16.
     """
     kinds: list[str] = []
     rows = RowRecorder()
 
-    def keep(requests: RecordedRequests, states: Sequence[Tensor]) -> None:
+    def keep(requests: RecordedRequests, states: Sequence[Tensor], means: Sequence[Tensor]) -> None:
         nonlocal kinds
         kinds += requests.kinds
-        rows.add(layers, states, computed=torch.from_numpy(requests.computed))
+        named = {f"{MEAN}{layer}": m.half() for layer, m in zip(layers, means, strict=True)}
+        rows.add(layers, states, computed=torch.from_numpy(requests.computed), **named)
         if len(kinds) >= CHUNK:
             put(kinds, rows.take())
             kinds = []
@@ -153,7 +155,7 @@ class Recorder:
             [state[decisions] for state in states],
             tags=record_rows[decisions],
             positions=positions[decisions],
-            **{f"mean.{layer}": mean for layer, mean in means.items()},
+            **{f"{MEAN}{layer}": mean for layer, mean in means.items()},
         )
         if self._lens is not None:
             self._lens.add(states, record_rows, positions, last)

@@ -18,12 +18,14 @@ from adainfer_kernels import Head
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vllm_adainfer.artifact.kinds import ProbeKind
 from vllm_adainfer.artifact.outputs import AnyOutput, Labels
 from vllm_adainfer.artifact.tensors import UNREADABLE
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
-from vllm_adainfer.auto.tries import CERTIFIED, GIVEN_UP, RECORDING, TRIES, State, Try
+from vllm_adainfer.auto.tries import CERTIFIED, GIVEN_UP, MORE, RECORDING, TRIES, State, Try
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.recording.recorder import MEAN
 from vllm_adainfer.files import PRIVATE, whole_directory
 from vllm_adainfer.offline.calibration.data.choices import find_choices
 from vllm_adainfer.offline.calibration.data.label_pool import labels_of
@@ -38,6 +40,7 @@ from vllm_adainfer.offline.calibration.record.rows import (
     Shard,
     by_layer,
     load_shards,
+    of_one_input,
     only_finite,
     read_shards,
 )
@@ -133,17 +136,21 @@ class Trainer:
     def _look_at(self, name: str, kind: Kind, facts: Mapping[str, Any]) -> None:
         """Make or repeat a try, if the kind has rows enough for it."""
         state = State.of(read_json(self.directory.trainer(name)))
-        if state.status != RECORDING and state.tries[-1].fingerprint == facts["fingerprint"]:
+        noted = read_json(self.directory.ledger(name)) or {}
+        course, fingerprint = int(noted.get("course", 0)), facts["fingerprint"]
+        all_tries = [one for one in state.tries if one.fingerprint == fingerprint]
+        tries = [one for one in all_tries if one.course == course]
+        if state.status != RECORDING and tries:
             self._delete_rows(name)
             return
         shards = read_shards(self.directory.rows(name))
-        tries = [one for one in state.tries if one.fingerprint == facts["fingerprint"]]
         if not tries or tries[-1].outcome is not None:
             rows = sum(shard.rows for shard in shards)
             if len(tries) == len(self.tries) or rows < self.tries[len(tries)]:
                 return
             number = 1 + max((one.number for one in state.tries), default=0)
-            tries.append(Try(number, facts["fingerprint"], rows, shards[-1].number))
+            tries.append(Try(number, fingerprint, rows, shards[-1].number, course=course))
+            all_tries.append(tries[-1])
         latest, last = tries[-1], len(tries) == len(self.tries)
         state = state.with_latest(latest)
         if (name, latest.number) not in self._begun:
@@ -161,7 +168,8 @@ class Trainer:
         # Rows that were there at the try before certify nothing, and shares of delta of all tries
         # add up to less than 1.
         since = tries[-2].newest if len(tries) > 1 else -1
-        self._try(name, kind, state, shards, since, 1 / (len(tries) * (len(tries) + 1)), last)
+        share = 1 / (len(all_tries) * (len(all_tries) + 1))
+        self._try(name, kind, state, shards, since, share, noted.get("pooled_from"), last)
 
     def _try(
         self,
@@ -171,10 +179,13 @@ class Trainer:
         shards: Sequence[Shard],
         since: int,
         share: float,
+        pooled_from: int | None,
         last: bool,
     ) -> None:
         """Fit on older rows of `shards` and certify on those after `since`; end the latest try."""
-        served, rows = self._served(), only_finite(load_shards(shards))
+        served = self._served()
+        rows, is_whole = of_one_input(load_shards(shards))
+        rows = only_finite(rows)
         held_out = int((rows["shards"] > since).sum()) // 2
         epsilon, delta = served.facts["epsilon"], served.facts["delta"] * share
         try:
@@ -183,7 +194,8 @@ class Trainer:
             self._end(name, state, str(error), last=True)
             return
         try:
-            policy = policy_of(served, output, rows, held_out, epsilon, delta)
+            whole_from = pooled_from if is_whole else None
+            policy = policy_of(served, output, rows, held_out, epsilon, delta, whole_from)
         except (ArithmeticError, RuntimeError, ValueError) as error:  # AdaInferError is one
             self._end(name, state, str(error), last)
             return
@@ -192,6 +204,14 @@ class Trainer:
             why = (
                 f"within {epsilon:.1%} changed answers, {held_out} held-out rows allow a policy to "
                 f"save {saved:.1%} of the layers, which is less than {WORTH:.0%}"
+            )
+            self._end(name, state, why, last)
+            return
+        before = state.best(state.course)
+        if before is not None and saved < before.layers_saved + MORE:
+            why = (
+                f"a policy of {len(rows['final'])} rows saves {saved:.1%} of the layers, not "
+                f"{MORE:.0%} more than policy {before.number}, which serves on"
             )
             self._end(name, state, why, last)
             return
@@ -213,7 +233,8 @@ class Trainer:
 
     def _end(self, name: str, state: State, outcome: str, last: bool, **facts: float) -> None:
         """Write down how the latest try ended, and delete rows that no other one will need."""
-        latest, state = state.tries[-1], state.ended(outcome, last)
+        saved = facts.get("layers_saved", 0.0)
+        latest, state = state.tries[-1], state.ended(outcome, last, saved)
         write_json(self.directory.trainer(name), asdict(state))
         if state.status != RECORDING:
             self._delete_rows(name)
@@ -222,7 +243,7 @@ class Trainer:
             self.directory.tell(name, CERTIFIED, number=number, rows=rows, **facts)
             return
         self.directory.tell(name, "tried", number=number, rows=rows, why=outcome)
-        if last:
+        if state.status == GIVEN_UP:
             self.directory.tell(name, GIVEN_UP, rows=rows)
 
     def _delete_rows(self, name: str) -> None:
@@ -237,10 +258,12 @@ def policy_of(
     held_out: int,
     epsilon: float,
     delta: float,
+    pooled_from: int | None = None,
 ) -> FittedPolicy:
     """Fit on the older of the `recorded` rows, and certify on the `held_out` newest.
 
-    They were answered by the tokens that `output`, which the requests ask for, allows.
+    They were answered by the tokens that `output`, which the requests ask for, allows. With
+    `pooled_from`, rows have the means over the prompts from there on.
     """
     answers = torch.tensor([label.token_id for label in output.labels])
     first_tokens = FirstTokens.of(output)
@@ -255,12 +278,15 @@ def policy_of(
         tokens=tokens if first_tokens is None else answers.numpy()[first_tokens.labels_of(tokens)],
         prompts=np.arange(len(final)),
         computed=recorded["computed"].double().numpy(),
+        means={layer: mean.float() for layer, mean in by_layer(recorded, MEAN).items()},
     )
+    probe: ProbeKind = "label-head" if pooled_from is None else "pooled-label-head"
     calibration = Calibration(
         rows,
-        Target("label-head", answers, first_tokens=first_tokens),
+        Target(probe, answers, first_tokens=first_tokens),
         Split.of_groups(rows.prompts, held_out),
         PolicyOptions(epsilon=epsilon, delta=delta),
         output,
+        pooled_from=pooled_from,
     )
-    return fit_policy(calibration, "label-head")
+    return fit_policy(calibration, probe if pooled_from is None else "auto")

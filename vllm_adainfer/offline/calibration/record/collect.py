@@ -20,7 +20,7 @@ from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.branch_shapes import MOST_BRANCH_TOKENS
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.recording.moments import moments_of
-from vllm_adainfer.exits.recording.recorder import check_room
+from vllm_adainfer.exits.recording.recorder import MEAN, check_room
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.record.rows import (
@@ -203,7 +203,7 @@ def record(
                 for example, output, text in zip(examples, outputs, texts, strict=True)
             ]
         ).astype(np.float64),
-        means={layer: mean[order] for layer, mean in by_layer(rows, "mean.").items()},
+        means={layer: mean[order] for layer, mean in by_layer(rows, MEAN).items()},
         moments=moments_of(sums),
         own_states=own_states_of(facts["states"], sums, rows["final"], len(examples)),
     )
@@ -222,7 +222,7 @@ def not_seen_whole(rows: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> li
     tags, whole = rows["tags"], sums.get("states.tags")
     if whole is not None:
         return tags[~torch.isin(tags, whole)].tolist()
-    means = [*by_layer(rows, "mean.").values()]
+    means = [*by_layer(rows, MEAN).values()]
     return tags[means[0].isnan().any(dim=1)].tolist() if means else []
 
 

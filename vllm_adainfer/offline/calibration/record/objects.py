@@ -22,6 +22,7 @@ from torch import Tensor
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.outputs import Objects
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.recording.recorder import MEAN
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.objects import Schema, objects_of
 from vllm_adainfer.offline.calibration.data.served_schema import longest_object
@@ -219,7 +220,7 @@ def record(
                 ],
                 dtype=np.float64,
             ),
-            means={layer: by_field(mean)[:, 0] for layer, mean in by_layer(rows, "mean.").items()},
+            means={layer: by_field(mean)[:, 0] for layer, mean in by_layer(rows, MEAN).items()},
             values=values_of_answers(
                 objects, codes, [one.outputs[0].logprobs for one in outputs], tokenizer
             ),
@@ -234,7 +235,7 @@ def _not_recorded(rows: Mapping[str, Tensor], prompts: int) -> list[int]:
     The latter share more than all prompts do, so some of their states were in the prefix cache. Of
     a prompt that ran twice, the second run counts.
     """
-    means = [*by_layer(rows, "mean.").values()]
+    means = [*by_layer(rows, MEAN).values()]
     lacks = means[0].isnan().any(dim=1) if means else torch.zeros(len(rows["tags"]))
     last = dict(zip(rows["tags"].tolist(), lacks.tolist(), strict=True))
     return [row for row in range(prompts) if last.get(row, True)]

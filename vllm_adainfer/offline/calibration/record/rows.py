@@ -22,11 +22,13 @@ from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.artifact.tensors import UNREADABLE
 from vllm_adainfer.exits.recording.moments import Moments
+from vllm_adainfer.exits.recording.recorder import MEAN
 from vllm_adainfer.offline.progress import say
 from vllm_adainfer.policy.probe import Probe
 
 FOLDS = 5
 LAYER = "layer."
+WHOLE = 0.9  # of the rows have means, or whole prompts are not read
 
 
 @dataclass(frozen=True)
@@ -258,6 +260,20 @@ def only_finite(rows: dict[str, Tensor]) -> dict[str, Tensor]:
         return rows
     say(f"{int((~finite).sum())} rows are not finite and left out")
     return {name: one[finite] for name, one in rows.items()}
+
+
+def of_one_input(rows: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """The rows that have means, and that they do; or all rows without means, if fewer have some.
+
+    Those are missing where earlier requests have left a part of a prompt in the prefix cache.
+    """
+    means = [name for name in rows if name.startswith(MEAN)]
+    whole = torch.ones(len(rows["final"]), dtype=torch.bool)
+    for name in means:
+        whole &= rows[name].isfinite().all(1)
+    if means and whole.float().mean() >= WHOLE:
+        return {name: one[whole] for name, one in rows.items()}, True
+    return {name: one for name, one in rows.items() if name not in means}, False
 
 
 def by_layer(rows: Mapping[str, Tensor], prefix: str = LAYER) -> dict[int, Tensor]:
