@@ -24,8 +24,9 @@ def table(report: Mapping[str, Any]) -> str:
             f"### {title}\n",
             f"{one['model']}, {one['requests']:,} requests, {one['at_once']} in flight, at most "
             f"{one['epsilon']:g} of the answers of a kind changed (confidence "
-            f"{1 - one['kinds'][0]['ledger']['delta']:.0%}).\n",
+            f"{1 - one['delta']:.0%}).\n",
             f"{by_kind(one)}\n",
+            f"{one['of_all'] or ''}\n",
             f"{over_time(one['blocks'])}\n",
         ]
     return "\n".join(parts)
@@ -93,6 +94,7 @@ def over_time(blocks: Sequence[Mapping[str, Any]]) -> str:
                 f"{some[-1]['minutes']:.1f}",
                 *(f"{np.mean(rates[s]):.1f}" for s in (STOCK, OURS)),
                 Speedup.of(rates[OURS], rates[STOCK]).text,
+                *(f"{np.mean([b[key] for b in some]):.0%}" for key in ("layers_saved", "compared")),
                 *(f"{np.median([b[s]['p99_ms'] for b in some]):.0f}" for s in (STOCK, OURS)),
             ]
         )
@@ -103,6 +105,8 @@ def over_time(blocks: Sequence[Mapping[str, Any]]) -> str:
         "stock, requests/s",
         "ours",
         "ratio (range of blocks)",
+        "layers saved, of kinds",
+        "compared",
         "stock p99, ms",
         "ours",
     ]

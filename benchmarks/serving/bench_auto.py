@@ -15,6 +15,7 @@ the first exit, too; the ledger compares within the same step.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 import time
@@ -36,10 +37,12 @@ from benchmarks.serving.auto_report import RECENT, table
 from benchmarks.serving.sending import send, text_of
 from benchmarks.serving.serve_report import OURS, STOCK
 from benchmarks.serving.side_by_side import side_by_side
+from vllm_adainfer.artifact.config import LAST_TOKEN
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.offline.reports.kinds import read_directory
 
 REPORTED_AT = 2_000, 5_000  # requests of a kind
 
@@ -91,6 +94,8 @@ def main(
         with side_by_side(model, switch, flags.split()) as servers:
             blocks, kinds = measure(servers, directory, lines, block, at_once, depth)
         ledgers = {name: read_json(directory.ledger(name)) for name in kinds}
+        delta = read_json(directory.identity)["delta"]
+        of_all = read_directory(directory.root).promise_of_all()
         events = [json.loads(line) for line in directory.events.read_text().splitlines()]
     report = read_json(output) or {"provenance": provenance(), "traffic": {}}
     report["traffic"][title] = {
@@ -99,6 +104,8 @@ def main(
         "block": block,
         "at_once": at_once,
         "epsilon": epsilon,
+        "delta": delta,
+        "of_all": of_all,
         "blocks": blocks,
         "kinds": [
             {
@@ -151,11 +158,13 @@ def measure(
             is_open = seen.opened_at is not None
             seen.compared[is_open] += 1
             seen.changed[is_open] += ours != stock
+        compared: dict[str, float] = {}
         for name, count in opened.items():
             seen = kinds[name][1]
             skipped = _added(now, before, "layer_rows_skipped_total", "policy", name)
             rows = _added(now, before, "kind_tokens_total", "kind", name)
             seen.blocks.append((skipped, rows * depth, count))
+            compared[name] = _added(now, before, "shadow_checked_total", "policy", name)
             ledger = read_json(directory.ledger(name)) or {}
             if seen.opened_at is None and ledger.get("decided"):
                 seen.opened_at = seen.requests
@@ -182,11 +191,18 @@ def measure(
                     }
                     for name, one in runs.items()
                 },
-                "layers_saved": {name: kinds[name][1].layers_saved for name in kinds},
+                "layers_saved": _saved([kinds[name][1].blocks[-1] for name in opened]),
+                "compared": sum(compared.values()) / max(1, sum(opened.values())),
             }
         )
         before = now
     return found, kinds
+
+
+def _saved(blocks: Sequence[tuple[float, float, int]]) -> float:
+    """The share of the token-layers of these kinds that a block skipped."""
+    skipped, possible = np.sum([block[:2] for block in blocks], axis=0) if blocks else (0, 0)
+    return float(skipped / max(possible, 1))
 
 
 def _kind_of(body: Mapping[str, Any], salt: bytes) -> str | None:
@@ -206,8 +222,9 @@ def _title(line: Mapping[str, Any]) -> str:
 def _added(
     now: Mapping[str, float], before: Mapping[str, float], series: str, label: str, value: str
 ) -> float:
-    """The growth of a counter, over all series with a value of a label."""
-    chosen = [n for n in now if f":{series}" in n and f'{label}="{value}"' in n]
+    """The growth of a counter, over all series with a value of a label, or of a part of it."""
+    own = re.compile(f'{label}="{re.escape(value)}(:{LAST_TOKEN})?"')
+    chosen = [name for name in now if f":{series}" in name and own.search(name)]
     return sum(now[name] - before.get(name, 0.0) for name in chosen)
 
 

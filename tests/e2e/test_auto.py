@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,9 +21,12 @@ from vllm import SamplingParams
 from tests.conftest import tiny_engine
 from tests.e2e.asking import greedy, tokens
 from tests.e2e.oracle import hidden_states
+from tests.e2e.pooled import LEVELS
 from tests.e2e.scripted import parts, running_of
 from tests.tiny import LAYERS, tiny_artifact, tiny_config
 from tests.waiting import wait_for
+from vllm_adainfer.artifact.config import policy_of
+from vllm_adainfer.artifact.fields import LastToken
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.table import RECURS
@@ -180,7 +184,13 @@ def kind_policy(directory: AutoDirectory, kind: str) -> int | None:
 
 POLICIES = {
     "last token": {"exit_points": CUTS[1:3]},
-    "whole prompt": {"exit_points": CUTS[:2], "probe": "pooled-label-head", "pooled_from": 2},
+    "whole prompt": {
+        "exit_points": CUTS[:2],
+        "probe": "pooled-label-head",
+        "pooled_from": 2,
+        "last_token": LastToken(exit_points=CUTS[1:3], levels=LEVELS),
+        "levels": LEVELS,
+    },
 }
 
 
@@ -205,29 +215,26 @@ def served(auto, directory, tiny_model, labels, request) -> tuple[str, Any]:
     return kind, own
 
 
-def depths(llm: Any, kind: str) -> dict[int, int]:
-    found: dict[int, int] = parts(llm)[0].loop.stats.as_dict()["policies"][kind]["exit_histogram"]
-    return found
+def depths(llm: Any, kind: str) -> Counter[int]:
+    """How many layers requests under the kind's policy ran, whichever part decided them."""
+    work = parts(llm)[0].loop.stats.as_dict()["policies"]
+    own = [found["exit_histogram"] for part, found in work.items() if policy_of(part) == kind]
+    return sum(map(Counter, own), Counter[int]())
 
 
 @pytest.mark.parametrize("served", ["whole prompt", "last token"], indirect=True)
 def test_nobody_exits_until_the_budget_allows_for_it_and_no_more_than_it_allows(
-    auto, directory, labels, served, request, monkeypatch
+    auto, directory, labels, served, monkeypatch
 ):
     kind, own = served
     monkeypatch.setattr(running_of(parts(auto)[1]).kinds, "_toss", Random(0).random)
-    auto.reset_prefix_cache()
     full = tokens(auto, PROMPTS, label(labels))
     assert own.ledger.decided == 0
-    whole = [prompt for prompt in PROMPTS if len(prompt) > 2]  # another has no part to be read
-    is_pooled = "whole prompt" in request.node.name
-    assert own.ledger.requests == len(whole if is_pooled else PROMPTS)
+    assert own.ledger.requests == len(PROMPTS)
     own.ledger.allowed = 60.0
-    before = sum(depths(auto, kind).values()) if kind in names(auto) else 0
-    early = []
-    for _ in range(2):
-        auto.reset_prefix_cache()  # or no prompt is read as a whole
-        early += tokens(auto, PROMPTS, label(labels))
+    before = sum(depths(auto, kind).values())
+    auto.reset_prefix_cache()  # or no prompt is read as a whole
+    early = tokens(auto, PROMPTS * 2, label(labels))
     ledger = own.ledger
     changed = sum(one != two for one, two in zip(early, full * 2, strict=True))
     assert ledger.misses > 0, "a random policy misses"
@@ -240,10 +247,6 @@ def test_nobody_exits_until_the_budget_allows_for_it_and_no_more_than_it_allows(
     assert written["misses"] + written["reserved"] >= ledger.misses, "written ahead"
     # No block that an exit left incomplete is in the prefix cache.
     assert tokens(auto, PROMPTS, label(labels, adainfer=0)) == full
-
-
-def names(llm: Any) -> list[str]:
-    return list(parts(llm)[0].loop.stats.as_dict()["policies"])
 
 
 def test_while_the_ledger_cannot_be_written_nobody_exits(auto, labels, served, monkeypatch):

@@ -9,7 +9,12 @@ def report(*added: Any, serving: Any = (), **state: Any) -> dict[str, Any]:
     """Counts that were `added`; of `state`, what is a list is what shadow requests show."""
     shadow = {name: one for name, one in state.items() if isinstance(one, list)}
     others = {name: one for name, one in state.items() if name not in shadow}
-    before = {"weights_differ": False, "failed_parts": ()}
+    before = {
+        "weights_differ": False,
+        "failed_parts": (),
+        "changed_at_most": {},
+        "all_changed_at_most": None,
+    }
     return {"added": [*added], "serving": [*serving], "shadow": shadow, **before, **others}
 
 

@@ -50,7 +50,7 @@ def test_all_kinds_together_have_no_more_rows_than_those_with_a_place(directory)
     rows = RowFiles(directory)
     rows.counts |= {f"kind-{number}": MOST_ROWS for number in range(MOST_RECORDED)}
     assert sum(rows.counts.values()) == MOST_KEPT_ROWS
-    with pytest.raises(OSError, match="keeps at most 48,000 of them"):
+    with pytest.raises(OSError, match="keeps at most 32,000 of them"):
         put(rows, "kind-9")
     assert directory.known() == []
 

@@ -141,6 +141,8 @@ def test_before_anything_ran_a_report_is_empty():
         "added": [],
         "serving": [NO_POLICY],
         "shadow": {},
+        "changed_at_most": {},
+        "all_changed_at_most": None,
         "weights_differ": False,
         "failed_parts": [],
     }

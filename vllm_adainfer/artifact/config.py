@@ -15,6 +15,13 @@ from vllm_adainfer.artifact.version_1 import tagged
 from vllm_adainfer.errors import AdaInferError
 
 LAST_TOKEN = "last-token"  # the part of a pooled policy for prompts it cannot see as a whole
+
+
+def policy_of(part: str) -> str:
+    """The name of the policy that a part of this name, see `ArtifactConfig.parts`, is of."""
+    return part.removesuffix(f":{LAST_TOKEN}")
+
+
 REPEATED = ("candidates", "labels")  # of the output
 UNKNOWN_GROUP = 16  # answers of a group that are watched where no one knows how large groups were
 

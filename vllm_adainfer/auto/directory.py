@@ -3,10 +3,11 @@
 DIR/salt                      the key of the kinds' names
 DIR/kinds.json                the content of each kind, and its number of requests (scheduler)
 DIR/model.json, model.safetensors      facts and LM head of the served model (worker)
-DIR/KIND/rows/NUMBER.safetensors       recorded rows (worker), deleted once certified (trainer)
+DIR/KIND/rows/NUMBER.safetensors       recorded rows (worker), deleted after the last try (trainer)
 DIR/KIND/trainer.json         the tries to certify a policy; the latest certified serves (trainer)
 DIR/KIND/policy-NUMBER/       a certified artifact (trainer)
 DIR/KIND/ledger.json          the ledger, and the policy that is quarantined (worker)
+DIR/lost.json                 what the ledgers of kinds without a place had counted (worker)
 DIR/index.html                a page of all this (`vllm-adainfer kinds --page`)
 DIR/identity.json             identity of the server: weights, exit points, promise. Everything else
                               here is valid for it alone (worker)
@@ -47,7 +48,7 @@ class AutoDirectory:
 
     Attributes:
         root: the directory.
-        kinds, identity, model, head, page, events, events_before: see above.
+        kinds, identity, model, head, lost, page, events, events_before: see above.
 
     """
 
@@ -58,6 +59,7 @@ class AutoDirectory:
         self.identity = self.root / "identity.json"
         self.model = self.root / "model.json"
         self.head = self.root / "model.safetensors"
+        self.lost = self.root / "lost.json"
         self.page = self.root / "index.html"
         self.events = self.root / "events.jsonl"
         self.events_before = self.root / "events-before.jsonl"
@@ -148,7 +150,7 @@ class AutoDirectory:
 
     def forget(self) -> None:
         """Delete all rows, policies and ledgers, and what is known of the model."""
-        for path in (self.model, self.head):
+        for path in (self.model, self.head, self.lost):
             path.unlink(missing_ok=True)
         for kind in self.known():
             self.forget_kind(kind)
@@ -175,6 +177,19 @@ class AutoDirectory:
             open(self.events, "ab", buffering=0, opener=private) as events,
         ):
             events.write(json.dumps(line).encode() + b"\n")
+
+    def told(self) -> Iterator[dict[str, Any]]:
+        """All events, the oldest first, without lines that a kill has cut short."""
+        for path in self.events_before, self.events:
+            try:
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            except OSError:
+                continue
+            for line in lines:
+                with suppress(KeyError, TypeError, ValueError):
+                    event = json.loads(line)
+                    names = {name: str(event[name]) for name in ("kind", "event")}
+                    yield {**event, **names, "time": float(event["time"])}
 
 
 def _locked(file: int) -> bool:

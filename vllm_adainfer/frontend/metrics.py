@@ -8,7 +8,7 @@ from typing import Any, get_args
 from prometheus_client import Histogram
 
 from vllm_adainfer.artifact.artifact import all_parts
-from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
+from vllm_adainfer.artifact.config import ArtifactConfig, policy_of
 from vllm_adainfer.artifact.kinds import NotCovered
 from vllm_adainfer.auto.table import NO_KIND, OTHERS
 from vllm_adainfer.engine.compat.prometheus import observe_many
@@ -91,13 +91,17 @@ class EngineMetrics:
             self._described.remove(policy)
         for policy in set(serving) - self._described:
             # It came with the adapter of its name, or is for a kind of requests.
-            adapter = "" if self._calibrates_itself else policy.removesuffix(f":{LAST_TOKEN}")
+            adapter = "" if self._calibrates_itself else policy_of(policy)
             self._describe(policy, adapter)
 
     def _show_state(self, report: Mapping[str, Any]) -> None:
         self._set("weights_differ", report["weights_differ"])
         for part in report["failed_parts"]:
             self._set("self_test_failed", 1, part)
+        for policy in self._described.intersection(report["changed_at_most"]):
+            self._set("policy_changed_at_most", report["changed_at_most"][policy], policy)
+        if (most := report["all_changed_at_most"]) is not None:
+            self._set("changed_at_most", most)
         for policy, readings in report["shadow"].items():
             for reading in readings:
                 labels = policy, f"{reading['epsilon']:g}"

@@ -114,6 +114,12 @@ GAUGES = {
         "0 once shadow requests have shown that the bound does not hold, else 1.",
         LEVEL,
     ),
+    "policy_changed_at_most": (
+        "Answers of a kind that a server which calibrates itself has changed, at most, with the "
+        "confidence 1 - delta.",
+        POLICY,
+    ),
+    "changed_at_most": ("The same of all kinds together, by one claim.", ENGINE),
     "weights_differ": (
         "1 while no request may exit, because the weights were replaced after the start and the "
         "policies are not for the new ones, else 0.",

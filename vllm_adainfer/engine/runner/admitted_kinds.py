@@ -18,6 +18,7 @@ import numpy as np
 
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.auto.admitted_kind import AdmittedKind, Recent
+from vllm_adainfer.auto.all_kinds import UNKNOWN, Counted, lost_of, note_lost, together
 from vllm_adainfer.auto.directory import AutoDirectory
 from vllm_adainfer.auto.table import RECURS
 from vllm_adainfer.engine.admission.running import NOT_POOLED, Running
@@ -56,7 +57,7 @@ class AdmittedKinds:
         """
         self._auto, self._directory = auto, directory
         self._counted: OrderedDict[str, Recent] = OrderedDict()  # kinds that may get a place
-        self._lost: list[str] = []
+        self._lost: list[AdmittedKind] = []
         self._retired = 0
         self._next_look = 0.0
         self._step: dict[str, tuple[int, int]] = {}  # by kind: requests, and those decided
@@ -72,6 +73,7 @@ class AdmittedKinds:
                     "begins anew, and its policy and its rows are deleted",
                     name,
                 )
+                note_lost(directory, UNKNOWN)
                 directory.forget_kind(name)
                 continue
             self.kinds[name] = kind
@@ -79,6 +81,7 @@ class AdmittedKinds:
                 kind.ledger.use_rate(auto.full_depth_rate)
                 kind.note()
                 kind.save(directory.ledger(name))  # before its first coin is tossed
+        self._lost_before = lost_of(directory)
 
     @property
     def closed(self) -> list[str]:
@@ -108,7 +111,17 @@ class AdmittedKinds:
                 found[place] = kind.pooled_from if is_longer else NOT_POOLED
         return found
 
-    def take_lost(self) -> list[str]:
+    def claims(self) -> tuple[dict[str, float], float | None]:
+        """The most changed answers of each kind that a policy has decided, and of all together.
+
+        The latter is None if some ledger was damaged.
+        """
+        kinds = list(self.kinds.values())
+        decided = {one.name: one.ledger.changed_at_most for one in kinds if one.ledger.decided}
+        counted = together([self._lost_before, *(Counted.of_ledger(k.content) for k in kinds)])
+        return decided, counted.changed_at_most(self._auto.delta)
+
+    def take_lost(self) -> list[AdmittedKind]:
         """The kinds that have lost their place since the last call; nearly always none."""
         lost, self._lost = self._lost, []
         return lost
@@ -242,8 +255,10 @@ class AdmittedKinds:
         name = who_goes(may_go, wants, now)
         if name is None:
             return False
-        self._retired += self.kinds.pop(name).state == "served"
-        self._lost.append(name)
+        kind = self.kinds.pop(name)
+        self._retired += kind.state == "served"
+        self._lost.append(kind)
+        self._lost_before += Counted.of_ledger(kind.content)
         logger.info("kind %s loses its place to one that comes more often", name)
         self._directory.tell(name, "lost its place")
         return True

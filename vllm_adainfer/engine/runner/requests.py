@@ -277,6 +277,9 @@ class RunningRequests:
         now = time.monotonic()
         if due := now >= self._next_report:
             self._next_report = now + INTERVAL
+            if self.kinds is not None:
+                stats = self._loop.stats
+                stats.changed_at_most, stats.all_changed_at_most = self.kinds.claims()
         complete = self._complete(step) if self._reports_complete else None
         counted = snapshot_of(self._loop.stats) if due else None
         decided = tuple(self._decided(step)) if self._audits else ()

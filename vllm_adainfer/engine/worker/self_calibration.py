@@ -11,6 +11,9 @@ from threading import Thread
 
 from torch import Tensor
 
+from vllm_adainfer.artifact.config import policy_of
+from vllm_adainfer.auto.admitted_kind import AdmittedKind
+from vllm_adainfer.auto.all_kinds import Counted, note_lost
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
 from vllm_adainfer.auto.tries import GIVEN_UP, MOST_ROWS, RECORDING, TRIES, State
 from vllm_adainfer.engine.compat.logs import get_logger
@@ -68,7 +71,7 @@ class SelfCalibration:
         self._chunks: SimpleQueue[Chunk | None] = SimpleQueue()
         self._put_rows = self._written_rows = 0  # one thread counts each
         self._built: SimpleQueue[Built] = SimpleQueue()
-        self._lost: SimpleQueue[str] = SimpleQueue()  # kinds whose files are to be deleted
+        self._lost: SimpleQueue[AdmittedKind] = SimpleQueue()  # kinds whose files are to be deleted
         self._told: dict[str, int] = {}  # by kind, the requests at its last status
         self._next_tick, self._next_status = 0.0, time.monotonic() + STATUS_SECONDS
         self._failed: set[str] = set()
@@ -88,7 +91,7 @@ class SelfCalibration:
         built = {} if self._built.empty() else self._built.get_nowait()
         return {kind: one for kind, one in built.items() if kind in self.kinds.kinds}
 
-    def forget(self, kinds: Iterable[str]) -> None:
+    def forget(self, kinds: Iterable[AdmittedKind]) -> None:
         """Delete the files of kinds that have lost their place, and whose policies do not serve."""
         for kind in kinds:
             self._lost.put(kind)
@@ -160,8 +163,13 @@ class SelfCalibration:
     def _forget_lost(self) -> None:
         while not self._lost.empty():
             kind = self._lost.get()
-            self._directory.forget_kind(kind)
-            self._policies.forget(kind)
+            try:
+                note_lost(self._directory, Counted.of_ledger(kind.content))
+            except OSError:  # its files stay until that can be written
+                self._lost.put(kind)
+                break
+            self._directory.forget_kind(kind.name)
+            self._policies.forget(kind.name)
         self._rows.note_deleted()
 
     def _write(self, kinds: Sequence[str], rows: Mapping[str, Tensor]) -> None:
@@ -207,15 +215,17 @@ class SelfCalibration:
     def _status(self) -> None:
         """A line about each kind that got requests since the last one."""
         self._rows.forget_old()
-        work = self._model.loop.stats.by_policy
+        work = dict(self._model.loop.stats.by_policy)
         for name, kind in list(self.kinds.kinds.items()):
             facts = kind.reading
             if self._told.get(name) == kind.ledger.requests:
                 continue
             self._told[name] = kind.ledger.requests
-            if name in work:
-                counts = work[name].work
-                run, skipped = counts["layers_run"], counts["layers_skipped"]
+            own = [counted.work for part, counted in work.items() if policy_of(part) == name]
+            if own:
+                run, skipped = (
+                    sum(one[what] for one in own) for what in ("layers_run", "layers_skipped")
+                )
                 facts["layers_saved"] = skipped / max(run + skipped, 1)
             rows = self._rows.counts.get(name, 0)
             self._directory.tell(name, "status", state=kind.state, rows=rows, **facts)

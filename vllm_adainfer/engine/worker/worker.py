@@ -147,7 +147,8 @@ class ExitWorker(_Worker):
         In nearly all steps there is nothing new, and no kind has lost its place.
         """
         if lost := calibration.kinds.take_lost():
-            self._served.replace({}, without=[n for n in lost if n in self._served.model.artifacts])
+            names = [one.name for one in lost if one.name in self._served.model.artifacts]
+            self._served.replace({}, without=names)
             calibration.forget(lost)
         if built := calibration.take_built():
             try:

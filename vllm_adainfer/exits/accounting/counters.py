@@ -103,6 +103,9 @@ class ExitStats:
         weights_differ: whether no request may exit, as these are other weights than in calibration.
         failed_parts: what the self-test on this device has switched off, see `self_test`.
         shadow: the monitors, by policy; empty (and no key in `as_dict`) where there are none.
+        changed_at_most: the most answers that were changed, by the ledger of each policy.
+        all_changed_at_most: the same of all kinds together; None without ledgers, or if one of them
+            was damaged.
 
     """
 
@@ -118,6 +121,8 @@ class ExitStats:
     )
     serving: Sequence[str] = (NO_POLICY,)
     shadow: Mapping[str, Watch] = field(default_factory=dict)
+    changed_at_most: Mapping[str, float] = field(default_factory=dict)
+    all_changed_at_most: float | None = None
 
     @property
     def layers_run(self) -> int:

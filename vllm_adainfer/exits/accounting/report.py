@@ -107,6 +107,8 @@ def snapshot_of(stats: ExitStats) -> Snapshot:
             name: [{"epsilon": one.epsilon, **one.as_dict()} for one in monitor.readings()]
             for name, monitor in stats.shadow.items()
         },
+        "changed_at_most": dict(stats.changed_at_most),
+        "all_changed_at_most": stats.all_changed_at_most,
         "weights_differ": stats.weights_differ,
         "failed_parts": list(stats.failed_parts),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -12,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.artifact.config import policy_of
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.accounting.report import DecidedToken
 from vllm_adainfer.exits.batch.batch import Batch
@@ -111,18 +113,18 @@ class Loop(ABC):
         """
         return None
 
-    def take_misses(self) -> dict[str, int]:
+    def take_misses(self) -> Mapping[str, int]:
         """By policy, the changed answers that ledgers are still to count."""
-        return {
-            name: sum(changed for *_, changed in monitor.take_counted())
-            for name, monitor in self.monitors.items()
-        }
+        misses = Counter[str]()
+        for part, monitor in self.monitors.items():
+            misses[policy_of(part)] += sum(changed for *_, changed in monitor.take_counted())
+        return misses
 
     def tighten(self, policies: Collection[str]) -> None:
         """Show that requests of `policies` run at full depth, by their ledgers."""
-        for name in policies:
-            if name in self.monitors:
-                self.monitors[name].tightened[:] = True
+        for part, monitor in self.monitors.items() if policies else ():
+            if policy_of(part) in policies:
+                monitor.tightened[:] = True
 
     def forget(self, request_id: str) -> None:
         """A request has ended, or its keys and values were thrown away."""

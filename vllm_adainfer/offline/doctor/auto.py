@@ -31,12 +31,23 @@ def examine_auto(root: str) -> Iterator[Finding]:
         f"auto: {watched.requests:,} requests to {watched.model}, of {len(watched.kinds)} kinds "
         "that recur"
     )
+    yield from brought(watched)
     yield modes(directory)
     yield room(directory)
     yield trainer(directory)
     yield stale_rows(directory)
     yield quarantined(watched)
     yield weights(directory, watched)
+
+
+def brought(watched: Watched) -> Iterator[Finding]:
+    """What has become of each kind that has a ledger, and what that brought."""
+    for one in watched.kinds:
+        if (promise := one.promise()) is not None:
+            numbers = f"layers saved {one.saved()}, compared {one.compared()}"
+            yield ok(f"auto: {one.name}: {one.state()}; {numbers}. {promise}")
+    if (promise := watched.promise_of_all()) is not None:
+        yield ok(f"auto: {promise}")
 
 
 def modes(directory: AutoDirectory) -> Finding:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from vllm_adainfer.auto.all_kinds import Counted, lost_of, together
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.table import KindCount
-from vllm_adainfer.auto.tries import GIVEN_UP, State
+from vllm_adainfer.auto.tries import GIVEN_UP, TRIES, State
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.facts.document import Block, Facts, Table
 
+STATUS = "status"  # an event that has numbers, once a minute
 SHOWN_ANSWERS = 6
 SHOWN_CHARACTERS = 20  # of each answer
 NOT_PROMISED = (
@@ -30,8 +32,8 @@ class KindState:
     """The state of one kind, by its hashed name.
 
     `tried` are the tries to certify a policy for it, None if the trainer says nothing; `ledger` is
-    its ledger's file, empty if there is none. A kind is recordable if the server calibrates itself,
-    and does not only watch.
+    its ledger's file, empty if there is none; `status` the latest event with its numbers, likewise.
+    A kind is recordable if the server calibrates itself, and does not only watch.
     """
 
     name: str
@@ -40,6 +42,7 @@ class KindState:
     tried: State | None
     ledger: Mapping[str, Any]
     is_recordable: bool
+    status: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def serves(self) -> int | None:
@@ -57,20 +60,42 @@ class KindState:
         if self.kind.why_full_depth is not None:
             return self.kind.why_full_depth
         if self.ledger.get("closed"):
-            reason = self.ledger.get("why_closed")
-            return f"closed: {reason}" if reason else "closed"
+            reason = self.ledger.get("why_closed") or "its policy changes too much"
+            begins = int(self.ledger.get("begins_at") or 0)
+            since = (
+                "" if self.ledger.get("requests", 0) >= begins else f" from request {begins:,} on"
+            )
+            return f"closed: {reason}; recorded anew{since}"
         if self.serves is not None:
             if self.quarantined.get("policy") == self.serves:
                 return f"policy {self.serves} is quarantined: {self.quarantined.get('why')}"
-            return f"policy {self.serves} serves"
+            return f"policy {self.serves} serves{self.next_try()}"
         if self.tried is not None:
             tries = self.tried.tries
             if self.tried.status == GIVEN_UP:
                 return f"given up after {len(tries)} tries to certify a policy: {tries[-1].outcome}"
-            return f"recording, {len(tries)} tries to certify a policy so far"
+            return f"recording, {len(tries)} tries to certify a policy so far{self.next_try()}"
         if self.ledger:
-            return "recording"
+            return f"recording{self.next_try()}"
         return "waits until it comes more often" if self.is_recordable else "watch only"
+
+    def next_try(self) -> str:
+        """At how many rows the trainer tries next, in words; empty if there is no other try."""
+        tried, course = self.tried or State(), int(self.ledger.get("course") or 0)
+        made = sum(one.course == course for one in tried.tries)
+        if made == len(TRIES) or self.ledger.get("has_grown"):
+            return ""
+        rows = self.status.get("rows")
+        return f", next try at {TRIES[made]:,} rows" + ("" if rows is None else f" of {rows:,} now")
+
+    def saved(self) -> str:
+        """The share of the layers that its requests saved since the server started."""
+        saved = self.status.get("layers_saved")
+        return "-" if saved is None else f"{saved:.1%}"
+
+    def compared(self) -> str:
+        """The share of its requests that are compared now, if its policy decides any."""
+        return f"{self.ledger['rate']:.1%}" if self.ledger.get("decided") else "-"
 
     def promise(self) -> str | None:
         """The sentence of the ledger; None if there is none."""
@@ -90,7 +115,8 @@ class KindState:
 class Watched:
     """The counts of a server since a moment: all its requests and the token rows that ran for them.
 
-    The kinds that recur come with the one with most token rows first; see `auto.table` for pools.
+    The kinds that recur come with the one with most token rows first; see `auto.table` for pools,
+    and `auto.all_kinds` for what all ledgers have `counted`, with confidence 1 - `delta`.
     """
 
     model: str
@@ -100,6 +126,24 @@ class Watched:
     tokens: int
     kinds: Sequence[KindState]
     pools: Sequence[Mapping[str, Any]]
+    counted: Counted = field(default_factory=Counted)
+    delta: float | None = None
+
+    def promise_of_all(self) -> str | None:
+        """The one claim over all kinds that have or had a ledger; None if there is none."""
+        if self.delta is None or self.counted.kinds < 2:
+            return None
+        most, requests = self.counted.changed_at_most(self.delta), self.counted.requests
+        if most is None:
+            return (
+                "There is no claim over all kinds together: a ledger was damaged. Delete the "
+                "directory to begin anew."
+            )
+        return (
+            f"Of all {requests:,} requests of {self.counted.kinds} kinds together, at most "
+            f"{most:,.0f} ({most / max(1, requests):.1%}) were answered otherwise than at full "
+            f"depth (one claim with confidence {1 - self.delta:.0%})."
+        )
 
     def share(self, tokens: int) -> str:
         """The share of the token rows that `tokens` are."""
@@ -118,6 +162,7 @@ def read_directory(root: str | Path) -> Watched:
             f"{root} has no counts of kinds: name the directory that the engine switch has under "
             '"auto", some seconds after its server has started'
         ) from None
+    status = {one["kind"]: one for one in directory.told() if one["event"] == STATUS}
     kinds = [
         KindState(
             name,
@@ -126,12 +171,16 @@ def read_directory(root: str | Path) -> Watched:
             State.of(found) if (found := read_json(directory.trainer(name))) else None,
             _object(directory.ledger(name)),
             directory.identity.exists(),
+            status.get(name, {}),
         )
         for name, count in counts.items()
         if count.kind is not None
     ]
     model, tokenizer = str(content.get("model")), str(content.get("tokenizer"))
-    return Watched(model, tokenizer, *totals, kinds, content.get("pools") or [])
+    ledgers = (_object(directory.ledger(name)) for name in directory.known())
+    counted = together([lost_of(directory), *map(Counted.of_ledger, filter(None, ledgers))])
+    delta, pools = _object(directory.identity).get("delta"), content.get("pools") or []
+    return Watched(model, tokenizer, *totals, kinds, pools, counted, delta)
 
 
 @lru_cache(1)
@@ -184,6 +233,7 @@ def facts_of_kind(one: KindState, watched: Watched, texts: Texts) -> Facts:
         "mean prompt": f"{count.prompt_tokens / max(1, count.requests):,.0f}",
         "longest": f"{count.longest_prompt:,}",
         "token rows": watched.share(count.tokens),
+        **({"layers saved": one.saved(), "compared": one.compared()} if one.is_recordable else {}),
     }
 
 
@@ -199,6 +249,7 @@ def facts_of_kinds(watched: Watched, texts: Texts) -> list[Block]:
         *(_pool_candidate(pool, watched, texts) for pool in watched.pools),
         *_of_objects(watched),
         *promises,
+        *filter(None, [watched.promise_of_all()]),
         *([NOT_PROMISED] if promises else []),
     ]
 

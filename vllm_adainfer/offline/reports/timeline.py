@@ -16,6 +16,7 @@ from vllm_adainfer.offline.facts.document import Block, Table
 from vllm_adainfer.offline.reports.figures import Panel, axes, line, panel
 from vllm_adainfer.offline.reports.kinds import (
     NOT_PROMISED,
+    STATUS,
     KindState,
     Texts,
     Watched,
@@ -26,7 +27,6 @@ from vllm_adainfer.offline.reports.kinds import (
 )
 from vllm_adainfer.offline.reports.page import Section, html_page
 
-STATUS = "status"  # an event that has numbers and is not listed
 LISTED = 50  # the latest events of a kind
 MOST_POINTS = 500  # drawn of a line
 # Heading, then the lines by their key in status events, then how values are written.
@@ -51,34 +51,14 @@ def write_page(root: str | Path) -> Path:
     """
     directory, watched = AutoDirectory(root), read_directory(root)
     events: defaultdict[str, list[Event]] = defaultdict(list)
-    for path in directory.events_before, directory.events:
-        for event in read_events(path):
-            events[event["kind"]].append(event)
+    for event in directory.told():
+        events[event["kind"]].append(event)
     try:
         page = kinds_page(watched, events, label_texts(watched.tokenizer))
         replace_file(directory.page, page)
     except OSError as error:
         raise AdaInferError(f"cannot write {directory.page}: {error}") from None
     return directory.page
-
-
-def read_events(path: Path) -> Iterator[Event]:
-    """The events in a file, without damaged lines; none if there is no file."""
-    try:
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    event = json.loads(line)
-                    yield {
-                        **event,
-                        "time": float(event["time"]),
-                        "kind": str(event["kind"]),
-                        "event": str(event["event"]),
-                    }
-                except (KeyError, TypeError, ValueError):  # cut short by a kill
-                    continue
-    except OSError:
-        return
 
 
 def kinds_page(watched: Watched, events: Mapping[str, Sequence[Event]], texts: Texts) -> str:
@@ -88,7 +68,7 @@ def kinds_page(watched: Watched, events: Mapping[str, Sequence[Event]], texts: T
         title=f"Kinds of requests to {watched.model}",
         subtitle=(
             f"{watched.requests:,} requests since {day_of(watched.since)}; written "
-            f"{_moment(time.time())}. {NOT_PROMISED}"
+            f"{_moment(time.time())}. {watched.promise_of_all() or ''} {NOT_PROMISED}"
         ),
         sections=sections or [("No kind of one-answer request recurs so far.", (), ())],
     )
