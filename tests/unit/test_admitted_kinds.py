@@ -264,8 +264,23 @@ def test_who_may_exit_is_not_recorded(kinds):
     [own] = kinds.kinds.values()
     assert own.state == "recording"
     own.ledger.allowed = 1000.0
-    recorded, _, full_depth = step(kinds, [request(1)] * 2)
-    assert recorded == full_depth.tolist() == []
+    kinds._toss = lambda: 0.9
+    recorded, compared, full_depth = step(kinds, [request(1)] * 2)
+    assert recorded == full_depth.tolist() == compared.tolist() == []
+
+
+def test_other_weights_of_an_adapter_begin_a_course(kinds, directory):
+    def under(weights: str) -> list[Running]:
+        return [replace(request(1), weights=weights)]
+
+    step(kinds, under("a") * RECURS)
+    [own] = kinds.kinds.values()
+    assert (own.weights, own.course) == ("a", 0)
+    step(kinds, under("b"))
+    step(kinds, under("b"))
+    assert (own.weights, own.course) == ("b", 1)
+    kinds.save()
+    assert AdmittedKind.read(own.name, directory.ledger(own.name)).weights == "b"
 
 
 @pytest.mark.parametrize(

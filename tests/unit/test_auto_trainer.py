@@ -326,8 +326,8 @@ def test_a_kind_that_nothing_can_be_learned_of_is_given_up_after_the_last_try(pl
 def test_a_later_try_certifies_on_newer_rows_with_a_smaller_share_of_delta(place, monkeypatch):
     name, asked = place.label_kind(), []
 
-    def fit(served, kind, rows, held_out, epsilon, delta, pooled_from):
-        asked.append((len(rows["final"]), held_out, delta))
+    def fit(served, kind, rows, held_out, options, pooled_from):
+        asked.append((len(rows["final"]), held_out, options.delta))
         raise AdaInferError("not yet")
 
     monkeypatch.setattr(training, "policy_of", fit)

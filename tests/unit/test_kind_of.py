@@ -81,7 +81,7 @@ def test_an_object_is_counted_with_names_of_its_fields_and_the_server_makes_no_p
     assert requested_fields(params) == ("mood", "seen", named[:LONGEST_PATH])
     found = Kind("object", schema="digest", paths=requested_fields(params))
     assert Kind.of_dict(json.loads(json.dumps(found.as_dict()))).paths == found.paths
-    assert "no policy by themselves yet" in str(found.why_full_depth)
+    assert "no policy by themselves yet" in str(found.why_full_depth(0.1))
 
 
 def test_kinds_have_the_names_of_before_there_were_objects():

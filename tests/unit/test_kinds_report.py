@@ -23,6 +23,7 @@ from vllm_adainfer.cli import app
 from vllm_adainfer.offline.doctor import auto as checks
 from vllm_adainfer.offline.doctor.auto import examine_auto
 from vllm_adainfer.offline.reports.timeline import LISTED, MOST_POINTS
+from vllm_adainfer.watch.ledger import Ledger
 
 BAD = {"policy": 1, "why": "its files"}
 MAY_3 = time.mktime((2026, 5, 3, 12, 0, 0, 0, 0, -1))
@@ -102,8 +103,7 @@ def test_each_kind_has_a_row_with_what_it_reads_and_its_share(served):
         f"{80 / (8 * RECURS + 21):.1%}",
     ]
     assert "'mood'" in served.line_of(LORA)
-    assert "calibrate this adapter yourself" in served.line_of(LORA)
-    assert "calibrate with --tolerance or --gate" in served.line_of(PROBABILITIES)
+    assert 'set "tolerance" in the switch' in served.line_of(PROBABILITIES)
 
 
 def test_objects_are_told_by_their_fields_with_the_command_for_a_policy(served):
@@ -160,6 +160,15 @@ def test_the_rest_and_pool_candidates_are_told(served):
         (
             "certified",
             ["certified"],
+            {"closed": True, "course": 2, "requests": 900, "begins_at": 4000},
+            "recorded anew from request 4,000 on",
+        ),
+        ("recording", ["certified"], {}, "policy 1 serves, next try at 2,000 rows"),
+        ("certified", ["no", "certified", "no"], {}, "policy 2 serves   "),
+        ("certified", ["no", "certified"], {"course": 1}, "2 serves, next try at 1,000 rows"),
+        (
+            "certified",
+            ["certified"],
             {"closed": True, "why_closed": "its budget is spent"},
             "closed: its budget is",
         ),
@@ -181,7 +190,30 @@ def test_a_kind_that_has_no_place_waits_for_one_where_kinds_are_recorded(served)
     write_json(served.directory.identity, {})
     assert "waits until it comes more often" in served.line_of(LABEL)
     served.write(LABEL, "ledger.json", requests=30)
-    assert "recording" in served.line_of(LABEL)
+    assert "recording, next try at 1,000 rows" in served.line_of(LABEL)
+
+
+def test_what_it_brought_is_told_by_the_table_and_the_doctor(served):
+    name = served.names[LABEL]
+    write_json(served.directory.identity, {"delta": 0.1, "tolerance": 0.1})
+    ledger = Ledger(0.02, 0.1, 0.25)
+    ledger.add(3000, 400, 2)
+    for kind in (LABEL, CHOICE):
+        served.write(kind, "ledger.json", **ledger.as_dict())
+    served.tried(LABEL, "recording", "certified")
+    served.directory.tell(name, "status", rows=1432, layers_saved=0.41)
+    line = served.line_of(LABEL)
+    assert "policy 1 serves, next try at 2,000 rows of 1,432 now" in line
+    assert line.endswith(" 41.0%      25.0%")
+    claim = (
+        "Of all 6,000 requests of 2 kinds together, at most 40 (0.7%) were answered otherwise than "
+        "at full depth (one claim with confidence 90%)."
+    )
+    for told in served.ran(), served.page(), "\n".join(served.findings()):
+        assert claim in told
+    assert any("layers saved 41.0%, compared 25.0%. Since" in one for one in served.findings())
+    served.directory.lost.write_text("{")
+    assert "no claim over all kinds together: a ledger was damaged" in served.ran()
 
 
 def test_the_ledger_says_what_is_promised_and_what_is_not(served):

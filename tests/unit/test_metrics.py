@@ -154,6 +154,14 @@ def test_gauges_show_what_shadow_requests_show(engines, checked, disagreed, low,
     assert value("adainfer:policy_exits_allowed", 0, **unchecked) == 1
 
 
+def test_gauges_show_what_ledgers_claim_for_each_kind_and_for_all(engines):
+    claims = {"changed_at_most": {"a": 12.5, "gone": 3.0}, "all_changed_at_most": 20.0}
+    engines[0].add(report(**claims))
+    assert value("adainfer:policy_changed_at_most", 0, policy="a") == 12.5
+    assert value("adainfer:policy_changed_at_most", 0, policy="gone") is None
+    assert value("adainfer:changed_at_most", 0) == 20.0
+
+
 def test_what_has_stopped_exits_shows_in_gauges_of_each_engine(engines):
     """Weights that policies are not for, and parts that the self-test has switched off."""
     for differ, failed in ((False, None), (True, "segment_graphs"), (False, "segment_graphs")):

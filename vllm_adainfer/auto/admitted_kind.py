@@ -21,7 +21,7 @@ logger = logging.getLogger("vllm.adainfer.auto")  # vLLM shows only loggers unde
 DAY = 86400.0  # seconds
 RESERVED = 2  # misses for which a file allows ahead
 AGAIN = 2_000  # requests that a course waits for, doubled with each course; the first does not wait
-COURSE = ("pooled_from", "course", "begins_at", "has_grown")
+COURSE = ("weights", "pooled_from", "course", "begins_at", "has_grown")
 SHOWN = ("requests", "misses", "changed_at_most", "allowed", "rate", "closed")
 
 
@@ -59,6 +59,7 @@ class AdmittedKind:
         ledger: that of its promise; steps alone change it.
         since: when its requests began to count, in seconds since 1970.
         recent: its requests of about the last day.
+        weights: the fingerprint of its adapter's weights; None for the base model.
         pooled_from: the position from which on whole prompts are read, see `Beginning`; None
             before it is known.
         course: how often it has been recorded anew, see `auto.tries`.
@@ -77,6 +78,7 @@ class AdmittedKind:
     ledger: Ledger
     since: float = field(default_factory=time.time)
     recent: Recent = field(default_factory=Recent)
+    weights: str | None = None
     pooled_from: int | None = None
     course: int = 0
     begins_at: int = 0
@@ -116,6 +118,15 @@ class AdmittedKind:
         if self.pooled_from is None:
             self._beginning.see(prompt)
             self.pooled_from = self._beginning.pooled_from
+
+    def use_weights(self, weights: str | None) -> None:
+        """Its requests come under these weights of their adapter: others begin a course."""
+        if weights == self.weights:
+            return
+        if self.weights is not None:
+            self.begin_course()
+        self.weights = weights
+        self.note()
 
     def begin_course(self) -> None:
         """Record it anew: at once for the first time, then after more and more requests."""
@@ -177,6 +188,8 @@ class AdmittedKind:
         try:
             since, recent = float(content["since"]), content.get("recent", {})
             recent = Recent(**{key: float(recent[key]) for key in recent})
+            weights = content.get("weights")
+            weights = None if weights is None else str(weights)
             pooled_from = content.get("pooled_from")
             pooled_from = None if pooled_from is None else int(pooled_from)
             course, begins_at = (int(content.get(key, 0)) for key in ("course", "begins_at"))
@@ -184,7 +197,7 @@ class AdmittedKind:
             return None
         quarantined = content.get("quarantined") or {}
         has_grown = bool(content.get("has_grown"))
-        own = (pooled_from, course, begins_at, has_grown)
+        own = (weights, pooled_from, course, begins_at, has_grown)
         found = cls(name, ledger, since, recent, *own, quarantined=quarantined)
         found._written, found._allowed_for = (found.content, quarantined), ledger.misses
         return found

@@ -41,15 +41,15 @@ class Kind:
         """What there is to choose from; of objects their fields."""
         return self.labels or self.choices or self.paths
 
-    @property
-    def why_full_depth(self) -> str | None:
-        """Why requests of this kind never exit; None for a kind that may get a policy."""
+    def why_full_depth(self, tolerance: float | None) -> str | None:
+        """Why requests of this kind never exit; None for a kind that may get a policy.
+
+        `tolerance` is what the switch has for probabilities.
+        """
         if self.reads == "object":
             return "objects get no policy by themselves yet: they are drafted, or calibrate one"
-        if self.adapter is not None:
-            return "only kinds of the base model get a policy: calibrate this adapter yourself"
-        if self.reads == "probabilities":
-            return "not calibrated automatically: calibrate with --tolerance or --gate"
+        if self.reads == "probabilities" and tolerance is None:
+            return 'not calibrated: set "tolerance" in the switch beside "directory"'
         if len(self.labels or self.choices) < 2:
             return "there is nothing to choose from"
         return None

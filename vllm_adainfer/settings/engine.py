@@ -67,6 +67,13 @@ class Auto(Strict):
     delta: float = Field(
         0.1, gt=0, lt=1, description="Probability with which a bound may ever be exceeded."
     )
+    tolerance: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="How far probabilities may move; an answer counts as changed if one moves "
+        "further. Without it, requests that read probabilities run at full depth.",
+    )
     full_depth_rate: float = Field(
         0.25,
         ge=0.03,

@@ -123,6 +123,7 @@ class Admission:
         return request.changed(
             prompt=prompt,
             adapter=adapter,
+            weights=fingerprint,
             policy=name or NO_POLICY,
             not_covered=not_covered if request.may_exit else None,
             threshold_row=row,

@@ -118,14 +118,17 @@ class Arrival:
 
     def _kind(self, request: Running, adapter: LoRARequest | None) -> str | None:
         """See `Running.kind`."""
-        if not self._settings.calibrates_itself or request.output is None:
+        auto = self._settings.auto
+        if auto is None or auto.watch or request.output is None:
             return None
         if request.settings.adainfer_epsilon == 0:
             return None  # its client asks for full depth, which earns no budget for others
         kind = kind_of_output(request.output, request.max_tokens, adapter)
         if kind is not None and kind.choices and not self._policies.ends_choices:
             return None  # it would run on, and no policy covers that
-        return None if kind is None or kind.why_full_depth else self._name_of(kind)
+        if kind is None or kind.why_full_depth(auto.tolerance) is not None:
+            return None
+        return self._name_of(kind)
 
     @cached_property
     def _name_of(self) -> Callable[[Kind], str]:

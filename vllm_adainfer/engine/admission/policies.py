@@ -67,7 +67,7 @@ class Policies:
 
         `candidates` are the policies for its adapter, or for the base model.
         """
-        output, name = request.output, request.settings.adainfer_policy
+        output, name = request.output, request.kind or request.settings.adainfer_policy
         if output is None:
             return None
         if name is None:

@@ -64,6 +64,7 @@ class Running:
     Those from here on are known to the worker, which admits the request:
         prompt: token ids of its prompt.
         adapter: its LoRA adapter; None for the base model.
+        weights: the fingerprint of that adapter's weights; None for the base model.
         policy: the name of the policy for its output; `NO_POLICY` if there is none.
         not_covered: why that policy does not serve its prompt; None if it does.
         threshold_row: the row of the thresholds that applies, numbered across policies (with a
@@ -102,6 +103,7 @@ class Running:
 
     prompt: Sequence[int] = ()
     adapter: LoRARequest | None = None
+    weights: str | None = None
     policy: str = NO_POLICY
     not_covered: NotCovered | None = None
     threshold_row: int = FULL_DEPTH

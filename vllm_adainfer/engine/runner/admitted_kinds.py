@@ -150,6 +150,7 @@ class AdmittedKinds:
             if kind is None:
                 threshold_rows[places] = FULL_DEPTH
                 continue
+            kind.use_weights(requests[places[0]].weights)
             decidable = [place for place in places if threshold_rows[place] != FULL_DEPTH]
             coins = [self._toss() < kind.ledger.rate for _ in decidable]
             count = kind.ledger.decidable(coins) if kind.is_saved else 0

@@ -40,6 +40,7 @@ def forget_others(directory: AutoDirectory, auto: Auto, model: Any) -> None:
         "exit_points": list(model.loop.policies.exit_points),
         "epsilon": auto.epsilon,
         "delta": auto.delta,
+        "tolerance": auto.tolerance,
         "engine_options": model.engine_options.model_dump(),
     }
     before = read_json(directory.identity)
@@ -49,7 +50,8 @@ def forget_others(directory: AutoDirectory, auto: Auto, model: Any) -> None:
         is_same = False
     else:
         alike = options.why_not_served_by(model.engine_options) is None
-        is_same = alike and {**before, "engine_options": identity["engine_options"]} == identity
+        now = {"tolerance": None, **before, "engine_options": identity["engine_options"]}
+        is_same = alike and now == identity
     if not is_same:
         if directory.known():
             logger.warning(

@@ -18,6 +18,7 @@ from adainfer_kernels import Head
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vllm_adainfer.artifact.fields import Adapter
 from vllm_adainfer.artifact.kinds import ProbeKind
 from vllm_adainfer.artifact.outputs import AnyOutput, Labels
 from vllm_adainfer.artifact.tensors import UNREADABLE
@@ -31,7 +32,7 @@ from vllm_adainfer.offline.calibration.data.choices import find_choices
 from vllm_adainfer.offline.calibration.data.label_pool import labels_of
 from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
-from vllm_adainfer.offline.calibration.fit.probes import Target
+from vllm_adainfer.offline.calibration.fit.probes import Target, full_depth_labels
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy, fit_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.record.rows import (
@@ -49,6 +50,7 @@ from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import say
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.promise.tolerance import Tolerance
 
 MOST_BEGINNINGS = 3  # a try that ends so many trainers, perhaps for want of memory, has failed
 WORTH = 0.05  # a policy that saves a smaller share of the layers changes answers for nothing
@@ -169,7 +171,7 @@ class Trainer:
         # add up to less than 1.
         since = tries[-2].newest if len(tries) > 1 else -1
         share = 1 / (len(all_tries) * (len(all_tries) + 1))
-        self._try(name, kind, state, shards, since, share, noted.get("pooled_from"), last)
+        self._try(name, kind, state, shards, since, share, noted, last)
 
     def _try(
         self,
@@ -179,23 +181,31 @@ class Trainer:
         shards: Sequence[Shard],
         since: int,
         share: float,
-        pooled_from: int | None,
+        noted: Mapping[str, Any],
         last: bool,
     ) -> None:
-        """Fit on older rows of `shards` and certify on those after `since`; end the latest try."""
+        """Fit on older rows of `shards` and certify on those after `since`; end the latest try.
+
+        `noted` is the file of the kind's ledger.
+        """
         served = self._served()
         rows, is_whole = of_one_input(load_shards(shards))
         rows = only_finite(rows)
         held_out = int((rows["shards"] > since).sum()) // 2
-        epsilon, delta = served.facts["epsilon"], served.facts["delta"] * share
+        options = PolicyOptions(
+            epsilon=served.facts["epsilon"], delta=served.facts["delta"] * share
+        )
+        if kind.reads == "probabilities":
+            options = replace(options, promise=Tolerance.asked(served.facts["tolerance"]))
+        epsilon = options.epsilon
         try:
             output = served.output(kind)
         except AdaInferError as error:  # no number of rows would help
             self._end(name, state, str(error), last=True)
             return
         try:
-            whole_from = pooled_from if is_whole else None
-            policy = policy_of(served, output, rows, held_out, epsilon, delta, whole_from)
+            whole_from = noted.get("pooled_from") if is_whole else None
+            policy = policy_of(served, output, rows, held_out, options, whole_from)
         except (ArithmeticError, RuntimeError, ValueError) as error:  # AdaInferError is one
             self._end(name, state, str(error), last)
             return
@@ -217,7 +227,10 @@ class Trainer:
             return
         target = self.directory.policy(name, state.tries[-1].number)
         with whole_directory(target, 0o700) as draft:  # which only this user may read
-            config = write_artifact(policy, served.facts["model"], served.hf_config, None, draft)
+            model, adapter = served.facts["model"], None
+            if kind.adapter is not None:
+                adapter = Adapter(name=kind.adapter, fingerprint=noted["weights"])
+            config = write_artifact(policy, model, served.hf_config, None, draft, adapter)
             for file in draft.iterdir():
                 file.chmod(PRIVATE)
         [level] = [one for one in config.levels if one.epsilon == epsilon]
@@ -256,8 +269,7 @@ def policy_of(
     output: AnyOutput,
     recorded: Mapping[str, Tensor],
     held_out: int,
-    epsilon: float,
-    delta: float,
+    options: PolicyOptions,
     pooled_from: int | None = None,
 ) -> FittedPolicy:
     """Fit on the older of the `recorded` rows, and certify on the `held_out` newest.
@@ -281,11 +293,14 @@ def policy_of(
         means={layer: mean.float() for layer, mean in by_layer(recorded, MEAN).items()},
     )
     probe: ProbeKind = "label-head" if pooled_from is None else "pooled-label-head"
+    promise, full_depth = options.promise.about([one.name for one in output.labels]), None
+    if promise.reads_probabilities:
+        full_depth = full_depth_labels(rows, answers)
     calibration = Calibration(
         rows,
-        Target(probe, answers, first_tokens=first_tokens),
+        Target(probe, answers, full_depth, first_tokens=first_tokens, promise=promise),
         Split.of_groups(rows.prompts, held_out),
-        PolicyOptions(epsilon=epsilon, delta=delta),
+        options,
         output,
         pooled_from=pooled_from,
     )

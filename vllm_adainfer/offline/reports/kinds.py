@@ -33,7 +33,8 @@ class KindState:
 
     `tried` are the tries to certify a policy for it, None if the trainer says nothing; `ledger` is
     its ledger's file, empty if there is none; `status` the latest event with its numbers, likewise.
-    A kind is recordable if the server calibrates itself, and does not only watch.
+    A kind is recordable if the server calibrates itself, and does not only watch; `tolerance` is
+    the server's.
     """
 
     name: str
@@ -43,6 +44,7 @@ class KindState:
     ledger: Mapping[str, Any]
     is_recordable: bool
     status: Mapping[str, Any] = field(default_factory=dict)
+    tolerance: float | None = None
 
     @property
     def serves(self) -> int | None:
@@ -57,8 +59,8 @@ class KindState:
 
     def state(self) -> str:
         """Where it stands, in words."""
-        if self.kind.why_full_depth is not None:
-            return self.kind.why_full_depth
+        if (why := self.kind.why_full_depth(self.tolerance)) is not None:
+            return why
         if self.ledger.get("closed"):
             reason = self.ledger.get("why_closed") or "its policy changes too much"
             begins = int(self.ledger.get("begins_at") or 0)
@@ -162,6 +164,7 @@ def read_directory(root: str | Path) -> Watched:
             f"{root} has no counts of kinds: name the directory that the engine switch has under "
             '"auto", some seconds after its server has started'
         ) from None
+    identity = _object(directory.identity)
     status = {one["kind"]: one for one in directory.told() if one["event"] == STATUS}
     kinds = [
         KindState(
@@ -172,6 +175,7 @@ def read_directory(root: str | Path) -> Watched:
             _object(directory.ledger(name)),
             directory.identity.exists(),
             status.get(name, {}),
+            identity.get("tolerance"),
         )
         for name, count in counts.items()
         if count.kind is not None
@@ -179,8 +183,8 @@ def read_directory(root: str | Path) -> Watched:
     model, tokenizer = str(content.get("model")), str(content.get("tokenizer"))
     ledgers = (_object(directory.ledger(name)) for name in directory.known())
     counted = together([lost_of(directory), *map(Counted.of_ledger, filter(None, ledgers))])
-    delta, pools = _object(directory.identity).get("delta"), content.get("pools") or []
-    return Watched(model, tokenizer, *totals, kinds, pools, counted, delta)
+    pools = content.get("pools") or []
+    return Watched(model, tokenizer, *totals, kinds, pools, counted, identity.get("delta"))
 
 
 @lru_cache(1)
