@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
-Reads = Literal["label", "choice", "probabilities", "object"]
+Reads = Literal["label", "choice", "probabilities", "scores", "object"]
+PROBABILITIES: tuple[Reads, ...] = ("probabilities", "scores")
 KNOWN = 1024  # kinds whose names are kept
 
 
@@ -19,7 +20,7 @@ class Kind:
 
     Attributes:
         reads: what a client reads of the answer: one label, one of several texts, the labels'
-            probabilities, or a JSON object.
+            probabilities, the scores of a classifier, or a JSON object.
         labels: token ids of the labels, ascending; empty for texts.
         choices: the texts, in alphabetical order; empty for labels.
         adapter: name of the LoRA adapter; None for the base model.
@@ -48,9 +49,9 @@ class Kind:
         """
         if self.reads == "object":
             return "objects get no policy by themselves yet: they are drafted, or calibrate one"
-        if self.reads == "probabilities" and tolerance is None:
+        if self.reads in PROBABILITIES and tolerance is None:
             return 'not calibrated: set "tolerance" in the switch beside "directory"'
-        if len(self.labels or self.choices) < 2:
+        if self.reads != "scores" and len(self.labels or self.choices) < 2:
             return "there is nothing to choose from"
         return None
 

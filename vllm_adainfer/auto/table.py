@@ -146,7 +146,8 @@ class KindTable:
         if label == OTHERS and count.recurs and len(self._labels) < NAMED:
             name = self._labels[kind] = kind.name(self._salt)
             among = "of" if kind.reads == "object" else "among"
-            self.reads[name] = f"{kind.reads} {among} {len(kind.answers)}"
+            many = f" {among} {len(kind.answers)}" if kind.reads != "scores" else ""
+            self.reads[name] = f"{kind.reads}{many}"
         return label
 
     def recurring(self) -> list[KindCount]:

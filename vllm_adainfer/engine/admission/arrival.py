@@ -199,8 +199,11 @@ def kind_of(
     Probabilities in the whole vocabulary count at any temperature, which does not change them;
     anything else only if it is greedy. `resumable`: whether its prompt is still being sent.
     """
-    if params is None or resumable or is_for_pooling(params):
+    if params is None or resumable:
         return None
+    if is_for_pooling(params):
+        scores = requested_scores(params)
+        return None if scores is None else kind_of_output(scores, 1, adapter)
     output = requested_output(params, logprobs_mode)
     return None if output is None else kind_of_output(output, params.max_tokens, adapter)
 
@@ -214,6 +217,8 @@ def kind_of_output(
     name = None if adapter is None else adapter.lora_name
     if output.form is Form.CHOICE:
         return Kind("choice", choices=tuple(sorted(output.choices or ())), adapter=name)
+    if output.form is Form.SCORES:
+        return Kind("scores", adapter=name)
     if output.form is Form.OBJECT:
         return Kind("object", adapter=name, schema=output.schema)
     if not output.labels or max_tokens != 1:

@@ -195,8 +195,11 @@ def _of_switch(vllm_config: VllmConfig, settings: Settings) -> Iterator[str]:
             "a server that calibrates itself has one rank so far: set --tensor-parallel-size to 1, "
             'or only watch, with "auto": {"directory": "DIR", "watch": true}'
         )
-    if model.runner_type != "generate":
-        yield "a classifier does not calibrate itself so far: calibrate it with `calibrate`"
+    if model.runner_type != "generate" and settings.auto and settings.auto.tolerance is None:
+        yield (
+            "a classifier that calibrates itself needs a bound on its probabilities: set "
+            '"auto": {"directory": "DIR", "tolerance": 0.1}, how far one may move'
+        )
     if model.skip_tokenizer_init:
         yield '"auto" needs the tokenizer, to name labels and choices: drop --skip-tokenizer-init'
 

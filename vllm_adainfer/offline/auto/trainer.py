@@ -20,16 +20,17 @@ from torch import Tensor
 
 from vllm_adainfer.artifact.fields import Adapter
 from vllm_adainfer.artifact.kinds import ProbeKind
-from vllm_adainfer.artifact.outputs import AnyOutput, Labels
+from vllm_adainfer.artifact.outputs import AnyOutput, Labels, Scores
 from vllm_adainfer.artifact.tensors import UNREADABLE
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
-from vllm_adainfer.auto.kinds import Kind
+from vllm_adainfer.auto.kinds import PROBABILITIES, Kind
 from vllm_adainfer.auto.tries import CERTIFIED, GIVEN_UP, MORE, RECORDING, TRIES, State, Try
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.recording.recorder import MEAN
 from vllm_adainfer.files import PRIVATE, whole_directory
 from vllm_adainfer.offline.calibration.data.choices import find_choices
 from vllm_adainfer.offline.calibration.data.label_pool import labels_of
+from vllm_adainfer.offline.calibration.data.score_labels import score_head_of, score_labels
 from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.probes import Target, full_depth_labels
@@ -98,6 +99,9 @@ class Served:
 
         An AdaInferError if no first token decides a choice.
         """
+        if (head := score_head_of(self.hf_config)) is not None:
+            names = tuple(label.name for label in score_labels(self.hf_config))
+            return Scores(score_head=head, classes=names)
         if not kind.choices:
             return Labels(labels=labels_of(kind.labels, self.tokenizer))
         return find_choices(kind.choices, self.tokenizer, self.hf_config.vocab_size)
@@ -195,7 +199,7 @@ class Trainer:
         options = PolicyOptions(
             epsilon=served.facts["epsilon"], delta=served.facts["delta"] * share
         )
-        if kind.reads == "probabilities":
+        if kind.reads in PROBABILITIES:
             options = replace(options, promise=Tolerance.asked(served.facts["tolerance"]))
         epsilon = options.epsilon
         try:
@@ -293,9 +297,10 @@ def policy_of(
         means={layer: mean.float() for layer, mean in by_layer(recorded, MEAN).items()},
     )
     probe: ProbeKind = "label-head" if pooled_from is None else "pooled-label-head"
-    promise, full_depth = options.promise.about([one.name for one in output.labels]), None
+    names = [label.name for label in output.labels]
+    promise, full_depth = options.promise.about(names, output.link), None
     if promise.reads_probabilities:
-        full_depth = full_depth_labels(rows, answers)
+        full_depth = full_depth_labels(rows, answers, link=promise.link)
     calibration = Calibration(
         rows,
         Target(probe, answers, full_depth, first_tokens=first_tokens, promise=promise),

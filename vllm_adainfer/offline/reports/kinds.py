@@ -207,6 +207,8 @@ def reads_of(kind: Kind, texts: Texts) -> str:
     """The output of a kind, in words."""
     if kind.choices:
         return f"choice: {_few([quoted(text) for text in kind.choices[:SHOWN_ANSWERS]], kind)}"
+    if kind.reads == "scores":
+        return "scores of the classifier"
     if kind.reads == "object":
         shown = [quoted(path) for path in kind.paths[:SHOWN_ANSWERS]]
         return f"object: {_few(shown, kind) or 'no field with few values'}"
