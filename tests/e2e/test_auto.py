@@ -16,17 +16,20 @@ import torch
 from adainfer_kernels import normed
 from safetensors.torch import load_file
 from torch import Tensor
-from vllm import SamplingParams
+from vllm import PoolingParams, SamplingParams
 
+from tests.classifier import classifier
 from tests.conftest import tiny_engine
-from tests.e2e.asking import greedy, tokens
+from tests.e2e.asking import ask, greedy, tokens
 from tests.e2e.oracle import hidden_states
 from tests.e2e.pooled import LEVELS
 from tests.e2e.scripted import parts, running_of
-from tests.tiny import LAYERS, tiny_artifact, tiny_config
+from tests.full import full_on_v2
+from tests.tiny import LAYERS, served_fingerprint, tiny_artifact, tiny_config
 from tests.waiting import wait_for
+from vllm_adainfer.arrays import Floats
 from vllm_adainfer.artifact.config import policy_of
-from vllm_adainfer.artifact.fields import LastToken
+from vllm_adainfer.artifact.fields import Label, LastToken
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.table import RECURS
@@ -66,7 +69,7 @@ def auto(tiny_model: Path, directory: AutoDirectory) -> Iterator[Any]:
         patch.setattr(self_calibration, "TICK_SECONDS", 0.05)
         yield tiny_engine(
             tiny_model,
-            {"auto": {"directory": str(directory.root)}, "min_rows_saved": 1},
+            {"auto": {"directory": str(directory.root), "tolerance": 0.2}, "min_rows_saved": 1},
             max_model_len=512,
             kv_cache_memory_bytes=64 << 20,
         )
@@ -154,6 +157,85 @@ def test_only_its_user_can_read_the_directory(auto, directory, labels):
     wait_for(lambda: [*directory.root.rglob("*.safetensors")])
     for path in [directory.root, *directory.root.rglob("*")]:
         assert path.stat().st_mode & 0o077 == 0, path
+
+
+def read_probabilities(llm: Any, prompts: list[list[int]], labels: list[int]) -> Floats:
+    """[prompts, labels], in the whole vocabulary."""
+    answers = ask(llm, prompts, greedy(logprob_token_ids=labels))
+    return np.exp([[answer.logprobs[0][one].logprob for one in labels] for answer in answers])
+
+
+def moved(early: Floats, full: Floats) -> int:
+    """Answers whose probabilities moved by more than the tolerance, or with another best label."""
+    return int(((np.abs(early - full).max(1) > 0.2) | (early.argmax(1) != full.argmax(1))).sum())
+
+
+def test_probabilities_are_a_kind_whose_policy_decides_no_request_for_the_label(
+    auto, directory, tiny_model, labels
+):
+    kind = Kind("probabilities", tuple(sorted(labels))).name(directory.salt)
+    full = read_probabilities(auto, PROMPTS, labels)
+    wait_for(lambda: rows_of(directory, kind))
+    promise = {"risk": "probability", "tolerance": 0.2, "label_mass": True}
+    tiny_artifact(tiny_model, directory.policy(kind, 1), exit_points=CUTS[1:3], **promise)
+    certify(directory, kind, 1)
+    wait_for(lambda: kind_policy(directory, kind) == 1)
+    tokens(auto, PROMPTS[:1], TEXT)  # the step after takes the policy into service
+    own = running_of(parts(auto)[1]).kinds.kinds[kind]
+    own.ledger.allowed = 60.0
+    early = read_probabilities(auto, PROMPTS, labels)
+    assert 0 < moved(early, full) <= own.ledger.changed_at_most <= own.ledger.allowed
+    before = depths(auto, kind)
+    assert before.total() == own.ledger.decided > 0
+    tokens(auto, PROMPTS, label(labels))
+    assert depths(auto, kind) == before
+
+
+@pytest.fixture(scope="module")
+def classifying(tiny_model: Path, tmp_path_factory) -> Iterator[tuple[Any, Path, AutoDirectory]]:
+    """A classifier that calibrates itself, without its trainer."""
+    model = classifier(tiny_model, tmp_path_factory.mktemp("classifier") / "softmax", 3)
+    place = AutoDirectory(tmp_path_factory.mktemp("auto") / "classes")
+    switch = {"auto": {"directory": str(place.root), "tolerance": 0.2}, "min_rows_saved": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainerProcess, "keep_running", lambda self: None)
+        patch.setattr(self_calibration, "TICK_SECONDS", 0.05)
+        small = {"kv_cache_memory_bytes": 32 << 20, "max_model_len": 512}
+        yield tiny_engine(model, switch, **small), model, place
+
+
+def classify(llm: Any, prompts: list[list[int]]) -> Floats:
+    """[prompts, classes], their probabilities."""
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    params = PoolingParams(task="classify")
+    found = llm.encode(asked, params, pooling_task="classify", use_tqdm=False)
+    return np.array([output.outputs.data.tolist() for output in found])
+
+
+@full_on_v2
+def test_a_classifier_records_its_requests_and_changes_no_more_than_its_ledger_allows(classifying):
+    llm, model, place = classifying
+    kind = Kind("scores").name(place.salt)
+    full = classify(llm, PROMPTS)
+    wait_for(lambda: rows_of(place, kind))
+    config = {
+        "architecture": "LlamaForSequenceClassification",
+        "score_head": "softmax",
+        "weights_fingerprint": served_fingerprint(model),
+        "labels": tuple(Label(name=f"c{column}", token_id=column) for column in range(3)),
+        "risk": "probability",
+        "tolerance": 0.2,
+        "exit_points": CUTS[1:3],
+    }
+    tiny_artifact(model, place.policy(kind, 1), **config)
+    certify(place, kind, 1)
+    wait_for(lambda: kind_policy(place, kind) == 1)
+    classify(llm, PROMPTS[:1])
+    own = running_of(parts(llm)[1]).kinds.kinds[kind]
+    own.ledger.allowed = 60.0
+    early = classify(llm, PROMPTS)
+    assert 0 < moved(early, full) <= own.ledger.changed_at_most <= own.ledger.allowed
+    assert depths(llm, kind).total() == own.ledger.decided > 0
 
 
 def test_full_depth_by_choice_sampled_and_lone_answers_are_no_kind_and_earn_no_budget(auto, labels):
@@ -344,13 +426,13 @@ def test_a_kind_that_loses_its_place_leaves_nothing_and_begins_anew(
     kind, own = served
     full = tokens(auto, PROMPTS, label(labels, adainfer=0))
     own.ledger.allowed = 1000.0
-    monkeypatch.setattr(admitted_kinds, "MOST_KINDS", 1)
+    kinds = running_of(parts(auto)[1]).kinds.kinds
+    monkeypatch.setattr(admitted_kinds, "MOST_KINDS", len(kinds))
     own.since = 0.0
     own.recent.requests = RECURS / 4
     loop = parts(auto)[0].loop
     assert kind in loop.policies.names
     tokens(auto, PROMPTS[:RECURS], label([*labels, 7]))
-    kinds = running_of(parts(auto)[1]).kinds.kinds
     assert kind not in kinds
     tokens(auto, PROMPTS[:1], TEXT)  # the step after takes the policy out of service
     assert kind not in loop.policies.names
