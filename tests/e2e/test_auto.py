@@ -17,7 +17,9 @@ from adainfer_kernels import normed
 from safetensors.torch import load_file
 from torch import Tensor
 from vllm import PoolingParams, SamplingParams
+from vllm.lora.request import LoRARequest
 
+from tests.adapters import merged, save_adapter
 from tests.classifier import classifier
 from tests.conftest import tiny_engine
 from tests.e2e.asking import ask, greedy, tokens
@@ -38,6 +40,7 @@ from vllm_adainfer.engine.runner import admitted_kinds
 from vllm_adainfer.engine.worker import self_calibration
 from vllm_adainfer.engine.worker.trainer_process import TrainerProcess
 from vllm_adainfer.exits.recording.recorder import CHUNK
+from vllm_adainfer.offline.adapter import read_adapter
 from vllm_adainfer.watch import ledger as ledgers
 from vllm_adainfer.watch.ledger import Ledger
 
@@ -210,6 +213,53 @@ def classify(llm: Any, prompts: list[list[int]]) -> Floats:
     params = PoolingParams(task="classify")
     found = llm.encode(asked, params, pooling_task="classify", use_tqdm=False)
     return np.array([output.outputs.data.tolist() for output in found])
+
+
+@full_on_v2
+@torch.inference_mode()
+def test_requests_under_an_adapter_are_a_kind_and_its_policy_is_for_these_weights(
+    tiny_model, reference, tmp_path_factory, labels
+):
+    """An adapter with weights for the LM head, which the trainer has not, gets none."""
+    folder = tmp_path_factory.mktemp("adapters")
+    place = AutoDirectory(folder / "auto")
+    named = {"few": ("q_proj", "down_proj"), "head": ("q_proj", "lm_head")}
+    few, head = (
+        LoRARequest(name, number, str(save_adapter(reference, folder / name, number, modules)))
+        for number, (name, modules) in enumerate(named.items(), start=1)
+    )
+    own_model = merged(reference, Path(few.lora_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainerProcess, "keep_running", lambda self: None)
+        patch.setattr(self_calibration, "TICK_SECONDS", 0.05)
+        llm = tiny_engine(
+            tiny_model,
+            {"auto": {"directory": str(place.root)}, "min_rows_saved": 1},
+            enable_lora=True,
+            max_loras=3,
+            max_lora_rank=8,
+            max_model_len=320,
+            kv_cache_memory_bytes=8 << 20,
+        )
+        for adapter in (few, head):
+            tokens(llm, PROMPTS, label(labels), lora_request=adapter)
+        kinds = running_of(parts(llm)[1]).kinds.kinds
+        kind = Kind("label", tuple(sorted(labels)), adapter="few").name(place.salt)
+        assert [*kinds] == [kind]
+        described = read_adapter(f"few={few.lora_path}").described
+        assert kinds[kind].weights == described.fingerprint
+        rows = wait_for(lambda: rows_of(place, kind))
+        states = [hidden_states(own_model, prompt)[CUTS[-1]][-1] for prompt in PROMPTS]
+        for row in rows[f"layer.{CUTS[-1]}"]:
+            assert min(float((row - state).norm()) for state in states) < 1e-2
+        shape = {"exit_points": CUTS[1:3], "adapter": described}
+        tiny_artifact(tiny_model, place.policy(kind, 1), **shape)
+        certify(place, kind, 1)
+        wait_for(lambda: kind_policy(place, kind) == 1)
+        tokens(llm, PROMPTS[:1], TEXT)
+        kinds[kind].ledger.allowed = 1000.0
+        tokens(llm, PROMPTS[:20], label(labels), lora_request=few)
+        assert kinds[kind].ledger.decided > 10, "until evidence closes it"
 
 
 @full_on_v2

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +39,19 @@ def fingerprint_of(path: str) -> str | None:
         return adapter_fingerprint(adapter_directory(path))
     except (AdaInferError, OSError):
         return None  # vLLM also fails to load it, and says why
+
+
+@lru_cache
+def changes_head(path: str, fingerprint: str | None) -> bool:
+    """Whether the adapter at `path`, with this fingerprint, has weights for the LM head.
+
+    True if that is not known.
+    """
+    try:
+        config = json.loads((adapter_directory(path) / "adapter_config.json").read_text())
+        return fingerprint is None or "lm_head" in config["target_modules"]
+    except (AdaInferError, OSError, KeyError, TypeError, ValueError):
+        return True
 
 
 class LoadedAdapters:

@@ -20,7 +20,7 @@ from vllm_adainfer.engine.admission.running import (
     params_of,
     resolved_of,
 )
-from vllm_adainfer.engine.runner.adapters import LoadedAdapters, StepAdapters
+from vllm_adainfer.engine.runner.adapters import LoadedAdapters, StepAdapters, changes_head
 from vllm_adainfer.engine.runner.admitted_kinds import AdmittedKinds
 from vllm_adainfer.engine.runner.request_table import Columns, RequestTable
 from vllm_adainfer.exits.accounting.report import (
@@ -111,7 +111,12 @@ class RunningRequests:
     def _admit(
         self, request: Running, prompt: Sequence[int], adapter: LoRARequest | None
     ) -> Running:
-        fingerprint = None if adapter is None else self.adapters.fingerprint_of(adapter)
+        if adapter is None:
+            return self.admission.admit(request, prompt)
+        fingerprint = self.adapters.fingerprint_of(adapter)
+        # The trainer has the base model's head alone.
+        if request.kind is not None and changes_head(adapter.lora_path, fingerprint):
+            request = request.changed(kind=None)
         return self.admission.admit(request, prompt, adapter, fingerprint)
 
     def lost_kv(self, request_id: str) -> None:
