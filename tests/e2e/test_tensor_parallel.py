@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,14 @@ from tests.adapters import save_adapter
 from tests.admitted import draw_by_the_clients_ids
 from tests.conftest import tiny_engine
 from tests.e2e.asking import tokens
-from tests.tiny import EXIT_POINTS, FROM_ZERO, tiny_artifact, tiny_config, tiny_tensors
+from tests.tiny import EXIT_POINTS, FROM_ZERO, LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from tests.triton_on_cpu import IS_V2
+from tests.waiting import wait_for
 from vllm_adainfer.artifact.fields import LastToken, SharedTokens
 from vllm_adainfer.artifact.files import save_artifact
+from vllm_adainfer.auto.directory import AutoDirectory, write_json
+from vllm_adainfer.auto.kinds import Kind
+from vllm_adainfer.auto.tries import CERTIFIED, State, Try
 from vllm_adainfer.engine.self_test import self_test
 from vllm_adainfer.exits.loop.decisions import Decisions
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers
@@ -177,3 +181,49 @@ def test_two_ranks_serve_adapters_and_the_policy_beside_one_of_them_as_one_does(
     assert both == [stats, stats]
     assert set(stats["policies"]) == {"default", "a0", NO_POLICY}
     assert len(+Counter(stats["policies"]["a0"]["exit_histogram"])) > 0
+
+
+def recorded_and_served(worker: Any) -> tuple[int, list[str], int]:
+    """Ledgers of a rank, the policies that serve on it, and how many of its answers came early."""
+    kinds = worker._running.kinds
+    loop = worker.model_runner.model.loop
+    early = {layer: n for layer, n in loop.stats.exit_histogram.items() if layer < LAYERS}
+    return 0 if kinds is None else len(kinds.kinds), list(loop.policies.names), sum(early.values())
+
+
+def give_budget(worker: Any, name: str) -> None:
+    if worker._running.kinds is not None:
+        worker._running.kinds.kinds[name].ledger.allowed = 1000.0
+
+
+def test_two_ranks_calibrate_themselves_by_the_coins_and_rows_of_the_first(
+    tiny_model, ranks_on_cores, tmp_path
+):
+    place = AutoDirectory(tmp_path / "auto")
+    labels = list(tiny_config(tiny_model).label_ids)
+    generator = np.random.default_rng(8)
+    prompts = [generator.integers(5, 1000, n).tolist() for n in generator.integers(1, 150, 150)]
+    params = SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=labels)
+    engine = tiny_engine(
+        tiny_model,
+        {"auto": {"directory": str(place.root)}, "min_rows_saved": 1},
+        max_model_len=256,
+        kv_cache_memory_bytes=16 << 20,
+        tensor_parallel_size=2,
+    )
+    full = tokens(engine, prompts, params)
+    kind = Kind("label", tuple(sorted(labels))).name(place.salt)
+    wait_for(lambda: [*place.rows(kind).glob("*.safetensors")])
+    tiny_artifact(tiny_model, place.policy(kind, 1), exit_points=(2, 3))
+    write_json(place.trainer(kind), asdict(State(CERTIFIED, (Try(1, "", 0, 0, 1, CERTIFIED),))))
+    wait_for(lambda: '"serving"' in place.events.read_text())
+    tokens(engine, prompts[:1], params)
+    engine.collective_rpc(give_budget, args=(kind,))
+    early = tokens(engine, prompts, params)
+    (kinds, names, exits), (others, same_names, same_exits) = engine.collective_rpc(
+        recorded_and_served
+    )
+    assert (kinds, others) == (1, 0)
+    assert names == same_names == [kind, NO_POLICY]
+    assert exits == same_exits > 0
+    assert sum(one != other for one, other in zip(full, early, strict=True)) > 0

@@ -46,7 +46,9 @@ def step(kinds: AdmittedKinds, admitted: list[Running], rows: int = UNDER_POLICY
     """Run a step; the places of those recorded, of those compared, and of those at full depth."""
     threshold_rows = np.full(len(admitted), rows)
     everyone = np.arange(len(admitted))
-    compared, recorded = kinds.admit_by_ledger(admitted, everyone, everyone + 1, threshold_rows)
+    threshold_rows, compared, recorded, _ = kinds.admit(
+        admitted, everyone, everyone + 1, threshold_rows
+    )
     names = {one.kind for one in admitted}
     kinds.step_ended(dict.fromkeys(names, misses))
     places = [] if recorded is None else recorded.places.tolist()
@@ -410,7 +412,7 @@ def test_no_more_misses_are_allowed_for_than_the_budget_has_room_for(
 
 def test_a_kind_may_be_written_while_the_step_that_gives_it_a_place_runs(kinds, directory):
     asked = [request(1)] * RECURS
-    kinds.admit_by_ledger(asked, np.arange(RECURS), np.ones(RECURS), np.zeros(RECURS))
+    kinds.admit(asked, np.arange(RECURS), np.ones(RECURS), np.zeros(RECURS))
     kinds.save()
     assert read(directory).ledger.requests == 0
 

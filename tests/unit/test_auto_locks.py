@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from vllm_adainfer.engine.worker import self_calibration
 from vllm_adainfer.engine.worker.self_calibration import SelfCalibration
@@ -23,7 +24,7 @@ def test_a_start_is_refused_with_the_id_of_the_process_that_has_the_directory(
     with directory.held("server") as is_held:
         assert is_held
         with pytest.raises(AdaInferError, match=rf"^process {os.getpid()} is another server's "):
-            SelfCalibration(Auto(directory=str(directory.root)), served)
+            SelfCalibration(Auto(directory=str(directory.root)), served, torch.empty(0))
 
 
 def test_a_start_waits_for_a_server_that_is_ending(directory):

@@ -19,7 +19,7 @@ from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.compat.pooler import is_classifier
 from vllm_adainfer.engine.model.score_head import head_of
 from vllm_adainfer.engine.runner.adapters import StepAdapters
-from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0
+from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0, rows_of_all_ranks
 from vllm_adainfer.engine.segments.decoder import Decoder, norm_of
 from vllm_adainfer.exits.batch.upload import upload
 from vllm_adainfer.exits.loop.loop import StepOutput
@@ -110,6 +110,20 @@ class ModelHead(_Model):
             token_ids=first + torch.arange(lens.head.size, device=self.device),
             gather=lambda part: ranks.all_gather(part, dim=0).unflatten(0, (-1, part.shape[0])),
         )
+
+    def whole_head(self) -> Tensor | None:
+        """[vocabulary, head size], the whole head on the host of the first rank; else None.
+
+        A classifier's has a row for each label. A collective.
+        """
+        if self._is_classifier:
+            return head_of(self.score).weight.cpu()
+        head, rows = self._lm_head, self.head_weight
+        padding = head.num_embeddings_per_partition - len(rows)  # vLLM's, behind the last row
+        if padding and get_tp_group().world_size > 1:  # all ranks have as many
+            rows = torch.cat([rows, rows.new_zeros(padding, rows.shape[1])])
+        whole = rows_of_all_ranks(rows)
+        return None if whole is None else whole[: head.org_vocab_size]
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Logits [sampled rows, vocabulary]; early scores of some tokens mask all others."""

@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from random import SystemRandom
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,6 +37,23 @@ MOST_RETIRED = 192  # policies that may lose their place: each leaves counters t
 YOUNG_SECONDS = 3600.0  # for which a kind has its place for sure
 LOOK_SECONDS = 1.0  # between two looks at who might lose its place
 OFTENER = 2  # so many times as often comes a kind that takes another one's place
+
+
+class AdmittedStep(NamedTuple):
+    """What ledgers say of a step's requests, on all ranks.
+
+    Attributes:
+        threshold_rows: [requests], `FULL_DEPTH` where all layers must run.
+        compared: bool [requests], who runs all layers to be compared.
+        recorded: who is recorded.
+        pooled_from: [requests], see `AdmittedKinds.pooled_from`.
+
+    """
+
+    threshold_rows: Ints
+    compared: Bools
+    recorded: RecordedRequests | None
+    pooled_from: Ints
 
 
 class AdmittedKinds:
@@ -126,15 +144,22 @@ class AdmittedKinds:
         lost, self._lost = self._lost, []
         return lost
 
-    def admit_by_ledger(
+    def admit(
         self, requests: Sequence[Running], first_tokens: Ints, lens: Ints, threshold_rows: Ints
-    ) -> tuple[Bools, RecordedRequests | None]:
+    ) -> AdmittedStep:
         """Let a step's requests exit as far as the ledgers allow, and record some of the others.
 
-        Those at `first_tokens` yield their first token. `lens` [requests] are the rows of each;
-        `threshold_rows` [requests] become `FULL_DEPTH` where all layers must run. Returns bool
-        [requests], who runs all layers to be compared; and who is recorded.
+        Those at `first_tokens` yield their first token. `lens` [requests] are the rows of each, and
+        `threshold_rows` [requests] those without a ledger.
         """
+        rows = threshold_rows.copy()
+        compared, recorded = self._admit(requests, first_tokens, lens, rows)
+        return AdmittedStep(rows, compared, recorded, self.pooled_from(requests))
+
+    def _admit(
+        self, requests: Sequence[Running], first_tokens: Ints, lens: Ints, threshold_rows: Ints
+    ) -> tuple[Bools, RecordedRequests | None]:
+        """Who is compared, bool [requests], and who is recorded; changes `threshold_rows`."""
         self._started = time.perf_counter()
         compared = np.zeros(len(requests), dtype=np.bool_)
         recorded: list[tuple[int, str]] = []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar, cast
+
 import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
@@ -10,6 +13,7 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm_adainfer.arrays import AnyArray
 from vllm_adainfer.engine.compat.runner import broadcast
 
+T = TypeVar("T")
 RANKS_DIFFER = "ranks read different artifacts: is one being replaced? Try again"
 
 
@@ -28,6 +32,36 @@ def read_from_rank0(values: Tensor) -> AnyArray:
     with gpu_sync_allowed():
         values = broadcast_from_rank0(values).cpu()
     return values.numpy()
+
+
+def is_rank0() -> bool:
+    """Whether this is the first rank, or the only one."""
+    first: bool = get_tp_group().is_first_rank
+    return first
+
+
+def made_by_rank0(make: Callable[[], T]) -> T:
+    """What `make` returns on the first rank, on every rank; a collective."""
+    ranks = get_tp_group()
+    if ranks.world_size == 1:
+        return make()
+    made = [make() if ranks.is_first_rank else None]
+    torch.distributed.broadcast_object_list(made, ranks.first_rank, group=ranks.cpu_group)
+    return cast(T, made[0])
+
+
+def rows_of_all_ranks(part: Tensor) -> Tensor | None:
+    """On the host of the first rank the rows of all ranks, as many of each; elsewhere None.
+
+    A collective.
+    """
+    ranks, part = get_tp_group(), part.cpu().contiguous()
+    if ranks.world_size == 1:
+        return part
+    parts = [torch.empty_like(part.view(torch.uint8)) for _ in range(ranks.world_size)]
+    into = parts if ranks.is_first_rank else None
+    torch.distributed.gather(part.view(torch.uint8), into, ranks.first_rank, ranks.cpu_group)
+    return torch.cat(parts).view(part.dtype) if ranks.is_first_rank else None
 
 
 def first_on_any_rank(text: str | None) -> str | None:

@@ -21,7 +21,8 @@ from vllm_adainfer.engine.admission.running import (
     resolved_of,
 )
 from vllm_adainfer.engine.runner.adapters import LoadedAdapters, StepAdapters, changes_head
-from vllm_adainfer.engine.runner.admitted_kinds import AdmittedKinds
+from vllm_adainfer.engine.runner.admitted_kinds import AdmittedKinds, AdmittedStep
+from vllm_adainfer.engine.runner.ranks import made_by_rank0
 from vllm_adainfer.engine.runner.request_table import Columns, RequestTable
 from vllm_adainfer.exits.accounting.report import (
     INTERVAL,
@@ -44,8 +45,8 @@ class RunningRequests:
     """Admits requests on arrival, and describes steps with what each request may do.
 
     `lora_manager` is the worker's of vLLM; `window` the smallest sliding window of all layers, in
-    tokens; `kinds` those of a server that calibrates itself; and `digests` have, by the policy's
-    name, the digest of its artifact's files.
+    tokens; `kinds` those of a server that calibrates itself, on its first rank; and `digests` have,
+    by the policy's name, the digest of its artifact's files.
     """
 
     lora_manager: Any = None
@@ -67,6 +68,7 @@ class RunningRequests:
         self._reports_complete = (
             vllm_config.cache_config.enable_prefix_caching and not self.admission.is_recording
         )
+        self._calibrates_itself = settings.calibrates_itself
         self._audits = settings.audit is not None
         self.digests: Mapping[str, str] = {}
         self._ran: StepContext | None = None
@@ -181,7 +183,7 @@ class RunningRequests:
             stands = own.answers_stand != 0
             stays, needs_all = needs_all & stands, needs_all & ~stands
         shadow = recorded = tightened = keeps_means = None
-        if self.kinds is None and (tightened := loop.tightened()) is not None:
+        if not self._calibrates_itself and (tightened := loop.tightened()) is not None:
             shadow = own.is_shadow != 0
         self._why.clear()
         reasons = [*self._full_depth(request_ids, own, token, needs_all, tightened)]
@@ -191,12 +193,15 @@ class RunningRequests:
             if self._audits:
                 self._why |= dict.fromkeys(np.flatnonzero(applies & (rows != FULL_DEPTH)), why)
             rows[applies] = FULL_DEPTH
-        if self.kinds is not None:
-            serves = not loop.stats.weights_differ
-            first = np.flatnonzero(serves & yields_token & (token == 1))
-            requests = [self._requests[request_id] for request_id in request_ids]
-            shadow, recorded = self.kinds.admit_by_ledger(requests, first, query_lens, rows)
-            wanted = self.kinds.pooled_from(requests)
+        if self._calibrates_itself:
+            may_exit = yields_token & (token == 1) & (not loop.stats.weights_differ)
+
+            def by_ledger() -> AdmittedStep:
+                assert self.kinds is not None, "the first rank has them"
+                requests = [self._requests[request_id] for request_id in request_ids]
+                return self.kinds.admit(requests, np.flatnonzero(may_exit), query_lens, rows)
+
+            rows, shadow, recorded, wanted = made_by_rank0(by_ledger)
             wanted[self._lost(wanted, request_ids, computed)] = NOT_POOLED
             keeps_means = wanted >= 0
         if pooled_from is not None and not admission.is_recording:

@@ -189,12 +189,7 @@ def _of_switch(vllm_config: VllmConfig, settings: Settings) -> Iterator[str]:
         yield "exit_points are for policies of LoRA adapters: start with --enable-lora"
     if not settings.calibrates_itself:
         return
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    if parallel.tensor_parallel_size > 1:
-        yield (
-            "a server that calibrates itself has one rank so far: set --tensor-parallel-size to 1, "
-            'or only watch, with "auto": {"directory": "DIR", "watch": true}'
-        )
+    model = vllm_config.model_config
     if model.runner_type != "generate" and settings.auto and settings.auto.tolerance is None:
         yield (
             "a classifier that calibrates itself needs a bound on its probabilities: set "

@@ -51,6 +51,10 @@ class KindPolicies:
                 self._directory.tell(name, "serving", policy=number)
         return built
 
+    def folder(self, name: str) -> str:
+        """Where the artifact of a kind's policy lies that was read last."""
+        return str(self._directory.policy(name, self._read[name]))
+
     def quarantine(self, name: str, error: Exception) -> None:
         """Do not serve the new policy of a kind; its old one, if any, stays in service.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 from vllm.config import ModelConfig
 
 from vllm_adainfer.artifact.engine_options import EngineOptions
@@ -65,12 +66,16 @@ def forget_others(directory: AutoDirectory, auto: Auto, model: Any) -> None:
 
 
 def write_facts(
-    directory: AutoDirectory, model: Any, config: ModelConfig, step_seconds: float, steps: int
+    directory: AutoDirectory,
+    model: Any,
+    head: Tensor,
+    config: ModelConfig,
+    step_seconds: float,
+    steps: int,
 ) -> None:
-    """Write facts and LM head of `model`; its layers' speed is known by the time of all `steps`."""
-    head = model.logit_lens().head.weight.cpu().contiguous()
+    """Write facts and `head` of `model`; its layers' speed is known by the time of all `steps`."""
     with whole_file(directory.head) as draft:
-        save_file({"head_weight": head}, draft)
+        save_file({"head_weight": head.contiguous()}, draft)
     work, stack = model.loop.stats.by_policy, model.stack
     layers_run = sum(policy.work["layers_run"] for policy in list(work.values()))
     layer_seconds = step_seconds / layers_run

@@ -49,12 +49,15 @@ class SelfCalibration:
 
     """
 
-    def __init__(self, auto: Auto, served: ServedPolicies) -> None:
+    def __init__(self, auto: Auto, served: ServedPolicies, head: Tensor) -> None:
         """`served` are the worker's policies; its model's weights are loaded, its loop is built.
+
+        `head` is the whole LM head, on the host.
 
         An AdaInferError if this process cannot write to the directory, or another server has it.
         """
         self._model = model = served.model
+        self._head: Tensor | None = head  # until it is written
         self._directory = directory = AutoDirectory(auto.directory)
         directory.create()
         self._held = ExitStack()
@@ -91,14 +94,18 @@ class SelfCalibration:
         built = {} if self._built.empty() else self._built.get_nowait()
         return {kind: one for kind, one in built.items() if kind in self.kinds.kinds}
 
+    def folders_of(self, built: Built) -> dict[str, str]:
+        """Where the artifacts of policies that were taken lie, by name."""
+        return {name: self._policies.folder(name) for name in built}
+
     def forget(self, kinds: Iterable[AdmittedKind]) -> None:
         """Delete the files of kinds that have lost their place, and whose policies do not serve."""
         for kind in kinds:
             self._lost.put(kind)
 
-    def quarantine(self, built: Built, error: Exception) -> None:
-        """Policies that were taken cannot be served after all."""
-        for kind in built:
+    def quarantine(self, kinds: Iterable[str], error: Exception) -> None:
+        """Policies of these kinds that were taken cannot be served after all."""
+        for kind in kinds:
             self._policies.quarantine(kind, error)
 
     def close(self) -> None:
@@ -184,9 +191,10 @@ class SelfCalibration:
 
     def _describe_model(self) -> None:
         rows, kinds = max(self._rows.counts.values(), default=0), self.kinds
-        if kinds.steps and rows >= TIMED_ROWS and not self._directory.model.exists():
+        if self._head is not None and kinds.steps and rows >= TIMED_ROWS:
             seconds, steps = kinds.step_seconds, kinds.steps
-            write_facts(self._directory, self._model, self._config, seconds, steps)
+            write_facts(self._directory, self._model, self._head, self._config, seconds, steps)
+            self._head = None
 
     def _note_states(self) -> None:
         """Note what each kind is at: its policy, and whether more rows of it are recorded."""

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 from typing_extensions import override
+from vllm.distributed import get_tp_group
 
+from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.artifact.source import Pinned
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.compat.lora import lora_manager_of
 from vllm_adainfer.engine.compat.processes import end_with_starter
 from vllm_adainfer.engine.compat.runner import attach_note
 from vllm_adainfer.engine.compat.scheduler import written_objects
+from vllm_adainfer.engine.runner.ranks import made_by_rank0
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.runner.v2_drafts import verify_drafts
 from vllm_adainfer.engine.worker.adapter_policy import bundled_policy
@@ -65,14 +68,20 @@ class ExitWorker(_Worker):
         model = self.model_runner.model
         self._served = ServedPolicies(model, self.vllm_config, self._running)
         if model.settings.calibrates_itself:
-            self._self_calibration = SelfCalibration(model.settings.auto, self._served)
-            self._running.kinds = self._self_calibration.kinds
-            layers = model.loop.policies.exit_points
-            model.loop.keep_states = served_recorder(layers, self._self_calibration.put)
+            self._calibrate_itself(model)
         manager = lora_manager_of(self.model_runner)
         self._running.lora_manager = manager
         if manager is not None:
             self._running.adapters.watch(manager)
+
+    def _calibrate_itself(self, model: Any) -> None:
+        """Begin to record, train and keep ledgers: on the first rank, which the others follow."""
+        head, model.loop.keep_states = model.whole_head(), lambda *_: None
+        if head is None:
+            return
+        own = SelfCalibration(model.settings.auto, self._served, head)
+        self._self_calibration, self._running.kinds = own, own.kinds
+        model.loop.keep_states = served_recorder(model.loop.policies.exit_points, own.put)
 
     @override
     def shutdown(self) -> None:
@@ -124,8 +133,8 @@ class ExitWorker(_Worker):
         A classifier's step ends here, too: nothing is sampled.
         """
         self._running.ended(scheduler_output.finished_req_ids, written_objects(scheduler_output))
-        if self._self_calibration is not None:
-            self._serve_certified(self._self_calibration)
+        if self.model_runner.model.settings.calibrates_itself:
+            self._serve_certified()
         output = super().execute_model(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0 and output is not None:
             output = copy.copy(output)  # vLLM returns one shared object for all empty steps
@@ -141,22 +150,38 @@ class ExitWorker(_Worker):
         self._attach_note(output)
         return output
 
-    def _serve_certified(self, calibration: SelfCalibration) -> None:
+    def _serve_certified(self) -> None:
         """Decide with policies that this server has calibrated, from this step on.
 
         In nearly all steps there is nothing new, and no kind has lost its place.
         """
-        if lost := calibration.kinds.take_lost():
-            names = [one.name for one in lost if one.name in self._served.model.artifacts]
-            self._served.replace({}, without=names)
-            calibration.forget(lost)
-        if built := calibration.take_built():
-            try:
-                self._served.replace(built)
-            except AdaInferError as error:
-                calibration.quarantine(built, error)
-            else:
-                calibration.kinds.came_into_service(built)
+        own, served = self._self_calibration, self._served
+        lost = own.kinds.take_lost() if own else []
+        built: Built = own.take_built() if own else {}
+
+        def news() -> tuple[list[str], dict[str, str]]:
+            assert own is not None
+            return [one.name for one in lost], own.folders_of(built)
+
+        gone, folders = made_by_rank0(news)
+        if gone:
+            served.replace({}, without=[name for name in gone if name in served.model.artifacts])
+        if own and lost:
+            own.forget(lost)
+        if not folders:
+            return
+        try:
+            if get_tp_group().world_size > 1:
+                built = served.build_on_all_ranks(
+                    lambda: {name: load_artifact(folder) for name, folder in folders.items()}
+                )
+            served.replace(built)
+        except Exception as error:  # whatever is wrong with it, serving goes on
+            if own:
+                own.quarantine(folders, error)
+        else:
+            if own:
+                own.kinds.came_into_service(built)
 
     def _attach_note(self, output: Any) -> None:
         note = self._running.take_note()
