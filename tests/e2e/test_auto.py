@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -37,6 +38,7 @@ from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.table import RECURS
 from vllm_adainfer.auto.tries import CERTIFIED, RECORDING, State, Try
 from vllm_adainfer.engine.runner import admitted_kinds
+from vllm_adainfer.engine.scheduler import kinds as kind_counts
 from vllm_adainfer.engine.worker import self_calibration
 from vllm_adainfer.engine.worker.trainer_process import TrainerProcess
 from vllm_adainfer.exits.recording.recorder import CHUNK
@@ -70,6 +72,7 @@ def auto(tiny_model: Path, directory: AutoDirectory) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainerProcess, "keep_running", lambda self: None)
         patch.setattr(self_calibration, "TICK_SECONDS", 0.05)
+        patch.setattr(kind_counts, "WRITE_SECONDS", 0.05)
         yield tiny_engine(
             tiny_model,
             {"auto": {"directory": str(directory.root), "tolerance": 0.2}, "min_rows_saved": 1},
@@ -109,7 +112,7 @@ def test_a_kind_that_recurs_is_recorded_and_every_answer_is_that_of_full_depth(
     count = len(recorded["computed"])
     assert CHUNK <= count <= len(PROMPTS) - RECURS + 16, "a step of those that made it recur"
     named = {f"{what}.{cut}" for cut in CUTS for what in ("layer", "mean")}
-    assert set(recorded) == {*named, "final", "computed"}
+    assert set(recorded) == {*named, "final", "computed", "subset"}
     states = [hidden_states(reference, prompt) for prompt in PROMPTS]
     found = set()
     for row in range(count):
@@ -213,6 +216,35 @@ def classify(llm: Any, prompts: list[list[int]]) -> Floats:
     params = PoolingParams(task="classify")
     found = llm.encode(asked, params, pooling_task="classify", use_tqdm=False)
     return np.array([output.outputs.data.tolist() for output in found])
+
+
+def test_labels_that_vary_from_request_to_request_are_one_kind_with_a_pool(
+    auto, directory, tiny_model
+):
+    """Each is recorded with the labels that it names, and answered with one of them."""
+    pool = [20, 30, 40, 50, 60]
+    sets = [list(some) for size in (2, 3) for some in combinations(pool, size)]
+    asked = [sets[place % len(sets)] for place in range(len(PROMPTS) * 2)]
+    kind = Kind("label", tuple(pool), is_pool=True).name(directory.salt)
+    params = [label(some) for some in asked]
+    tokens(auto, PROMPTS * 2, params)
+    wait_for(lambda: read_json(directory.kinds)["served_pools"])
+    full = tokens(auto, PROMPTS * 2, params)
+    rows = wait_for(lambda: rows_of(directory, kind))
+    named = {sum(1 << pool.index(one) for one in some) for some in sets}
+    assert set(rows["subset"].tolist()) == named
+    labels = tuple(Label(name=f"label {token}", token_id=token) for token in pool)
+    own = {"labels": labels, "label_pool": True, "exit_points": CUTS[1:3]}
+    tiny_artifact(tiny_model, directory.policy(kind, 1), **own)
+    certify(directory, kind, 1)
+    wait_for(lambda: kind_policy(directory, kind) == 1)
+    tokens(auto, PROMPTS[:1], TEXT)
+    ledger = running_of(parts(auto)[1]).kinds.kinds[kind].ledger
+    ledger.allowed = 60.0
+    early = tokens(auto, PROMPTS * 2, params)
+    assert all(token in some for [token], some in zip(early, asked, strict=True))
+    changed = sum(one != two for one, two in zip(early, full, strict=True))
+    assert 0 < changed <= ledger.changed_at_most <= ledger.allowed
 
 
 @full_on_v2

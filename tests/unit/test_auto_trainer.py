@@ -230,6 +230,42 @@ def test_a_course_begins_with_its_own_rows_and_its_policy_needs_not_save_more(pl
     assert place.directory.rows(name).exists(), "another try may come"
 
 
+def test_of_a_pool_each_row_is_answered_by_a_label_that_its_request_names(place):
+    tokens = sorted({place.served.tokenizer.encode(text)[0] for text in "wxyz"})
+    name = place.kind(reads="label", labels=tuple(tokens), is_pool=True)
+    for _ in range(TRIES[0] // SHARD):
+        states = place.states(SHARD, hard=0.2)
+        final, computed = states.pop("residual"), torch.full((SHARD,), 20.0)
+        subset = torch.tensor([0b0011, 0b0111, 0b1111, 0b1010])[torch.arange(SHARD) % 4]
+        place.write(name, {**states, "final": final, "computed": computed, "subset": subset})
+    place.trainer().look()
+    config = load_artifact(str(place.directory.policy(name, 1))).config
+    assert config.label_pool
+    assert list(config.label_ids) == tokens
+    assert config.levels[0].layers_saved > 0.1
+
+
+def test_probabilities_are_certified_within_the_tolerance_of_the_switch(place):
+    tokens = [place.served.tokenizer.encode(text)[0] for text in ("x", "z")]
+    name = place.kind(reads="probabilities", labels=tuple(sorted(tokens)))
+    write_json(place.directory.model, {**read_json(place.directory.model), "tolerance": 0.3})
+    place.record(name, TRIES[0], hard=0.1)
+    place.trainer().look()
+    config = load_artifact(str(place.directory.policy(name, 1))).config
+    assert config.promise.kind == "tolerance"
+    assert config.promise.tolerance == 0.3
+
+
+def test_a_policy_for_an_adapter_names_its_weights(place):
+    tokens = [place.served.tokenizer.encode(text)[0] for text in ("x", "z")]
+    name = place.kind(reads="label", labels=tuple(sorted(tokens)), adapter="mood")
+    write_json(place.directory.ledger(name), {"weights": "a" * 16})
+    place.record(name, TRIES[0])
+    place.trainer().look()
+    config = load_artifact(str(place.directory.policy(name, 1))).config
+    assert (config.adapter.name, config.adapter.fingerprint) == ("mood", "a" * 16)
+
+
 @pytest.mark.parametrize(("missing", "whole"), [(0.05, True), (0.15, False)])
 def test_whole_prompts_are_read_if_the_means_of_nearly_all_are_known(place, missing, whole):
     """Here means alone tell the answer: the last tokens' states are noise."""

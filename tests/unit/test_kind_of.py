@@ -114,8 +114,13 @@ def test_what_reads_no_answer_of_a_fixed_set_has_no_kind(given):
     assert kind(params_of(**given)) is None
 
 
-def test_classifiers_and_prompts_that_are_still_sent_have_no_kind():
-    assert kind(PoolingParams(task="classify")) is None
+def test_the_scores_of_a_classifier_are_a_kind_and_raw_ones_or_embeddings_are_none():
+    assert kind(PoolingParams(task="classify")) == Kind("scores")
+    assert kind(PoolingParams(task="classify", use_activation=False)) is None
+    assert kind(PoolingParams(task="embed")) is None
+
+
+def test_prompts_that_are_still_sent_have_no_kind():
     assert kind(None) is None
     assert kind(params_of(allowed_token_ids=[7, 11]), resumable=True) is None
 

@@ -198,3 +198,33 @@ def test_pools_of_another_adapter_or_with_too_many_labels_are_others():
 
 def test_a_pool_that_is_found_is_one_that_a_policy_can_be_for():
     assert MOST_LABELS == label_subsets.MOST_LABELS
+
+
+def test_a_pool_with_many_requests_is_a_kind_and_what_is_often_asked_together_stays_one():
+    table, often = KindTable(SALT), Kind("label", (1, 2))
+    for number in range(40):
+        for kind in (often, Kind("label", (1, 3 + number % 12)), Kind("label", (7, 40 + number))):
+            table.arrived(table.pool_of(kind), 5, 0.0)
+    table.find_pools()
+    assert not table.pools, "too few requests so far"
+    for number in range(400):
+        table.arrived(table.pool_of(Kind("label", (1, 3 + number % 12))), 5, 0.0)
+        table.arrived(table.pool_of(often), 5, 0.0)
+    table.find_pools()
+    [(pool, own)] = table.pools.items()
+    assert pool.is_pool
+    assert often in own
+    assert table.pool_of(often) == often
+    assert table.pool_of(Kind("label", (1, 4, 5))) == pool
+    for other in (
+        Kind("label", (1, 999)),
+        Kind("label", (1, 4), adapter="mood"),
+        Kind("probabilities", (1, 4)),
+        Kind("label", (1,)),
+    ):
+        assert table.pool_of(other) == other
+    table.find_pools()
+    assert len(table.pools) == 1, "it is found once"
+    again = KindTable(SALT)
+    again.restore(json.loads(json.dumps(table.as_dict())))
+    assert again.pools == table.pools

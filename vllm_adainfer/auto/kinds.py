@@ -26,6 +26,7 @@ class Kind:
         adapter: name of the LoRA adapter; None for the base model.
         schema: digest of the schema of objects, see `vllm_adainfer.drafts.schemas`; None for
             other answers.
+        is_pool: whether a request names some of the labels, not all.
         paths: for people, the fields of objects that have few values.
 
     """
@@ -35,6 +36,7 @@ class Kind:
     choices: tuple[str, ...] = ()
     adapter: str | None = None
     schema: str | None = None
+    is_pool: bool = False
     paths: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -58,8 +60,9 @@ class Kind:
     def name(self, salt: bytes) -> str:
         """A name that tells nobody without `salt` what the kind is."""
         own = {key: value for key, value in vars(self).items() if key != "paths"}
-        if self.schema is None:  # names of before there were objects hold
-            del own["schema"]
+        for later in "schema", "is_pool":  # names of before there were such hold
+            if not own[later]:
+                del own[later]
         content = json.dumps(own, sort_keys=True).encode(errors="surrogatepass")
         return "kind-" + hashlib.blake2b(content, digest_size=6, key=salt).hexdigest()
 
@@ -76,6 +79,7 @@ class Kind:
             tuple(fields.get("choices", ())),
             fields.get("adapter"),
             fields.get("schema"),
+            bool(fields.get("is_pool")),
             tuple(fields.get("paths", ())),
         )
 

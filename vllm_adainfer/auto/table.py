@@ -19,6 +19,9 @@ RECURRING_KINDS = 192  # of these; the rest is left to new kinds, which may come
 RECURS = 20  # requests from which on a kind recurs; a list unique to a request never does
 MOST_LABELS = 62  # of a pool, as policies take them
 FEWEST_SETS = 8  # of labels, before they are more than several questions
+POOL_REQUESTS = 200  # of a pool's kinds, from which on it is one kind itself
+OWN_SHARE = 0.1  # of these, from which on one of them stays a kind of its own
+MOST_POOLS = 16
 NAMED = 16  # kinds that ever get series of their own, so that no client can make more
 OTHERS = "others"  # all other one-answer requests
 NO_KIND = "none"  # requests without a fixed set of answers
@@ -95,6 +98,7 @@ class KindTable:
         tokens: all token rows that ran.
         no_kind: the requests without a kind.
         reads: what requests under each label of metrics read, such as ``label among 2``.
+        pools: the label pools that are kinds, and what else stays one, see `find_pools`.
 
     """
 
@@ -102,6 +106,7 @@ class KindTable:
         """Begin to count; `salt` is the key of the kinds' names."""
         self._salt = salt
         self.reads: dict[str, str] = {}
+        self.pools: dict[Kind, set[Kind]] = {}
         self._labels: dict[Kind, str] = {}
         self.since = time.time()
         self.requests = 0
@@ -119,11 +124,42 @@ class KindTable:
             self._keep(kind, self._new.pop(kind))
         return count
 
+    def find_pools(self) -> None:
+        """Let pools be kinds from now on that many requests were part of.
+
+        Labels that are often asked for together stay a kind of their own.
+        """
+        for found in pools(self):
+            labels, adapter = tuple(found["labels"]), found["adapter"]
+            pool = Kind("label", labels, adapter=adapter, is_pool=True)
+            is_new = found["requests"] >= POOL_REQUESTS and len(self.pools) < MOST_POOLS
+            if is_new and not any(part_of(pool, other) for other in self.pools):
+                often = OWN_SHARE * found["requests"]
+                own = {
+                    count.kind
+                    for count in self
+                    if count.kind is not None
+                    and part_of(count.kind, pool)
+                    and count.requests >= often
+                }
+                self.pools = {**self.pools, pool: own}  # another thread may be in `pool_of`
+
+    def pool_of(self, kind: Kind) -> Kind:
+        """The pool that a kind is part of now; else the kind itself."""
+        for pool, own in self.pools.items():
+            if part_of(kind, pool) and kind not in own:
+                return pool
+        return kind
+
     def restore(self, content: Any) -> None:
         """Go on from what `as_dict` described; from nothing if that is damaged."""
         try:
             counts = [KindCount.of_dict(fields) for fields in content["kinds"].values()]
             found = {count.kind: count for count in sorted(counts, key=lambda count: count.last)}
+            self.pools = {
+                Kind.of_dict(one["pool"]): set(map(Kind.of_dict, one["own"]))
+                for one in content.get("served_pools", ())
+            }
             totals = float(content["since"]), int(content["requests"]), int(content["tokens"])
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
             return
@@ -165,6 +201,10 @@ class KindTable:
             "since": self.since,
             "requests": self.requests,
             "tokens": self.tokens,
+            "served_pools": [
+                {"pool": pool.as_dict(), "own": [kind.as_dict() for kind in own]}
+                for pool, own in self.pools.items()
+            ],
             "kinds": {
                 count.kind.name(self._salt): count.as_dict()
                 for count in self.recurring()
@@ -188,6 +228,12 @@ class KindTable:
         self._recurring[kind] = count
 
 
+def part_of(kind: Kind, pool: Kind) -> bool:
+    """Whether requests of a kind choose among labels of a pool."""
+    alike = kind.reads == pool.reads and kind.adapter == pool.adapter
+    return alike and len(kind.labels) > 1 and set(kind.labels) <= set(pool.labels)
+
+
 def pools(counts: Iterable[KindCount]) -> list[dict[str, Any]]:
     """Pool candidates: one policy with a label pool could serve all kinds of one.
 
@@ -201,6 +247,7 @@ def pools(counts: Iterable[KindCount]) -> list[dict[str, Any]]:
         for count in counts
         if count.kind is not None
         and count.kind.reads == "label"
+        and not count.kind.is_pool
         and 2 <= len(count.kind.labels) <= MOST_LABELS
     ]
     found: list[dict[str, Any]] = []

@@ -50,6 +50,7 @@ class Arrival:
         """See `Admission`."""
         self._settings, self._policies = settings, policies
         self._logprobs_mode = logprobs_mode
+        self.pool_of: Callable[[Kind], Kind] = lambda kind: kind  # until something finds pools
         configs = policies.configs.values()
         self._promises_order = any(config.promise.unit is Unit.QUERY for config in configs)
         # What a monitor counts as one is drawn as one: an order's queries, questions of one text.
@@ -88,7 +89,8 @@ class Arrival:
             is_shadow=is_shadow,
             query=self._query(request_id) if is_shadow else None,
             objects=self._policy_for_object(request, adapter),
-            kind=kind,
+            kind=None if kind is None else self._name_of(kind),
+            pool=kind.labels if kind is not None and kind.is_pool else (),
             threshold_row=scripted,
         )
 
@@ -116,8 +118,8 @@ class Arrival:
         group = request_group(request_id) if self._promises_order else None
         return None if group is None else self._shadow.first_of(request_id, group)
 
-    def _kind(self, request: Running, adapter: LoRARequest | None) -> str | None:
-        """See `Running.kind`."""
+    def _kind(self, request: Running, adapter: LoRARequest | None) -> Kind | None:
+        """The kind of a request on a server that calibrates itself; None if it never exits."""
         auto = self._settings.auto
         if auto is None or auto.watch or request.output is None:
             return None
@@ -128,7 +130,7 @@ class Arrival:
             return None  # it would run on, and no policy covers that
         if kind is None or kind.why_full_depth(auto.tolerance) is not None:
             return None
-        return self._name_of(kind)
+        return self.pool_of(kind)
 
     @cached_property
     def _name_of(self) -> Callable[[Kind], str]:
@@ -145,11 +147,11 @@ class Arrival:
         return may_decide and (settings.epsilon if epsilon is None else epsilon) != 0
 
     def _saving(
-        self, request: Running, kind: str | None, adapter: LoRARequest | None
+        self, request: Running, kind: Kind | None, adapter: LoRARequest | None
     ) -> tuple[str, float] | None:
         """See `Running.saving`."""
         if kind is not None:
-            return kind, TYPICAL_SAVING
+            return self._name_of(kind), TYPICAL_SAVING
         policies = self._policies
         name = policies.select(request, policies.for_adapter_name(adapter))
         if name is None or policies.configs[name].max_tokens > 1:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_adainfer.artifact.kinds import NotCovered
 from vllm_adainfer.artifact.requested import Form, Output
 from vllm_adainfer.exits.loop.step import FULL_DEPTH
-from vllm_adainfer.promise.label_subsets import ALL
+from vllm_adainfer.promise.label_subsets import ALL, bits_of
 from vllm_adainfer.settings.engine import NO_POLICY
 from vllm_adainfer.settings.request import RequestSettings, read_request
 
@@ -60,6 +60,7 @@ class Running:
         guess_rows: of each field, how many rows the one that it is read at lies behind the prompt's
             last.
         kind: the name of its kind, on a server that calibrates itself; None if it never exits.
+        pool: the labels of that kind, if it is a label pool; else empty.
 
     Those from here on are known to the worker, which admits the request:
         prompt: token ids of its prompt.
@@ -100,6 +101,7 @@ class Running:
     guess: Sequence[int] = ()
     guess_rows: Sequence[int] = ()
     kind: str | None = None
+    pool: Sequence[int] = ()
 
     prompt: Sequence[int] = ()
     adapter: LoRARequest | None = None
@@ -121,6 +123,13 @@ class Running:
     def reads_values(self) -> bool:
         """Whether it reads how probable the values of its object are."""
         return self.output is not None and self.output.form is Form.OBJECT_PROBABILITIES
+
+    @property
+    def of_pool(self) -> int:
+        """The labels of `pool` that it names, as bits; `ALL` if there is no pool."""
+        if not self.pool or self.output is None:
+            return ALL
+        return bits_of(self.output.labels or (), self.pool)
 
     def changed(self, **fields: Any) -> Running:
         """A copy with other `fields`; `dataclasses.replace` would take twice as long."""

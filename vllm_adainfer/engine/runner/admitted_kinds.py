@@ -197,8 +197,9 @@ class AdmittedKinds:
                 recorded += [(place, name) for place in own]
         if not recorded:
             return compared, None
-        chosen = np.array([place for place, _ in recorded])
-        return compared, RecordedRequests(chosen, [name for _, name in recorded], lens[chosen])
+        chosen, names = np.array([place for place, _ in recorded]), [name for _, name in recorded]
+        subsets = np.array([requests[place].of_pool for place in chosen.tolist()])
+        return compared, RecordedRequests(chosen, names, lens[chosen], subsets)
 
     def step_ended(self, misses: Mapping[str, int]) -> None:
         """Enter the step into the ledgers; `misses` are the changed answers by policy."""

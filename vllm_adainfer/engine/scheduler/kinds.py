@@ -40,15 +40,18 @@ class KindCounts(Observer):
     nothing is written.
     """
 
-    def __init__(self, directory: str, logprobs_mode: str, **facts: Any) -> None:
+    def __init__(
+        self, directory: str, logprobs_mode: str, makes_pools: bool = False, **facts: Any
+    ) -> None:
         """Read what an earlier run left in the directory, and start the thread.
 
-        `logprobs_mode`, vLLM's, says what a read of probabilities gets. `facts` are what else the
+        `logprobs_mode`, vLLM's, says what a read of probabilities gets. `makes_pools`: label pools
+        become kinds, see `KindTable.find_pools`. `facts` are what else the
         file says; it begins anew if they are others. An AdaInferError if this process cannot write.
         """
         self._directory = AutoDirectory(directory)
         self._directory.create()
-        self._facts, self._mode = facts, logprobs_mode
+        self._facts, self._mode, self._makes_pools = facts, logprobs_mode, makes_pools
         self._table, self._lock = KindTable(self._directory.salt), Lock()
         before = read_json(self._directory.kinds)
         if isinstance(before, dict) and all(before.get(key) == facts[key] for key in facts):
@@ -80,8 +83,12 @@ class KindCounts(Observer):
         else:
             kind = kind_of(params_of(request), adapter, request.resumable, self._mode)
         if kind is None or kind.schema is None or request.sampling_params is None:
-            return kind
+            return None if kind is None else self.pool_of(kind)
         return replace(kind, paths=requested_fields(request.sampling_params))
+
+    def pool_of(self, kind: Kind) -> Kind:
+        """The pool that a kind is part of; else the kind itself."""
+        return self._table.pool_of(kind)
 
     @override
     def stepped(self, step: Step) -> None:
@@ -140,6 +147,8 @@ class KindCounts(Observer):
                 )
                 return
             with self._lock:
+                if self._makes_pools:
+                    self._table.find_pools()
                 content = {**self._facts, **self._table.as_dict()}
                 labels = list(self._table)
             content["pools"] = pools(labels)

@@ -63,7 +63,11 @@ def observers_of(vllm_config: VllmConfig, settings: Settings, scheduler: Any) ->
         observers.append(Audit(settings.audit, engine, depth, tokenizer))
     if settings.auto is not None:
         facts = {"model": model.served_model_name, "tokenizer": str(model.tokenizer)}
-        observers.append(KindCounts(settings.auto.directory, model.logprobs_mode, **facts))
+        makes_pools = settings.calibrates_itself
+        counts = KindCounts(settings.auto.directory, model.logprobs_mode, makes_pools, **facts)
+        if scheduler.admission is not None:
+            scheduler.admission.arrival.pool_of = counts.pool_of
+        observers.append(counts)
     if settings.capture is not None:
         observers.append(Capture(settings.capture, engine, model.served_model_name))
     return observers

@@ -22,13 +22,15 @@ NOBODY = np.arange(0)
 class RecordedRequests:
     """Requests of a step whose states are kept; all of them run all layers, or are compared.
 
-    They have places in the step's batch, int64 [recorded], the names of their kinds, and as
-    `computed` the token rows of each that the layers run.
+    They have places in the step's batch, int64 [recorded], the names of their kinds, as `computed`
+    the token rows of each that the layers run, and as `subsets` the labels that each names of a
+    label pool, see `promise.label_subsets`.
     """
 
     places: Ints
     kinds: Sequence[str]
     computed: Ints
+    subsets: Ints
 
 
 @dataclass(eq=False)

@@ -89,8 +89,8 @@ class RowRecorder:
         return taken
 
 
-# Gets the names of the rows' kinds and the rows, which have a column ``computed``: int64, the token
-# rows that the layers ran for each.
+# Gets the names of the rows' kinds and the rows, which have int64 columns ``computed``, the token
+# rows that the layers ran for each, and ``subset``, see `RecordedRequests`.
 ChunkReader = Callable[[Sequence[str], Mapping[str, Tensor]], None]
 
 
@@ -106,7 +106,8 @@ def served_recorder(layers: Sequence[int], put: ChunkReader) -> StateKeeper:
         nonlocal kinds
         kinds += requests.kinds
         named = {f"{MEAN}{layer}": m.half() for layer, m in zip(layers, means, strict=True)}
-        rows.add(layers, states, computed=torch.from_numpy(requests.computed), **named)
+        computed, subset = map(torch.from_numpy, (requests.computed, requests.subsets))
+        rows.add(layers, states, computed=computed, subset=subset, **named)
         if len(kinds) >= CHUNK:
             put(kinds, rows.take())
             kinds = []

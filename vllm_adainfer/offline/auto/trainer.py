@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vllm_adainfer.artifact.fields import Adapter
 from vllm_adainfer.artifact.kinds import ProbeKind
-from vllm_adainfer.artifact.outputs import AnyOutput, Labels, Scores
+from vllm_adainfer.artifact.outputs import AnyOutput, LabelPool, Labels, Scores
 from vllm_adainfer.artifact.tensors import UNREADABLE
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import PROBABILITIES, Kind
@@ -51,6 +51,7 @@ from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import say
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.promise.label_subsets import mask_of, restrict
 from vllm_adainfer.promise.tolerance import Tolerance
 
 MOST_BEGINNINGS = 3  # a try that ends so many trainers, perhaps for want of memory, has failed
@@ -102,6 +103,8 @@ class Served:
         if (head := score_head_of(self.hf_config)) is not None:
             names = tuple(label.name for label in score_labels(self.hf_config))
             return Scores(score_head=head, classes=names)
+        if kind.is_pool:
+            return LabelPool(labels=labels_of(kind.labels, self.tokenizer))
         if not kind.choices:
             return Labels(labels=labels_of(kind.labels, self.tokenizer))
         return find_choices(kind.choices, self.tokenizer, self.hf_config.vocab_size)
@@ -286,7 +289,12 @@ def policy_of(
     allowed = answers if first_tokens is None else first_tokens.token_ids
     model, final = served.model, recorded["final"]
     plain = model.as_served(model.logit_lens.of_tokens(allowed))
-    tokens = plain.score(plain.readout(final)).top1_id.numpy()
+    subsets = None
+    if isinstance(output, LabelPool):
+        subsets = mask_of(recorded["subset"], torch.arange(len(answers)))
+    scores = plain.score(plain.readout(final), return_scores=True).scores
+    assert scores is not None
+    tokens = allowed[restrict(scores, subsets).argmax(1)].numpy()
     rows = Rows(
         model=model,
         states=by_layer(recorded),
@@ -300,10 +308,10 @@ def policy_of(
     names = [label.name for label in output.labels]
     promise, full_depth = options.promise.about(names, output.link), None
     if promise.reads_probabilities:
-        full_depth = full_depth_labels(rows, answers, link=promise.link)
+        full_depth = full_depth_labels(rows, answers, subsets, promise.link)
     calibration = Calibration(
         rows,
-        Target(probe, answers, full_depth, first_tokens=first_tokens, promise=promise),
+        Target(probe, answers, full_depth, subsets, first_tokens, promise),
         Split.of_groups(rows.prompts, held_out),
         options,
         output,

@@ -212,7 +212,8 @@ def reads_of(kind: Kind, texts: Texts) -> str:
     if kind.reads == "object":
         shown = [quoted(path) for path in kind.paths[:SHOWN_ANSWERS]]
         return f"object: {_few(shown, kind) or 'no field with few values'}"
-    return f"{kind.reads}: {_few([texts(label) for label in kind.labels[:SHOWN_ANSWERS]], kind)}"
+    reads = "label of a pool" if kind.is_pool else kind.reads
+    return f"{reads}: {_few([texts(label) for label in kind.labels[:SHOWN_ANSWERS]], kind)}"
 
 
 def quoted(text: str) -> str:
