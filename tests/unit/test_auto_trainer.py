@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,6 +255,30 @@ def test_probabilities_are_certified_within_the_tolerance_of_the_switch(place):
     config = load_artifact(str(place.directory.policy(name, 1))).config
     assert config.promise.kind == "tolerance"
     assert config.promise.tolerance == 0.3
+
+
+def test_of_a_classifier_the_labels_are_the_columns_of_its_score_head(tmp_path, model):
+    classifier = tmp_path / "classifier"
+    shutil.copytree(model, classifier)
+    config = json.loads((model / "config.json").read_text())
+    names = {"0": "bad", "1": "fair", "2": "good"}
+    config |= {"architectures": ["LlamaForSequenceClassification"], "id2label": names}
+    config |= {"label2id": {name: int(column) for column, name in names.items()}}
+    (classifier / "config.json").write_text(json.dumps(config))
+    place = Place(tmp_path / "auto", classifier)
+    write_json(place.directory.model, {**read_json(place.directory.model), "tolerance": 0.3})
+    save_file({"head_weight": 0.2 * place.normal(3, HIDDEN)}, place.directory.head)
+    name = place.kind(reads="scores")
+    place.record(name, TRIES[0], hard=0.1)
+    place.trainer().look()
+    found = load_artifact(str(place.directory.policy(name, 1))).config
+    assert found.score_head == "softmax"
+    assert [(one.name, one.token_id) for one in found.labels] == [
+        ("bad", 0),
+        ("fair", 1),
+        ("good", 2),
+    ]
+    assert found.promise.kind == "tolerance"
 
 
 def test_a_policy_for_an_adapter_names_its_weights(place):

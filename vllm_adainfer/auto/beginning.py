@@ -5,30 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 PROMPTS = 32  # different ones, after which it is known
+MOST_TOKENS = 4096  # of a prompt that are looked at, in the step of its first token
 
 
 class Beginning:
     """Finds the tokens that all prompts of a kind begin with, as `calibrate` does in its data.
 
-    A prompt that repeats an earlier one says nothing, and is not looked at twice.
+    A prompt that repeats an earlier one says nothing.
     """
 
     def __init__(self) -> None:
         """Begin without a prompt."""
         self._shared: Sequence[int] | None = None
         self._shortest = 0
-        self._seen: set[int] = set()
+        self._seen: set[tuple[int, int]] = set()
 
     def see(self, prompt: Sequence[int]) -> None:
         """Look at the tokens of another prompt."""
-        key = hash(tuple(prompt))
+        length, prompt = len(prompt), prompt[:MOST_TOKENS]
+        key = length, hash(tuple(prompt))
         if key in self._seen:
             return
         self._seen.add(key)
         if self._shared is None:
-            self._shared, self._shortest = prompt, len(prompt)
+            self._shared, self._shortest = prompt, length
             return
-        self._shortest = min(self._shortest, len(prompt))
+        self._shortest = min(self._shortest, length)
         pairs = zip(self._shared, prompt, strict=False)
         differs = (place for place, (one, other) in enumerate(pairs) if one != other)
         most = min(len(self._shared), len(prompt))

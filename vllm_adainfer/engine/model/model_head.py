@@ -19,7 +19,7 @@ from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.compat.pooler import is_classifier
 from vllm_adainfer.engine.model.score_head import head_of
 from vllm_adainfer.engine.runner.adapters import StepAdapters
-from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0, rows_of_all_ranks
+from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0, is_rank0, rows_of_all_ranks
 from vllm_adainfer.engine.segments.decoder import Decoder, norm_of
 from vllm_adainfer.exits.batch.upload import upload
 from vllm_adainfer.exits.loop.loop import StepOutput
@@ -117,7 +117,7 @@ class ModelHead(_Model):
         A classifier's has a row for each label. A collective.
         """
         if self._is_classifier:
-            return head_of(self.score).weight.cpu()
+            return head_of(self.score).weight.cpu() if is_rank0() else None
         head, rows = self._lm_head, self.head_weight
         padding = head.num_embeddings_per_partition - len(rows)  # vLLM's, behind the last row
         if padding and get_tp_group().world_size > 1:  # all ranks have as many
