@@ -63,6 +63,7 @@ class AdmittedKind:
         pooled_from: the position from which on whole prompts are read, see `Beginning`; None
             before it is known.
         course: how often it has been recorded anew, see `auto.tries`.
+        wants_course: whether it is to be recorded anew although nothing closed it.
         begins_at: its requests from which on the rows of this course are recorded.
         has_grown: whether it gave up its rows for a kind without a policy.
         state: "recording"; "recorded" with rows enough; then "served", "given up" or "closed".
@@ -82,6 +83,7 @@ class AdmittedKind:
     pooled_from: int | None = None
     course: int = 0
     begins_at: int = 0
+    wants_course: bool = field(default=False, kw_only=True)
     has_grown: bool = False
     state: str = "recording"
     records: bool = True
@@ -132,7 +134,7 @@ class AdmittedKind:
         """Record it anew: at once for the first time, then after more and more requests."""
         wait = AGAIN * 2**self.course if self.course else 0
         self.course, self.begins_at = self.course + 1, self.ledger.requests + wait
-        self.has_grown = False
+        self.has_grown = self.wants_course = False
         self.note()
 
     def add(self, requests: int, decided: int, misses: int, path: Path) -> None:

@@ -176,6 +176,8 @@ class AdmittedKinds:
                 threshold_rows[places] = FULL_DEPTH
                 continue
             kind.use_weights(requests[places[0]].weights)
+            if kind.wants_course:
+                kind.begin_course()
             decidable = [place for place in places if threshold_rows[place] != FULL_DEPTH]
             coins = [self._toss() < kind.ledger.rate for _ in decidable]
             count = kind.ledger.decidable(coins) if kind.is_saved else 0
@@ -267,10 +269,11 @@ class AdmittedKinds:
     def _has_room(self, wants: float, step: Container[str], now: float) -> bool:
         """Whether one more kind may be recorded; see `who_goes` for who makes room for it."""
         holders = {name: kind for name, kind in self.kinds.items() if kind.keeps_rows}
-        if len(holders) < MOST_RECORDED or self._one_has_grown(holders.values()):
-            if len(self.kinds) < MOST_KINDS:
-                return True
-            holders = self.kinds
+        if len(self.kinds) >= MOST_KINDS:
+            if len(holders) < MOST_RECORDED:
+                holders = self.kinds
+        elif len(holders) < MOST_RECORDED or self._one_has_grown(holders.values()):
+            return True
         if now < self._next_look:
             return False
         self._next_look = now + LOOK_SECONDS

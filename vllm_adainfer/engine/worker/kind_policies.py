@@ -51,9 +51,10 @@ class KindPolicies:
                 self._directory.tell(name, "serving", policy=number)
         return built
 
-    def folder(self, name: str) -> str:
-        """Where the artifact of a kind's policy lies that was read last."""
-        return str(self._directory.policy(name, self._read[name]))
+    def folder(self, name: str) -> str | None:
+        """Where the artifact of a kind's policy lies that was read last; None if it is gone."""
+        number = self._read.get(name)
+        return None if number is None else str(self._directory.policy(name, number))
 
     def quarantine(self, name: str, error: Exception) -> None:
         """Do not serve the new policy of a kind; its old one, if any, stays in service.

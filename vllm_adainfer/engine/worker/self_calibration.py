@@ -34,6 +34,9 @@ TICK_SECONDS = 1.0
 STATUS_SECONDS = 60.0  # between the lines about a kind among the events
 LOCK_SECONDS = 60.0  # in which a killed server's worker ends, see `compat/processes.py`
 CLOSE_SECONDS = 10.0
+# A policy whose savings over so many requests are below this share of those on its held-out rows is
+# made anew.
+SHRUNK_REQUESTS, SHRUNK = 2_000, 0.6
 
 Chunk = tuple[Sequence[str], Mapping[str, Tensor]]
 
@@ -76,6 +79,7 @@ class SelfCalibration:
         self._built: SimpleQueue[Built] = SimpleQueue()
         self._lost: SimpleQueue[AdmittedKind] = SimpleQueue()  # kinds whose files are to be deleted
         self._told: dict[str, int] = {}  # by kind, the requests at its last status
+        self._saved: dict[str, tuple[int, int, int]] = {}  # by kind, see `_look_at_savings`
         self._next_tick, self._next_status = 0.0, time.monotonic() + STATUS_SECONDS
         self._failed: set[str] = set()
         self._thread = Thread(target=self._run, name="adainfer-auto", daemon=True)
@@ -96,7 +100,8 @@ class SelfCalibration:
 
     def folders_of(self, built: Built) -> dict[str, str]:
         """Where the artifacts of policies that were taken lie, by name."""
-        return {name: self._policies.folder(name) for name in built}
+        folders = {name: self._policies.folder(name) for name in built}
+        return {name: folder for name, folder in folders.items() if folder is not None}
 
     def forget(self, kinds: Iterable[AdmittedKind]) -> None:
         """Delete the files of kinds that have lost their place, and whose policies do not serve."""
@@ -229,11 +234,33 @@ class SelfCalibration:
             if self._told.get(name) == kind.ledger.requests:
                 continue
             self._told[name] = kind.ledger.requests
-            own = [counted.work for part, counted in work.items() if policy_of(part) == name]
+            own = [counted for part, counted in work.items() if policy_of(part) == name]
             if own:
-                run, skipped = (
-                    sum(one[what] for one in own) for what in ("layers_run", "layers_skipped")
-                )
-                facts["layers_saved"] = skipped / max(run + skipped, 1)
+                skipped = sum(one.layers_skipped for one in own)
+                possible = skipped + sum(one.layers_run for one in own)
+                decided = sum(one.exit_histogram.total() for one in own)
+                facts["layers_saved"] = skipped / max(possible, 1)
+                self._look_at_savings(kind, skipped, possible, decided)
             rows = self._rows.counts.get(name, 0)
             self._directory.tell(name, "status", state=kind.state, rows=rows, **facts)
+
+    def _look_at_savings(
+        self, kind: AdmittedKind, skipped: int, possible: int, decided: int
+    ) -> None:
+        """Record a kind anew whose policy is within its bound but saves far less than it did.
+
+        Given are its token-layers and its requests under a policy so far.
+        """
+        before = self._saved.setdefault(kind.name, (skipped, possible, decided))
+        if decided - before[2] < SHRUNK_REQUESTS:
+            return
+        self._saved[kind.name] = skipped, possible, decided
+        saved = (skipped - before[0]) / max(possible - before[1], 1)
+        tried = State.of(read_json(self._directory.trainer(kind.name)))
+        best, has_ended = tried.best(), tried.status != RECORDING
+        if best is None or not has_ended or tried.course < kind.course or kind.ledger.is_closed:
+            return
+        expected = best.layers_saved * (1 - kind.ledger.rate)  # of those that are not compared
+        if saved < SHRUNK * expected:
+            kind.wants_course = True
+            self._directory.tell(kind.name, "savings have shrunk", saved=saved, expected=expected)

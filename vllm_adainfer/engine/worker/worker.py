@@ -175,13 +175,13 @@ class ExitWorker(_Worker):
                 built = served.build_on_all_ranks(
                     lambda: {name: load_artifact(folder) for name, folder in folders.items()}
                 )
-            served.replace(built)
+            served.replace({name: built[name] for name in folders})
         except Exception as error:  # whatever is wrong with it, serving goes on
             if own:
                 own.quarantine(folders, error)
         else:
             if own:
-                own.kinds.came_into_service(built)
+                own.kinds.came_into_service(folders)
 
     def _attach_note(self, output: Any) -> None:
         note = self._running.take_note()
