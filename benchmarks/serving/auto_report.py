@@ -22,7 +22,7 @@ def table(report: Mapping[str, Any]) -> str:
     for title, one in report["traffic"].items():
         parts += [
             f"### {title}\n",
-            f"{one['model']}, {one['requests']:,} requests, {one['at_once']} in flight, at most "
+            f"{one['git']}, {one['model']}, {one['requests']:,} requests, {one['at_once']} in flight, at most "
             f"{one['epsilon']:g} of the answers of a kind changed (confidence "
             f"{1 - one['delta']:.0%}).\n",
             f"{by_kind(one)}\n",

@@ -97,8 +97,10 @@ def main(
         delta = read_json(directory.identity)["delta"]
         of_all = read_directory(directory.root).promise_of_all()
         events = [json.loads(line) for line in directory.events.read_text().splitlines()]
-    report = read_json(output) or {"provenance": provenance(), "traffic": {}}
+    report = read_json(output) or {"traffic": {}}
+    report["provenance"] = provenance()  # of the latest
     report["traffic"][title] = {
+        "git": report["provenance"]["git"],
         "model": Path(model).name,
         "requests": len(lines),
         "block": block,
