@@ -176,6 +176,7 @@ def moved(early: Floats, full: Floats) -> int:
     return int(((np.abs(early - full).max(1) > 0.2) | (early.argmax(1) != full.argmax(1))).sum())
 
 
+@full_on_v2
 def test_probabilities_are_a_kind_whose_policy_decides_no_request_for_the_label(
     auto, directory, tiny_model, labels
 ):
@@ -218,6 +219,7 @@ def classify(llm: Any, prompts: list[list[int]]) -> Floats:
     return np.array([output.outputs.data.tolist() for output in found])
 
 
+@full_on_v2
 def test_labels_that_vary_from_request_to_request_are_one_kind_with_a_pool(
     auto, directory, tiny_model
 ):
@@ -451,6 +453,7 @@ def test_a_policy_that_cannot_be_served_is_put_away_and_the_one_before_serves_on
     assert own.ledger.decided == 10
 
 
+@full_on_v2
 def test_while_a_policy_serves_those_who_are_compared_are_recorded_for_a_better_one(
     auto, directory, labels, served, monkeypatch
 ):
@@ -468,6 +471,7 @@ def test_while_a_policy_serves_those_who_are_compared_are_recorded_for_a_better_
     assert len(rows_of(directory, kind)["final"]) - before <= stayed + CHUNK
 
 
+@full_on_v2
 def test_a_closed_kind_is_recorded_anew_and_opens_with_a_policy_of_those_rows(
     auto, directory, tiny_model, labels, served, monkeypatch
 ):
