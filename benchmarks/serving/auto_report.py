@@ -22,8 +22,8 @@ def table(report: Mapping[str, Any]) -> str:
     for title, one in report["traffic"].items():
         parts += [
             f"### {title}\n",
-            f"{one['git']}, {one['model']}, {one['requests']:,} requests, {one['at_once']} in flight, at most "
-            f"{one['epsilon']:g} of the answers of a kind changed (confidence "
+            f"{one['git']}, {one['model']}, {one['requests']:,} requests, {one['at_once']} in "
+            f"flight, at most {one['epsilon']:g} of the answers of a kind changed (confidence "
             f"{1 - one['delta']:.0%}).\n",
             f"{by_kind(one)}\n",
             f"{one['of_all'] or ''}\n",

@@ -34,8 +34,8 @@ class Part(NamedTuple):
 
 REVIEWS = Part("SST-2 and CR", "sst2", ("sst2", "cr"))
 TREC = Part("TREC", "trec", ("trec",))
-SUBJ = Part("Subj, choice", "subj", ("subj",), is_choice=True)
-NEWS = Part("news, choice", "subj", ("ag_news",), is_choice=True)
+SUBJ = Part("Subj and news, choice", "subj", ("subj",), is_choice=True)
+NEWS = Part("Subj and news, choice", "subj", ("ag_news",), is_choice=True)
 NEWS_AS_REVIEWS = Part("SST-2 and CR", "sst2", ("ag_news",))
 
 
