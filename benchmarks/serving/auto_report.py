@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ def table(report: Mapping[str, Any]) -> str:
             f"flight, at most {one['epsilon']:g} of the answers of a kind changed (confidence "
             f"{1 - one['delta']:.0%}).\n",
             f"{by_kind(one)}\n",
-            f"{one['of_all'] or ''}\n",
+            re.sub(r" \([\d.]+%\)", "", one["of_all"] or "") + "\n",
             f"{over_time(one['blocks'])}\n",
         ]
     return "\n".join(parts)
@@ -94,7 +95,10 @@ def over_time(blocks: Sequence[Mapping[str, Any]]) -> str:
                 f"{some[-1]['minutes']:.1f}",
                 *(f"{np.mean(rates[s]):.1f}" for s in (STOCK, OURS)),
                 Speedup.of(rates[OURS], rates[STOCK]).text,
-                *(f"{np.mean([b[key] for b in some]):.0%}" for key in ("layers_saved", "compared")),
+                *(
+                    share_of(np.mean([b[key] for b in some]), some[-1]["requests"] - start, 0)
+                    for key in ("layers_saved", "compared")
+                ),
                 *(f"{np.median([b[s]['p99_ms'] for b in some]):.0f}" for s in (STOCK, OURS)),
             ]
         )
@@ -105,8 +109,8 @@ def over_time(blocks: Sequence[Mapping[str, Any]]) -> str:
         "stock, requests/s",
         "ours",
         "ratio (range of blocks)",
-        "layers saved, of kinds",
-        "compared",
+        "layers saved, of kinds (95 %)",
+        "compared (95 %)",
         "stock p99, ms",
         "ours",
     ]
