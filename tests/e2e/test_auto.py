@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 from random import Random
@@ -33,6 +33,7 @@ from tests.waiting import wait_for
 from vllm_adainfer.arrays import Floats
 from vllm_adainfer.artifact.config import policy_of
 from vllm_adainfer.artifact.fields import Label, LastToken
+from vllm_adainfer.auto import endings
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.table import RECURS
@@ -247,6 +248,30 @@ def test_labels_that_vary_from_request_to_request_are_one_kind_with_a_pool(
     assert all(token in some for [token], some in zip(early, asked, strict=True))
     changed = sum(one != two for one, two in zip(early, full, strict=True))
     assert 0 < changed <= ledger.changed_at_most <= ledger.allowed
+
+
+@full_on_v2
+def test_two_questions_with_the_same_labels_become_two_kinds_once_many_asked_them(
+    auto, directory, monkeypatch
+):
+    """They end alike, and differ before that."""
+    monkeypatch.setattr(endings, "ASKED", len(PROMPTS) // 2)
+    questions, end, own = [[70, 71, 72, 73], [80, 81, 82, 83]], [90, 91, 92, 93], [15, 25]
+    asked = [[*prompt, *questions[n % 2], *end] for n, prompt in enumerate(PROMPTS)]
+    tokens(auto, asked, label(own))
+    wait_for(lambda: read_json(directory.kinds)["questions"])
+    tokens(auto, asked, label(own))  # after which all have places
+    whole = Kind("label", tuple(own))
+    kinds = [whole, *(replace(whole, ending=(*question, *end)) for question in questions)]
+    admitted = running_of(parts(auto)[1]).kinds.kinds
+
+    def counted() -> list[int]:
+        return [admitted[kind.name(directory.salt)].ledger.requests for kind in kinds]
+
+    before = counted()
+    tokens(auto, [*asked[:21], *PROMPTS[:5]], label(own))
+    added = [now - then for now, then in zip(counted(), before, strict=True)]
+    assert added == [5, 11, 10], "five ask neither"
 
 
 @full_on_v2

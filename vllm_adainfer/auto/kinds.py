@@ -27,6 +27,7 @@ class Kind:
         schema: digest of the schema of objects, see `vllm_adainfer.drafts.schemas`; None for
             other answers.
         is_pool: whether a request names some of the labels, not all.
+        ending: the tokens that its prompts end with, if it is one of several questions.
         paths: for people, the fields of objects that have few values.
 
     """
@@ -37,6 +38,7 @@ class Kind:
     adapter: str | None = None
     schema: str | None = None
     is_pool: bool = False
+    ending: tuple[int, ...] = ()
     paths: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -60,7 +62,7 @@ class Kind:
     def name(self, salt: bytes) -> str:
         """A name that tells nobody without `salt` what the kind is."""
         own = {key: value for key, value in vars(self).items() if key != "paths"}
-        for later in "schema", "is_pool":  # names of before there were such hold
+        for later in "schema", "is_pool", "ending":  # names of before there were such hold
             if not own[later]:
                 del own[later]
         content = json.dumps(own, sort_keys=True).encode(errors="surrogatepass")
@@ -80,6 +82,7 @@ class Kind:
             fields.get("adapter"),
             fields.get("schema"),
             bool(fields.get("is_pool")),
+            tuple(fields.get("ending", ())),
             tuple(fields.get("paths", ())),
         )
 

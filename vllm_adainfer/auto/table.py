@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_adainfer.auto.endings import Endings, Questions
 from vllm_adainfer.auto.kinds import Kind
 
 KINDS = 256  # kept at a time
@@ -99,6 +100,7 @@ class KindTable:
         no_kind: the requests without a kind.
         reads: what requests under each label of metrics read, such as ``label among 2``.
         pools: the label pools that are kinds, and what else stays one, see `find_pools`.
+        questions: the kinds that are divided, see `auto.endings`.
 
     """
 
@@ -107,6 +109,8 @@ class KindTable:
         self._salt = salt
         self.reads: dict[str, str] = {}
         self.pools: dict[Kind, set[Kind]] = {}
+        self.questions: dict[Kind, Questions] = {}
+        self._endings: dict[Kind, Endings] = {}
         self._labels: dict[Kind, str] = {}
         self.since = time.time()
         self.requests = 0
@@ -144,6 +148,26 @@ class KindTable:
                 }
                 self.pools = {**self.pools, pool: own}  # another thread may be in `pool_of`
 
+    def note_ending(self, kind: Kind, prompt: Sequence[int]) -> None:
+        """Count how a prompt of a kind ends, which may be divided; see `find_questions`."""
+        if kind in self._recurring and kind not in self.questions and not kind.ending:
+            self._endings.setdefault(kind, Endings()).add(prompt)
+
+    def find_questions(self) -> None:
+        """Divide kinds of which so many requests came that their questions are known."""
+        for kind, endings in [*self._endings.items()]:
+            if kind not in self._recurring:
+                del self._endings[kind]
+            elif (found := endings.found()) is not None:
+                del self._endings[kind]
+                self.questions = {**self.questions, kind: found}
+
+    def narrowed(self, kind: Kind, prompt: Sequence[int]) -> Kind:
+        """The pool that a kind is part of now, or the question that its prompt asks, or itself."""
+        kind = self.pool_of(kind)
+        questions = self.questions.get(kind)
+        return kind if questions is None else questions.kind_of(kind, prompt)
+
     def pool_of(self, kind: Kind) -> Kind:
         """The pool that a kind is part of now; else the kind itself."""
         for pool, own in self.pools.items():
@@ -159,6 +183,10 @@ class KindTable:
             self.pools = {
                 Kind.of_dict(one["pool"]): set(map(Kind.of_dict, one["own"]))
                 for one in content.get("served_pools", ())
+            }
+            self.questions = {
+                Kind.of_dict(one["kind"]): Questions.of_dict(one)
+                for one in content.get("questions", ())
             }
             totals = float(content["since"]), int(content["requests"]), int(content["tokens"])
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
@@ -205,6 +233,9 @@ class KindTable:
                 {"pool": pool.as_dict(), "own": [kind.as_dict() for kind in own]}
                 for pool, own in self.pools.items()
             ],
+            "questions": [
+                {"kind": kind.as_dict(), **one.as_dict()} for kind, one in self.questions.items()
+            ],
             "kinds": {
                 count.kind.name(self._salt): count.as_dict()
                 for count in self.recurring()
@@ -247,7 +278,7 @@ def pools(counts: Iterable[KindCount]) -> list[dict[str, Any]]:
         for count in counts
         if count.kind is not None
         and count.kind.reads == "label"
-        and not count.kind.is_pool
+        and not (count.kind.is_pool or count.kind.ending)
         and 2 <= len(count.kind.labels) <= MOST_LABELS
     ]
     found: list[dict[str, Any]] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,8 @@ class Arrival:
         """See `Admission`."""
         self._settings, self._policies = settings, policies
         self._logprobs_mode = logprobs_mode
-        self.pool_of: Callable[[Kind], Kind] = lambda kind: kind  # until something finds pools
+        # Until something finds pools and questions.
+        self.narrowed: Callable[[Kind, Sequence[int]], Kind] = lambda kind, _: kind
         configs = policies.configs.values()
         self._promises_order = any(config.promise.unit is Unit.QUERY for config in configs)
         # What a monitor counts as one is drawn as one: an order's queries, questions of one text.
@@ -63,6 +64,7 @@ class Arrival:
         params: Params | None,
         adapter: LoRARequest | None = None,
         resumable: bool = False,
+        prompt: Sequence[int] = (),
     ) -> Running:
         """Settle what follows from what a client sent; see `Running`.
 
@@ -76,7 +78,7 @@ class Arrival:
         request = self.parse(_valid_settings(params), params)
         if resumable:
             return request.changed(output=None)
-        kind = self._kind(request, adapter)
+        kind = self._kind(request, adapter, prompt)
         # A kind may get a policy at any time.
         may_decide = kind is not None or self._policies.may_decide(request, adapter)
         is_choice = request.output is not None and request.output.form is Form.CHOICE
@@ -118,7 +120,9 @@ class Arrival:
         group = request_group(request_id) if self._promises_order else None
         return None if group is None else self._shadow.first_of(request_id, group)
 
-    def _kind(self, request: Running, adapter: LoRARequest | None) -> Kind | None:
+    def _kind(
+        self, request: Running, adapter: LoRARequest | None, prompt: Sequence[int]
+    ) -> Kind | None:
         """The kind of a request on a server that calibrates itself; None if it never exits."""
         auto = self._settings.auto
         if auto is None or auto.watch or request.output is None:
@@ -130,7 +134,7 @@ class Arrival:
             return None  # it would run on, and no policy covers that
         if kind is None or kind.why_full_depth(auto.tolerance) is not None:
             return None
-        return self.pool_of(kind)
+        return self.narrowed(kind, prompt)
 
     @cached_property
     def _name_of(self) -> Callable[[Kind], str]:

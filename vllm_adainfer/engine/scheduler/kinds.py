@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from threading import Event, Lock, Thread
@@ -41,17 +41,17 @@ class KindCounts(Observer):
     """
 
     def __init__(
-        self, directory: str, logprobs_mode: str, makes_pools: bool = False, **facts: Any
+        self, directory: str, logprobs_mode: str, calibrates: bool = False, **facts: Any
     ) -> None:
         """Read what an earlier run left in the directory, and start the thread.
 
-        `logprobs_mode`, vLLM's, says what a read of probabilities gets. `makes_pools`: label pools
-        become kinds, see `KindTable.find_pools`. `facts` are what else the
+        `logprobs_mode`, vLLM's, says what a read of probabilities gets. `calibrates`: the
+        server makes policies for kinds, and finds pools and questions. `facts` are what else the
         file says; it begins anew if they are others. An AdaInferError if this process cannot write.
         """
         self._directory = AutoDirectory(directory)
         self._directory.create()
-        self._facts, self._mode, self._makes_pools = facts, logprobs_mode, makes_pools
+        self._facts, self._mode, self._calibrates = facts, logprobs_mode, calibrates
         self._table, self._lock = KindTable(self._directory.salt), Lock()
         before = read_json(self._directory.kinds)
         if isinstance(before, dict) and all(before.get(key) == facts[key] for key in facts):
@@ -71,6 +71,8 @@ class KindCounts(Observer):
         kind = self._kind_of(request)
         with self._lock:
             count = self._table.arrived(kind, request.num_prompt_tokens, time.time())
+            if kind is not None and self._calibrates:
+                self._table.note_ending(kind, request.prompt_token_ids or ())
         label = self._table.label_of(count)
         self._added["kind_requests", label] += 1
         self._counts[request.request_id] = request, count, label
@@ -83,12 +85,12 @@ class KindCounts(Observer):
         else:
             kind = kind_of(params_of(request), adapter, request.resumable, self._mode)
         if kind is None or kind.schema is None or request.sampling_params is None:
-            return None if kind is None else self.pool_of(kind)
+            return None if kind is None else self.narrowed(kind, request.prompt_token_ids or ())
         return replace(kind, paths=requested_fields(request.sampling_params))
 
-    def pool_of(self, kind: Kind) -> Kind:
-        """The pool that a kind is part of; else the kind itself."""
-        return self._table.pool_of(kind)
+    def narrowed(self, kind: Kind, prompt: Sequence[int]) -> Kind:
+        """See `KindTable.narrowed`."""
+        return self._table.narrowed(kind, prompt)
 
     @override
     def stepped(self, step: Step) -> None:
@@ -147,8 +149,9 @@ class KindCounts(Observer):
                 )
                 return
             with self._lock:
-                if self._makes_pools:
+                if self._calibrates:
                     self._table.find_pools()
+                    self._table.find_questions()
                 content = {**self._facts, **self._table.as_dict()}
                 labels = list(self._table)
             content["pools"] = pools(labels)

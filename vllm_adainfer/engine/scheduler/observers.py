@@ -63,10 +63,10 @@ def observers_of(vllm_config: VllmConfig, settings: Settings, scheduler: Any) ->
         observers.append(Audit(settings.audit, engine, depth, tokenizer))
     if settings.auto is not None:
         facts = {"model": model.served_model_name, "tokenizer": str(model.tokenizer)}
-        makes_pools = settings.calibrates_itself
-        counts = KindCounts(settings.auto.directory, model.logprobs_mode, makes_pools, **facts)
+        calibrates = settings.calibrates_itself
+        counts = KindCounts(settings.auto.directory, model.logprobs_mode, calibrates, **facts)
         if scheduler.admission is not None:
-            scheduler.admission.arrival.pool_of = counts.pool_of
+            scheduler.admission.arrival.narrowed = counts.narrowed
         observers.append(counts)
     if settings.capture is not None:
         observers.append(Capture(settings.capture, engine, model.served_model_name))

@@ -98,7 +98,11 @@ class ObservedScheduler(_Scheduler):
         if self.admission is None:
             return
         resolved = self.admission.arrival.resolve(
-            request.request_id, params_of(request), request.lora_request, request.resumable
+            request.request_id,
+            params_of(request),
+            request.lora_request,
+            request.resumable,
+            request.prompt_token_ids or (),
         )
         if self._texts is not None:
             resolved = resolved.changed(texts=self._texts(request, resolved))

@@ -182,6 +182,8 @@ class SelfCalibration:
                 break
             self._directory.forget_kind(kind.name)
             self._policies.forget(kind.name)
+            for noted in self._told, self._saved, self._courses:
+                noted.pop(kind.name, None)
         self._rows.note_deleted()
 
     def _write(self, kinds: Sequence[str], rows: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -205,6 +205,9 @@ def label_texts(tokenizer: str) -> Texts:
 
 def reads_of(kind: Kind, texts: Texts) -> str:
     """The output of a kind, in words."""
+    if kind.ending:
+        asked = " ".join(texts(token) for token in kind.ending[-SHOWN_ANSWERS:])
+        return f"{reads_of(replace(kind, ending=()), texts)}, after {asked}"
     if kind.choices:
         return f"choice: {_few([quoted(text) for text in kind.choices[:SHOWN_ANSWERS]], kind)}"
     if kind.reads == "scores":
