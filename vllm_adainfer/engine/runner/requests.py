@@ -171,9 +171,7 @@ class RunningRequests:
         rows, pooled_from = own.threshold_row, None
         if admission.has_pooled:
             pooled_from = own.pooled_from
-            for place in self._lost(pooled_from, request_ids, computed):
-                pooled_from[place] = NOT_POOLED
-                own.threshold_row[place] = own.last_token_row[place]
+            self._without_lost_rows(own, request_ids, computed)
         needs_all = (own.force_full_depth_prefill != 0) & (computed < own.prompt_tokens)
         # vLLM frees blocks outside the window, which deferred rows still need. Chunks before the
         # last one are never deferred, and pooled policies read them.
@@ -202,7 +200,8 @@ class RunningRequests:
                 return self.kinds.admit(requests, np.flatnonzero(may_exit), query_lens, rows)
 
             rows, shadow, recorded, wanted = made_by_rank0(by_ledger)
-            wanted[self._lost(wanted, request_ids, computed)] = NOT_POOLED
+            ends = loop.carried.ends
+            wanted[lost_rows(wanted, request_ids, computed, ends)] = NOT_POOLED
             keeps_means = wanted >= 0
         if pooled_from is not None and not admission.is_recording:
             pooled_from[rows == FULL_DEPTH] = NOT_POOLED
@@ -258,11 +257,11 @@ class RunningRequests:
         if tightened is not None:
             yield "too_many_differ", tightened[own.threshold_row] & (own.is_shadow == 0)
 
-    def _lost(self, pooled_from: Ints, request_ids: Sequence[str], computed: Ints) -> list[int]:
-        """Requests of whose prompts some rows that are to be read never ran, by their places."""
-        late = np.flatnonzero((pooled_from >= 0) & (computed > pooled_from)).tolist()
-        ends = self._loop.carried.ends
-        return [place for place in late if ends.get(request_ids[place]) != computed[place]]
+    def _without_lost_rows(self, own: Columns, request_ids: Sequence[str], computed: Ints) -> None:
+        """Let requests be decided by their last token of whose prompts some rows never ran."""
+        lost = lost_rows(own.pooled_from, request_ids, computed, self._loop.carried.ends)
+        own.pooled_from[lost] = NOT_POOLED
+        own.threshold_row[lost] = own.last_token_row[lost]
 
     def adapters_of(self, step: StepContext) -> StepAdapters | None:
         """The adapters of a step's requests; None without LoRA."""
@@ -337,3 +336,14 @@ class RunningRequests:
             for place, request_id in enumerate(step.request_ids)
             if self._requests[request_id].may_exit
         }
+
+
+def lost_rows(
+    pooled_from: Ints, request_ids: Sequence[str], computed: Ints, ends: Mapping[str, int]
+) -> list[int]:
+    """Requests of whose prompts some rows that are to be read never ran, by their places.
+
+    `ends` are the positions up to which earlier chunks were read, see `CarriedPrompts`.
+    """
+    late = np.flatnonzero((pooled_from >= 0) & (computed > pooled_from)).tolist()
+    return [place for place in late if ends.get(request_ids[place]) != computed[place]]
