@@ -6,13 +6,15 @@ import logging
 import math
 import operator
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from vllm_adainfer.auto.beginning import Beginning
+from vllm_adainfer.auto.beginning import PROMPTS, Beginning
 from vllm_adainfer.auto.directory import read_json, write_json
 from vllm_adainfer.watch.ledger import Ledger
 
@@ -95,6 +97,7 @@ class AdmittedKind:
     _allowed_for: int = 0  # misses that the file has or allows for; -1 while it is written
     _writing: Lock = field(default_factory=Lock)
     _beginning: Beginning = field(default_factory=Beginning)
+    _prompts: deque[Sequence[int]] = field(default_factory=partial(deque, maxlen=PROMPTS))
 
     def __post_init__(self) -> None:
         """A thread may write the file before the first step of the kind has ended."""
@@ -116,9 +119,14 @@ class AdmittedKind:
         return {name: self.content[name] for name in SHOWN}
 
     def see(self, prompt: Sequence[int]) -> None:
-        """Look at the prompt of a request that is recorded."""
+        """Note the prompt of a request that is recorded, for `look_at_prompts`."""
         if self.pooled_from is None:
-            self._beginning.see(prompt)
+            self._prompts.append(prompt)
+
+    def look_at_prompts(self) -> None:
+        """Find out what prompts begin with; for the thread beside the steps."""
+        while self._prompts:
+            self._beginning.see(self._prompts.popleft())
             self.pooled_from = self._beginning.pooled_from
 
     def use_weights(self, weights: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 PROMPTS = 32  # different ones, after which it is known
-MOST_TOKENS = 4096  # of a prompt that are looked at, in the step of its first token
+MOST_TOKENS = 4096  # of a prompt that are looked at
 
 
 class Beginning:

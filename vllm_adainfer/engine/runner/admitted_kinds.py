@@ -122,11 +122,14 @@ class AdmittedKinds:
         `NOT_POOLED` for all others, and for kinds of which that is not known yet.
         """
         found = np.full(len(requests), NOT_POOLED)
-        for place, request in enumerate(requests):
-            kind = None if request.kind is None else self.kinds.get(request.kind)
-            if kind is not None and kind.records and kind.pooled_from is not None:
-                is_longer = len(request.prompt) > kind.pooled_from
-                found[place] = kind.pooled_from if is_longer else NOT_POOLED
+        known = {
+            name: kind.pooled_from
+            for name, kind in self.kinds.items()
+            if kind.records and kind.pooled_from is not None
+        }
+        for place, request in enumerate(requests if known else ()):
+            start = known.get(request.kind or "", NOT_POOLED)
+            found[place] = start if start < len(request.prompt) else NOT_POOLED
         return found
 
     def claims(self) -> tuple[dict[str, float], float | None]:

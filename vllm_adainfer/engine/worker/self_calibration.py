@@ -206,6 +206,7 @@ class SelfCalibration:
     def _note_states(self) -> None:
         """Note what each kind is at: its policy, and whether more rows of it are recorded."""
         for name, kind in list(self.kinds.kinds.items()):
+            kind.look_at_prompts()
             tried = State.of(read_json(self._directory.trainer(name)))
             is_new, rows = tried.course < kind.course, self._rows.counts.get(name, 0)
             # A policy of an earlier course serves on, unless it was what closed the kind.

@@ -66,7 +66,7 @@ class ExitLoop(Loop):
         self._max_rows = max_rows
         self._read = read
         self.keep_states: StateKeeper | None = None
-        # Time to read whole prompts for those who are recorded, and the token rows of these steps.
+        # Time to read whole prompts for those who are recorded, and the token rows that were read.
         self.pool_seconds, self.pooled_rows = 0.0, 0
         self._owners = NOBODY  # of the last step's requests, see `ForwardPass`
         self.stats = ExitStats()
@@ -156,10 +156,12 @@ class ExitLoop(Loop):
                 began = time.perf_counter()
                 decisions.decide(segment)
                 deciding += time.perf_counter() - began
-            if step.recorded is not None or decisions.has_chunks:
+            if step.keeps_means is not None and (step.recorded or decisions.has_chunks):
                 began = time.perf_counter()
                 means.append(decisions.recorded_means(segment))
-                self.pool_seconds += time.perf_counter() - began
+                if read_rows := step.recorded_rows():
+                    self.pool_seconds += time.perf_counter() - began
+                    self.pooled_rows += read_rows
             self._regroup(segment, forward)
             if forward.layout.num_rows == 0:
                 break
@@ -169,7 +171,6 @@ class ExitLoop(Loop):
             [rows] = step.on_device(step.layout.last_rows(step.recorded.places))
             states = [*forward.recorded, hidden.index_select(0, rows)]
             self.keep_states(step.recorded, states, means)
-            self.pooled_rows += step.layout.num_rows * len(means)
         self.carried.step_ended(step)
         scored = decisions.place(hidden)
         shadows = tuple(decisions.of_shadows(self.monitors, self.stats))

@@ -218,6 +218,13 @@ class StepContext:
         rows[self.layout.last_rows(np.flatnonzero(self.yields_token))] = True
         return rows
 
+    def recorded_rows(self) -> int:
+        """The rows of recorded requests of whose prompts the mean is kept."""
+        if self.recorded is None or self.keeps_means is None:
+            return 0
+        places = self.recorded.places[self.keeps_means[self.recorded.places]]
+        return int(self.layout.query_lens[places].sum())
+
     def on_device(self, *arrays: Ints | Bools) -> list[Tensor]:
         """`arrays` on the device of the rows."""
         return upload(arrays, self.device)
