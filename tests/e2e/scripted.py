@@ -37,7 +37,12 @@ class ScriptedAdmission(Admission):
         self.arrival: Any = self
 
     def resolve(
-        self, request_id: str, params: Any, adapter: Any = None, resumable: bool = False
+        self,
+        request_id: str,
+        params: Any,
+        adapter: Any = None,
+        resumable: bool = False,
+        prompt: Sequence[int] = (),
     ) -> Running:
         arguments = params.extra_args or {}
         tag = arguments.get(EXIT_AT, FULL) if arguments.get("adainfer", 1) else FULL
