@@ -23,7 +23,7 @@ from vllm_adainfer.offline.calibration.certify.path import (
 )
 from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
-from vllm_adainfer.offline.calibration.fit.cost import STEP_ROWS, Costs, probe_seconds
+from vllm_adainfer.offline.calibration.fit.cost import STEP_ROWS, Costs, clock_of, probe_seconds
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored, fit_exits, judge
 from vllm_adainfer.offline.calibration.fit.probes import Target, logit_lens
 from vllm_adainfer.offline.calibration.fit_policy import FittedPolicy
@@ -142,7 +142,7 @@ def adainfer(
         return dict.fromkeys(("adainfer", "adainfer_certified", "calm"))
     states = next(iter(recording.states.values()))
     asked = states[: max(1, round(STEP_ROWS / recording.computed.mean()))]
-    probe = probe_seconds(exits[0].probe, asked, recording.model.threads)
+    probe = probe_seconds(exits[0].probe, asked, clock_of(recording.model))
     costs = replace(costs, probe={exit.layer: probe for exit in exits})
     layers = [exit.layer for exit in exits]
     scored = [test.scored(exit, whole_head) for exit in exits]

@@ -143,11 +143,11 @@ def test_the_means_over_whole_prompts_are_recorded_from_where_they_differ(
     admitted = running_of(parts(auto)[1]).kinds.kinds[kind]
     assert admitted.pooled_from == len(BEGINNING)
     loop = parts(auto)[0].loop
-    assert loop.pool_seconds > 0
-    assert loop.pooled_rows > 0
-    read = loop.pooled_rows
+    assert loop.times.means.seconds > 0
+    assert loop.times.means.work > 0
+    read = loop.times.means.work
     tokens(auto, ALIKE[:4], TEXT)
-    assert loop.pooled_rows == read, "the means of nobody are read"
+    assert loop.times.means.work == read, "the means of nobody are read"
     wait_for(lambda: len(rows_of(directory, kind).get("final", ())) >= 2 * CHUNK)
     recorded = rows_of(directory, kind)
     states = [hidden_states(reference, prompt) for prompt in ALIKE]

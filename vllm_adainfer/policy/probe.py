@@ -5,14 +5,16 @@ Calibration and serving both use `Probe`, so a feature means the same in both.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import adainfer_kernels
 import numpy as np
 import torch
 from adainfer_kernels import Head, Lens, Norm, NormKind, ProbeResult
-from torch import Tensor
+from torch import Tensor, nn
 
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.policy.encoders import StateEncoder
@@ -96,6 +98,13 @@ class Probe:
             stored += self.encoder.state_dict().values()
         return sum(tensor.nbytes for tensor in stored)
 
+    def on(self, device: torch.device) -> Probe:
+        """The same probe on a device; a copy unless it is there."""
+        if self.head.weight.device.type == device.type:
+            return self
+        copied: Probe = moved(self, device)
+        return copied
+
     def of_tokens(self, token_ids: Tensor) -> Probe:
         """The same probe for these tokens alone, int64 [n]; `self` must score the vocabulary."""
         return replace(self, head=self.head.of_rows(token_ids), token_ids=token_ids)
@@ -161,6 +170,18 @@ class Probe:
         sizes.append(last + self.head.size - sum(self.columns))
         parts = zip(read.unbind(1), bias.split(sizes), self.head.weight.split(sizes), strict=True)
         return torch.cat([torch.addmm(own, row, weight.T) for row, own, weight in parts], dim=1)
+
+
+def moved(part: Any, device: torch.device) -> Any:
+    """A copy on `device` of a tensor, a module, or a dataclass of such; other values are shared."""
+    if isinstance(part, Tensor):
+        return part.to(device)
+    if isinstance(part, nn.Module):
+        return copy.deepcopy(part).to(device)
+    if not is_dataclass(part) or isinstance(part, type):
+        return part
+    own = {one.name: moved(getattr(part, one.name), device) for one in fields(part)}
+    return replace(part, **own)
 
 
 def merged(shard: ProbeResult, gather: Callable[[Tensor], Tensor]) -> ProbeResult:

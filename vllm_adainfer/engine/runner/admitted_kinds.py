@@ -61,8 +61,6 @@ class AdmittedKinds:
 
     Attributes:
         kinds: those that have a place, by name.
-        step_seconds: time of all steps so far.
-        steps: their number.
 
     """
 
@@ -80,8 +78,6 @@ class AdmittedKinds:
         self._next_look = 0.0
         self._step: dict[str, tuple[int, int]] = {}  # by kind: requests, and those decided
         self._toss = SystemRandom().random  # which no client can foresee
-        self.step_seconds, self.steps = 0.0, 0
-        self._started = 0.0
         self.kinds: dict[str, AdmittedKind] = {}
         for name in directory.known():
             kind = AdmittedKind.read(name, directory.ledger(name))
@@ -163,7 +159,6 @@ class AdmittedKinds:
         self, requests: Sequence[Running], first_tokens: Ints, lens: Ints, threshold_rows: Ints
     ) -> tuple[Bools, RecordedRequests | None]:
         """Who is compared, bool [requests], and who is recorded; changes `threshold_rows`."""
-        self._started = time.perf_counter()
         compared = np.zeros(len(requests), dtype=np.bool_)
         recorded: list[tuple[int, str]] = []
         by_kind: defaultdict[str, list[int]] = defaultdict(list)
@@ -208,10 +203,6 @@ class AdmittedKinds:
 
     def step_ended(self, misses: Mapping[str, int]) -> None:
         """Enter the step into the ledgers; `misses` are the changed answers by policy."""
-        if self._started:
-            self.steps += 1
-            self.step_seconds += time.perf_counter() - self._started
-            self._started = 0.0
         step, self._step = self._step, {}
         for name, (requests, decided) in step.items():
             self._add(self.kinds[name], requests, decided, misses.get(name, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from safetensors.torch import save_file
@@ -26,6 +27,7 @@ def facts_of(model: Any) -> dict[str, Any]:
         "engine_options": model.engine_options.model_dump(),
         "depth": model.stack.shape.depth,
         "own_kv_layers": model.num_own_kv_layers,
+        "device": model.device.type,
         "soft_cap": soft_cap,
         "scale": scale,
     }
@@ -70,22 +72,22 @@ def write_facts(
     model: Any,
     head: Tensor,
     config: ModelConfig,
-    step_seconds: float,
-    steps: int,
+    label_head_seconds: Mapping[str, float],
 ) -> None:
-    """Write facts and `head` of `model`; its layers' speed is known by the time of all `steps`."""
+    """Write facts and `head` of `model`, and how fast it is by the steps that were timed."""
     with whole_file(directory.head) as draft:
         save_file({"head_weight": head.contiguous()}, draft)
-    work, stack = model.loop.stats.by_policy, model.stack
-    layers_run = sum(policy.work["layers_run"] for policy in list(work.values()))
-    layer_seconds = step_seconds / layers_run
-    rows = layers_run / stack.shape.depth / steps  # of a step
+    layers, means, shape = model.loop.times.layers, model.loop.times.means, model.stack.shape
+    layer_seconds = layers.seconds / layers.work
+    timed = next(count for count in shape.segment_layers if count)
+    rows = layers.work / timed / layers.steps  # of a step
     overrides = config.hf_overrides
     facts = {
         "model": config.model,
         "hf_overrides": overrides if isinstance(overrides, dict) else None,
         "layer_seconds": layer_seconds,
-        "cut_seconds": compaction_cost_of(stack, model.device) * layer_seconds / rows,
-        "pool_seconds": model.loop.pool_seconds / max(1, model.loop.pooled_rows),
+        "cut_seconds": compaction_cost_of(model.stack, model.device) * layer_seconds / rows,
+        "pool_seconds": means.seconds / max(1, means.work),
+        "label_head_seconds": dict(label_head_seconds),
     }
     write_json(directory.model, {**read_json(directory.identity), **facts_of(model), **facts})

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.runner.admitted_kinds import AdmittedKinds
 from vllm_adainfer.engine.worker.kind_policies import KindPolicies
 from vllm_adainfer.engine.worker.model_facts import forget_others, write_facts
+from vllm_adainfer.engine.worker.probe_times import label_head_seconds
 from vllm_adainfer.engine.worker.row_files import RowFiles
 from vllm_adainfer.engine.worker.served_policies import Built, ServedPolicies
 from vllm_adainfer.engine.worker.trainer_process import TrainerProcess
@@ -29,6 +30,7 @@ from vllm_adainfer.settings.engine import Auto
 logger = get_logger(__name__)
 
 TIMED_ROWS = TRIES[0] // 2  # of a kind, after which the layers' speed is known
+TIMED_STEPS = 4  # likewise: after a restart, the rows are there before any step
 MOST_WAITING = 4096  # rows that may wait for the disk; further ones are lost
 TICK_SECONDS = 1.0
 STATUS_SECONDS = 60.0  # between the lines about a kind among the events
@@ -82,6 +84,8 @@ class SelfCalibration:
         self._saved: dict[str, tuple[int, int, int]] = {}  # by kind, see `_look_at_savings`
         self._next_tick, self._next_status = 0.0, time.monotonic() + STATUS_SECONDS
         self._failed: set[str] = set()
+        self._serving = Event()
+        self._label_head_seconds: dict[str, float] = {}
         self._thread = Thread(target=self._run, name="adainfer-auto", daemon=True)
         self._thread.start()
 
@@ -92,6 +96,16 @@ class SelfCalibration:
             return
         self._put_rows += len(kinds)
         self._chunks.put((kinds, rows))
+
+    def serving_begins(self) -> None:
+        """Everything is warmed up and captured; what comes now are requests of clients.
+
+        Until then, nothing beside the steps may touch the device: vLLM's warm-up on GPUs runs real
+        requests before it captures graphs, and a capture fails if another thread uses the device.
+        """
+        self._label_head_seconds = label_head_seconds(self._model)
+        self._model.loop.times.reset()
+        self._serving.set()
 
     def take_built(self) -> Built:
         """Policies that are ready to be served; empty in nearly all steps."""
@@ -191,16 +205,16 @@ class SelfCalibration:
         self._rows.put(kinds, rows, wanted)
 
     def _read_policies(self) -> None:
-        """Read new ones, once requests come: until then, vLLM may still test or capture."""
         self._note_states()
-        if self.kinds.steps and (built := self._policies.read()):
+        if self._serving.is_set() and (built := self._policies.read()):
             self._built.put(built)
 
     def _describe_model(self) -> None:
-        rows, kinds = max(self._rows.counts.values(), default=0), self.kinds
-        if self._head is not None and kinds.steps and rows >= TIMED_ROWS:
-            seconds, steps = kinds.step_seconds, kinds.steps
-            write_facts(self._directory, self._model, self._head, self._config, seconds, steps)
+        rows, timed = max(self._rows.counts.values(), default=0), self._model.loop.times.layers
+        known = self._serving.is_set() and timed.steps >= TIMED_STEPS
+        if self._head is not None and known and rows >= TIMED_ROWS:
+            seconds = self._label_head_seconds
+            write_facts(self._directory, self._model, self._head, self._config, seconds)
             self._head = None
 
     def _note_states(self) -> None:

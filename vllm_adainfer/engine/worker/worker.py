@@ -27,6 +27,7 @@ from vllm_adainfer.engine.worker.model_facts import facts_of
 from vllm_adainfer.engine.worker.self_calibration import SelfCalibration
 from vllm_adainfer.engine.worker.served_policies import Built, ServedPolicies
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.accounting.clock import StepTimes
 from vllm_adainfer.exits.recording.recorder import served_recorder
 
 if TYPE_CHECKING:
@@ -82,6 +83,15 @@ class ExitWorker(_Worker):
         own = SelfCalibration(model.settings.auto, self._served, head)
         self._self_calibration, self._running.kinds = own, own.kinds
         model.loop.keep_states = served_recorder(model.loop.policies.exit_points, own.put)
+        model.loop.times = StepTimes(model.device)
+
+    @override
+    def compile_or_warm_up_model(self) -> Any:
+        """Then clients' requests come."""
+        times = super().compile_or_warm_up_model()
+        if self._self_calibration is not None:
+            self._self_calibration.serving_begins()
+        return times
 
     @override
     def shutdown(self) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 from torch import Tensor
 from typing_extensions import override
 
 from vllm_adainfer.arrays import AnyArray, Bools, Ints
+from vllm_adainfer.exits.accounting.clock import StepTimes
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.accounting.report import DecidedToken, Outcome
@@ -30,7 +32,8 @@ class ExitLoop(Loop):
     with it to be worth a smaller batch. Until then it stays in. If it reaches full depth after all,
     its early answer is dropped, unless the policy's answers stand. A shadow request always reaches
     full depth, and both answers are compared. The KV policy takes care of what later tokens find in
-    the layers that a request has skipped. `keep_states` gets the states of `StepContext.recorded`.
+    the layers that a request has skipped. `keep_states` gets the states of `StepContext.recorded`,
+    and `times` count where the time of steps is to be known.
     """
 
     def __init__(
@@ -66,8 +69,8 @@ class ExitLoop(Loop):
         self._max_rows = max_rows
         self._read = read
         self.keep_states: StateKeeper | None = None
-        # Time to read whole prompts for those who are recorded, and the token rows that were read.
-        self.pool_seconds, self.pooled_rows = 0.0, 0
+        self.times: StepTimes | None = None
+        self._first = 0 if shape.segment_layers[0] else 1  # segment with layers
         self._owners = NOBODY  # of the last step's requests, see `ForwardPass`
         self.stats = ExitStats()
         self.reset_counters()
@@ -89,6 +92,7 @@ class ExitLoop(Loop):
             serving=names,
             weights_differ=self.stats.weights_differ,
             failed_parts=self.stats.failed_parts,
+            not_tested=self.stats.not_tested,
             shadow=self.monitors,
         )
         self.accounting = LayerAccounting(self.stats, names)
@@ -145,7 +149,8 @@ class ExitLoop(Loop):
         for segment in range(self._shape.last_segment):
             if segment == self._shape.tail:
                 forward.drop_unsampled()
-            forward.run(segment)
+            with self._timed_layers(segment, forward):
+                forward.run(segment)
             if segment == len(self.policies.exit_points):  # the last layer is next
                 break
             forward.record()
@@ -157,11 +162,8 @@ class ExitLoop(Loop):
                 decisions.decide(segment)
                 deciding += time.perf_counter() - began
             if step.keeps_means is not None and (step.recorded or decisions.has_chunks):
-                began = time.perf_counter()
-                means.append(decisions.recorded_means(segment))
-                if read_rows := step.recorded_rows():
-                    self.pool_seconds += time.perf_counter() - began
-                    self.pooled_rows += read_rows
+                with self._timed_means(step.recorded_rows()):
+                    means.append(decisions.recorded_means(segment))
             self._regroup(segment, forward)
             if forward.layout.num_rows == 0:
                 break
@@ -179,6 +181,16 @@ class ExitLoop(Loop):
             self.stats.seconds += time.perf_counter() - start
             self.stats.probe_seconds += deciding
         return StepOutput(hidden, scored, shadows, step.sampled_lens, step.early_objects)
+
+    def _timed_layers(self, segment: int, forward: ForwardPass) -> AbstractContextManager[None]:
+        """Time the first segment with layers, where the step's rows are still together."""
+        if self.times is None or segment != self._first:
+            return nullcontext()
+        layers = self._shape.segment_layers[segment]
+        return self.times.layers.timing(forward.layout.num_rows * layers)
+
+    def _timed_means(self, rows: int) -> AbstractContextManager[None]:
+        return self.times.means.timing(rows) if self.times is not None and rows else nullcontext()
 
     def _regroup(self, exit_index: int, forward: ForwardPass) -> None:
         """Let settled requests leave if that pays, and rows that wait here rejoin the others."""

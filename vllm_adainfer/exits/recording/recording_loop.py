@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.exits.accounting.clock import Clock
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.batch.batch import Batch, StackShape
@@ -38,6 +39,7 @@ class Timings:
         rows: token rows of the steps with a rehearsal.
         pool_seconds: time to read whole prompts, at all exit points.
         pooled_rows: token rows of the steps in which that was done, once for each exit point.
+        between: time of the host from the end of one step's layers to the next step's.
         fewer: for batches compacted once, twice and three times: their share of the step's rows,
             and the share of its time that the same layers took.
 
@@ -49,14 +51,16 @@ class Timings:
     rows: int = 0
     pool_seconds: float = 0.0
     pooled_rows: int = 0
+    between: list[float] = field(default_factory=list)
     fewer: list[list[tuple[float, float]]] = field(default_factory=lambda: [[], [], []])
 
     def as_dict(self) -> dict[str, Any]:
-        """The time of one token row: in a layer, to be cut and to be pooled; and ``fewer``."""
+        """The time of one token row: in a layer, to be cut and to be pooled; and of steps."""
         return {
             "layer_seconds": self.layer_seconds / self.layers_run,
             "cut_seconds": self.cut_seconds / max(1, self.rows),
             "pool_seconds": self.pool_seconds / max(1, self.pooled_rows),
+            "between_seconds": statistics.median(self.between or [0.0]),
             "fewer": self.fewer,
         }
 
@@ -81,6 +85,7 @@ class RecordingLoop(Loop):
         self._keeps_states = keeps_states
         self._reads_prompts = reads_prompts
         self.timings = Timings()
+        self._ended: float | None = None  # when the layers of the last step had run
         self.kv = ExactKV()
         self._depth = shape.depth
         # The first segment with layers; another comes before it where the embedding is recorded.
@@ -95,7 +100,9 @@ class RecordingLoop(Loop):
     @override
     def run(self, batch: Batch, input_ids: Tensor, step: StepContext) -> StepOutput:
         """Run and record one step; it gives no early answers."""
-        rows = step.layout.num_rows
+        rows, clock = step.layout.num_rows, clock_of(step)
+        if self._ended is not None:
+            self.timings.between.append(clock.now() - self._ended)
         states = HiddenStates(input_ids)
         rehearses = len(self.timings.fewer[0]) < REHEARSALS
         recorded, means = [], {}
@@ -104,9 +111,9 @@ class RecordingLoop(Loop):
         for segment, layer in enumerate(self.recorder.layers):
             if rehearses and segment == self._first:
                 before = states.clone()  # which the layers may overwrite
-            start = _now(step)
+            start = clock.now()
             states = batch.run(segment, states)
-            self.timings.layer_seconds += _now(step) - start
+            self.timings.layer_seconds += clock.now() - start
             stream = states.combined()[:rows]  # without padding
             # A single part is the segment's own memory, which CUDA graphs overwrite.
             recorded.append(stream.clone() if states.residual is None else stream)
@@ -133,6 +140,7 @@ class RecordingLoop(Loop):
         accounting.decided(policies[: step.num_sampled], depth)
         self.stats.tokens_decided += step.num_sampled
         self.timings.layers_run += rows * depth
+        self._ended = clock.now()
         return StepOutput(final, sampled_lens=step.sampled_lens)
 
     def _decision_rows(self, step: StepContext) -> Bools:
@@ -159,10 +167,11 @@ class RecordingLoop(Loop):
         whole = np.flatnonzero(step.pooled_from[decisions] >= 0)
         size = states.hidden.shape[1]
         means = states.hidden.new_full((len(decisions), size), torch.nan, dtype=torch.float32)
-        requests, start = decisions[whole], _now(step)
+        requests, clock = decisions[whole], clock_of(step)
+        start = clock.now()
         if requests.size or prompts.chunks.size:
             read = prompts.read(exit_index, requests, prompts.chunks, step.layout, states)
-            self.timings.pool_seconds += _now(step) - start
+            self.timings.pool_seconds += clock.now() - start
             self.timings.pooled_rows += step.layout.num_rows
             [places] = step.on_device(whole)
             means[places] = read[:, size:]
@@ -209,29 +218,30 @@ class RecordingLoop(Loop):
             layout, stay = _without(going_on, layout, step)
             before, states = before.rows(stay), states.rows(stay)
             batch = batch.compact(layout)
-        rows, full = layout.num_rows, self._time_first_layers(batch, before, step)
+        clock = clock_of(step)
+        rows, full = layout.num_rows, self._time_first_layers(batch, before, clock)
         for fewer in self.timings.fewer:
             if requests.size < 2:
                 return
-            start = _now(step)
+            start = clock.now()
             layout, stay = _without(requests[::2], layout, step)
             requests = requests[1::2]
             states, batch = states.rows(stay), batch.compact(layout)
             if fewer is self.timings.fewer[0]:
-                self.timings.cut_seconds += _now(step) - start
+                self.timings.cut_seconds += clock.now() - start
                 self.timings.rows += rows
             before = before.rows(stay)
-            seconds = self._time_first_layers(batch, before, step)
+            seconds = self._time_first_layers(batch, before, clock)
             fewer.append((layout.num_rows / rows, seconds / full))
 
-    def _time_first_layers(self, batch: Batch, before: HiddenStates, step: StepContext) -> float:
+    def _time_first_layers(self, batch: Batch, before: HiddenStates, clock: Clock) -> float:
         """Time that the first segment with layers takes with a batch's rows, in seconds."""
         times = []
         for _ in range(2):  # the first run with so many rows may have to prepare something
             given = before.clone()
-            start = _now(step)
+            start = clock.now()
             batch.run(self._first, given)
-            times.append(_now(step) - start)
+            times.append(clock.now() - start)
         return min(times)
 
 
@@ -241,8 +251,6 @@ def _without(leaving: Ints, layout: RowLayout, step: StepContext) -> tuple[RowLa
     return layout, step.on_device(rows)[0]
 
 
-def _now(step: StepContext) -> float:
-    """The time in seconds, once the device has finished its work."""
-    if step.device.type != "cpu":
-        torch.accelerator.synchronize(step.device)
-    return time.perf_counter()
+def clock_of(step: StepContext) -> Clock:
+    """The clock of the device that runs a step."""
+    return Clock(step.device, torch.get_num_threads())

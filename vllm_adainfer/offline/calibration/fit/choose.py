@@ -144,7 +144,8 @@ def expected_seconds(
     arriving = np.append(1.0, left[:-1])  # shares of a step's tokens
     cuts = costs.cut * tokens.mean() * arriving.sum()
     head = costs.head * np.mean(where == len(exits))
-    return float(layer_seconds + head + probes[where].mean() + cuts)
+    exposed = costs.exposed(exits[-1].layer, float(left[-1]), tokens)
+    return float(layer_seconds + head + probes[where].mean() + cuts + exposed)
 
 
 def exits_taken(exits: Sequence[FittedExit], rows: int, allowed: float) -> Ints:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,11 +12,12 @@ from torch import Tensor, nn
 
 from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.branch_shapes import MOST_BRANCH_TOKENS
+from vllm_adainfer.exits.accounting.clock import Clock
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit
 from vllm_adainfer.offline.calibration.fit.probes import answers_of_probe
 from vllm_adainfer.offline.calibration.fit.training import SERVED_DTYPE
-from vllm_adainfer.offline.calibration.record.rows import Rows
+from vllm_adainfer.offline.calibration.record.rows import Rows, ServedModel
 from vllm_adainfer.policy.encoders import StateEncoder
 from vllm_adainfer.policy.probe import Probe
 
@@ -42,6 +41,9 @@ class Costs:
         probe: layer -> the probe after it, for one prompt.
         head: the LM head for one row; 0 if an early answer needs it as well.
         branch: layer -> the branch after it, likewise, where there is one.
+        between: time of the host between the layers of two steps, for one prompt of a step. vLLM's
+            asynchronous scheduling hides it behind the layers of the step before; a question waits
+            for these, and what hides it then is the layers after the last one. 0 on a CPU.
         own_kv_layers: layers that write keys and values. Only rows that decide a token run others.
 
     """
@@ -54,6 +56,14 @@ class Costs:
     head: float = 0.0
     fewer: tuple[tuple[float, float], ...] = ()
     branch: Mapping[int, float] = field(default_factory=dict)
+    between: float = 0.0
+
+    def exposed(self, last: int, left: float, tokens: Floats) -> float:
+        """The time `between` steps that nothing hides once a question was asked after layer `last`.
+
+        The share `left` of a step's tokens goes on from there.
+        """
+        return max(0.0, self.between - self.layer * tokens.mean() * left * (self.depth - last))
 
     def probe_of(self, exit: FittedExit) -> float:
         """The time of an exit point's probe for one prompt."""
@@ -89,19 +99,24 @@ def tokens_of(calibration: Calibration) -> Floats:
 def measured_costs(calibration: Calibration, candidates: Sequence[FittedExit]) -> Costs:
     """Time the probes of `candidates`; when the rows were recorded, the layers were timed."""
     rows, model = calibration.rows, calibration.rows.model
+    clock = clock_of(model)
     heads = {e.layer: e.probe for e in candidates if e.probe.encoder is None}
     tokens, pooled = float(tokens_of(calibration).mean()), calibration.target.is_pooled
     some = np.arange(min(max(1, round(STEP_ROWS / tokens)), len(rows.tokens)))
     states = rows.final[some]
     asked = rows.read_by_probe(next(iter(heads)), some, pooled) if heads else states
     pool = model.pool_seconds * tokens if pooled else 0.0
-    seconds = {n: pool + probe_seconds(probe, asked, model.threads) for n, probe in heads.items()}
+    if timed := model.label_head_seconds:
+        seconds = dict.fromkeys(heads, pool + timed["prompt" if pooled else "last_token"])
+    else:
+        seconds = {n: pool + probe_seconds(probe, asked, clock) for n, probe in heads.items()}
     trained = {one.layer: trained_seconds(one, rows, some) for one in calibration.trained}
     student = {layer: time for layer, time in trained.items() if layer == 0}
     head = 0.0
     if calibration.options.max_tokens > 1:  # an early answer of a text needs no LM head
-        read, weight = model.logit_lens.readout(states[:HEAD_ROWS]), model.logit_lens.head.weight
-        head = _seconds(lambda: nn.functional.linear(read, weight), model.threads) / len(read)
+        lens = model.logit_lens.on(clock.device)
+        read, weight = lens.readout(states[:HEAD_ROWS].to(clock.device)), lens.head.weight
+        head = clock.seconds_of(lambda: nn.functional.linear(read, weight), ROUNDS) / len(read)
     return Costs(
         depth=model.depth,
         layer=model.layer_seconds,
@@ -111,7 +126,13 @@ def measured_costs(calibration: Calibration, candidates: Sequence[FittedExit]) -
         head=head,
         fewer=shares_of_time(model.fewer),
         branch={layer: time for layer, time in trained.items() if layer > 0},
+        between=0.0 if clock.device.type == "cpu" else model.between_seconds / len(some),
     )
+
+
+def clock_of(model: ServedModel) -> Clock:
+    """The clock of what has served `model`, where all of `Costs` are timed."""
+    return Clock(torch.device(model.device), model.threads)
 
 
 def shares_of_time(
@@ -131,9 +152,24 @@ def trained_seconds(trained: TrainedProbe, rows: Rows, some: Ints) -> float:
     """Time of a student or a branch for one prompt, when a step asks it about as many as `some`."""
     prompts = np.unique(rows.prompts)
     prompts = prompts[trained.asked(prompts)][: len(some)]
-    threads = rows.model.threads
-    seconds = _seconds(lambda: trained.scores(prompts, None), threads, TRAINED_ROUNDS)
+    clock = clock_of(rows.model)
+    probe, inputs = trained.probe.on(clock.device), trained.inputs(prompts)
+    if trained.base is None:
+        seconds = branch_seconds(probe, torch.cat(list(inputs)), [*map(len, inputs)], clock)
+    else:
+        nothing = torch.zeros(0, device=clock.device)
+        seconds = clock.seconds_of(
+            lambda: probe.label_scores(nothing, texts=inputs).cpu(), TRAINED_ROUNDS
+        )
     return seconds / len(prompts)
+
+
+def branch_seconds(branch: Probe, states: Tensor, lens: Sequence[int], clock: Clock) -> float:
+    """Time of `branch` for prompts of which `states` are those of all tokens, one after another."""
+    states, tokens = states.to(clock.device), np.array(lens)
+    return clock.seconds_of(
+        lambda: branch.label_scores(branch.project(states), lens=tokens).cpu(), TRAINED_ROUNDS
+    )
 
 
 def untrained_branch_layers(calibration: Calibration) -> float:
@@ -142,35 +178,19 @@ def untrained_branch_layers(calibration: Calibration) -> float:
     tokens = float(tokens_of(calibration).mean())
     encoder = StateEncoder(states.shape[1]).to(SERVED_DTYPE).eval().requires_grad_(False)
     head = Head(torch.zeros(2, encoder.width), torch.zeros(2))
-    branch = Probe(head, token_ids=torch.arange(2), encoder=encoder, fused=False)
+    probe = Probe(head, token_ids=torch.arange(2), encoder=encoder, fused=False)
+    clock = clock_of(model)
     length = min(max(1, round(tokens)), MOST_BRANCH_TOKENS)
-    lens = np.full(max(1, round(STEP_ROWS / tokens)), length)
+    lens = [length] * max(1, round(STEP_ROWS / tokens))
     rows = states[torch.arange(length) % len(states)].repeat(len(lens), 1)
-    seconds = _seconds(
-        lambda: branch.label_scores(branch.project(rows), lens=lens), model.threads, TRAINED_ROUNDS
-    )
+    seconds = branch_seconds(probe.on(clock.device), rows, lens, clock)
     return seconds / len(lens) / (model.layer_seconds * tokens)
 
 
-def probe_seconds(probe: Probe, states: Tensor, threads: int) -> float:
+def probe_seconds(probe: Probe, states: Tensor, clock: Clock) -> float:
     """Time of `probe` for one prompt, when a step probes all `states` [prompts, width].
 
-    `threads` is the number of threads in the serving process.
+    Until the host knows what it says: that is what an exit point waits for.
     """
-    return _seconds(lambda: answers_of_probe(probe, states), threads) / len(states)
-
-
-def _seconds(call: Callable[[], object], threads: int, rounds: int = ROUNDS) -> float:
-    """The median time of a call on so many threads."""
-    # A thread's own time does not count what others run on its core meanwhile.
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    before, times = torch.get_num_threads(), []
-    torch.set_num_threads(threads)
-    try:
-        for _ in range(rounds):
-            start = clock()
-            call()
-            times.append(clock() - start)
-    finally:
-        torch.set_num_threads(before)
-    return statistics.median(times)
+    served, read = probe.on(clock.device), states.to(clock.device)
+    return clock.seconds_of(lambda: answers_of_probe(served, read)[0].cpu(), ROUNDS) / len(states)

@@ -45,6 +45,10 @@ class ServedModel:
         cut_seconds: time of cutting the batch, for one token of it.
         pool_seconds: time to take the mean over a prompt at one layer, for one token.
         fewer: times of layers with fewer rows, see `Timings` of the recording loop.
+        between_seconds: time of the host between the layers of two steps.
+        label_head_seconds: time of a label head for one prompt, see `label_head_seconds` of the
+            worker; empty where the process that fits can time its probes itself.
+        device: the type of the device that runs it.
         threads: the number of threads in the process that runs it.
         engine_options: how vLLM runs it.
         soft_cap: the soft cap of the logits, after the head; None for none.
@@ -60,6 +64,9 @@ class ServedModel:
     cut_seconds: float
     pool_seconds: float = 0.0
     fewer: Sequence[Sequence[tuple[float, float]]] = ()
+    between_seconds: float = 0.0
+    label_head_seconds: Mapping[str, float] = field(default_factory=dict)
+    device: str = "cpu"
     threads: int = 1
     engine_options: EngineOptions = field(default_factory=EngineOptions)
     soft_cap: float | None = None
