@@ -35,7 +35,7 @@ from vllm_adainfer.artifact.branch_shapes import (
     branch_shapes,
 )
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
-from vllm_adainfer.engine.worker.gpu_worker import warm_up
+from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts

@@ -20,12 +20,12 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.running import NOT_POOLED
-from vllm_adainfer.engine.worker.gpu_worker import warm_up
 from vllm_adainfer.engine.worker.served_policies import (
     ServedPolicies,
     check_cuts,
     check_replaces,
 )
+from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.exits.loop.step import FULL_DEPTH

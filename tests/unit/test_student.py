@@ -26,8 +26,8 @@ from vllm_adainfer.artifact.source import STUDENT_FILES, STUDENT_TOKENIZER, STUD
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.scheduler import prompt_texts
 from vllm_adainfer.engine.scheduler.prompt_texts import texts_for_students
-from vllm_adainfer.engine.worker.gpu_worker import warm_up
 from vllm_adainfer.engine.worker.served_policies import check_replaces
+from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy import own_text, packing
 from vllm_adainfer.policy.encoders import BATCH

@@ -6,7 +6,7 @@ import torch
 from adainfer_kernels import rows_to_compile_for
 
 from vllm_adainfer.artifact.kinds import ProbeInput
-from vllm_adainfer.engine.worker.gpu_worker import warm_up
+from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicySet

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import local
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -29,6 +31,33 @@ class WarmedUp(_Worker):
     def _maybe_activate_jit_monitor(self) -> None:
         self.warmed_up()
         super()._maybe_activate_jit_monitor()
+
+
+_expected = local()  # to each thread
+
+
+@contextmanager
+def compiling_is_expected() -> Iterator[None]:
+    """Let this thread compile Triton kernels though vLLM watches for that.
+
+    vLLM 0.32's `jit_monitor` knows no exceptions: with ``--jit-monitor-mode error`` a kernel that
+    is compiled for the policies of later steps, in a thread beside them, would be an error.
+    """
+    from triton import knobs
+
+    hook = knobs.runtime.jit_post_compile_hook
+    if hook is not None and not getattr(hook, "asks_adainfer", False):
+
+        def watched(**event: Any) -> Any:
+            return None if getattr(_expected, "here", False) else hook(**event)
+
+        watched.asks_adainfer = True  # type: ignore[attr-defined]
+        knobs.runtime.jit_post_compile_hook = watched
+    _expected.here = True
+    try:
+        yield
+    finally:
+        _expected.here = False
 
 
 def params_for_warm_up(runner: Any, token: int, tokens: int) -> tuple[Any, Any]:

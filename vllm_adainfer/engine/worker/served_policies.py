@@ -20,6 +20,7 @@ from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, same_on_all_ranks
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.scheduler.rest_of_answer import check_tokenizer
 from vllm_adainfer.engine.startup.refusals import refuse_policy
+from vllm_adainfer.engine.worker.warm_up import beside_the_steps
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
@@ -35,9 +36,19 @@ Built: TypeAlias = Mapping[str, tuple[Artifact, Mapping[str, Policy]]]
 class ServedPolicies:
     """A worker's policies: checked and built beside the steps, and replaced between two of them."""
 
-    def __init__(self, model: Any, vllm_config: VllmConfig, running: RunningRequests) -> None:
-        """`running` are the requests that the policies decide."""
+    def __init__(
+        self,
+        model: Any,
+        vllm_config: VllmConfig,
+        running: RunningRequests,
+        prepare: Callable[[PolicySet], None] = lambda _: None,
+    ) -> None:
+        """`running` are the requests that the policies decide.
+
+        `prepare` warms up policies that have been built, and raises if they cannot be served.
+        """
         self.model, self.vllm_config, self._running = model, vllm_config, running
+        self._prepare = prepare
         self._in_use = Lock()  # held while what is in use is read or replaced
         running.digests = digests_of(model.artifacts)
 
@@ -45,11 +56,15 @@ class ServedPolicies:
         """The policies of `artifacts`, ready for `replace`, or an AdaInferError."""
         for name, artifact in artifacts.items():
             self.check(name, artifact.config)
-        built = {
-            name: (artifact, policies_of_artifacts({name: artifact}, self.model))
-            for name, artifact in artifacts.items()
-        }
-        self._composed(built)  # or it fails here, not in a step
+        with beside_the_steps(self.model.device):
+            built = {
+                name: (artifact, policies_of_artifacts({name: artifact}, self.model))
+                for name, artifact in artifacts.items()
+            }
+            self._composed(built)  # or it fails here, not in a step
+            parts = {part: policy for _, own in built.values() for part, policy in own.items()}
+            if parts:
+                self._prepare(PolicySet(parts))
         return built
 
     def build_on_all_ranks(self, read: Callable[[], Mapping[str, Artifact]]) -> Built:

@@ -29,6 +29,7 @@ from vllm_adainfer.engine.worker.served_policies import Built, ServedPolicies
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.accounting.clock import StepTimes
 from vllm_adainfer.exits.recording.recorder import served_recorder
+from vllm_adainfer.policy.policy_set import PolicySet
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -67,7 +68,7 @@ class ExitWorker(_Worker):
             verify_drafts(self.model_runner)
         self._reloads: dict[str, Built] = {}
         model = self.model_runner.model
-        self._served = ServedPolicies(model, self.vllm_config, self._running)
+        self._served = ServedPolicies(model, self.vllm_config, self._running, self.prepare_policies)
         if model.settings.calibrates_itself:
             self._calibrate_itself(model)
         manager = lora_manager_of(self.model_runner)
@@ -84,6 +85,9 @@ class ExitWorker(_Worker):
         self._self_calibration, self._running.kinds = own, own.kinds
         model.loop.keep_states = served_recorder(model.loop.policies.exit_points, own.put)
         model.loop.times = StepTimes(model.device)
+
+    def prepare_policies(self, policies: PolicySet) -> None:
+        """Get ready for `policies`, which come after the start; on a CPU there is nothing to do."""
 
     @override
     def compile_or_warm_up_model(self) -> Any:
