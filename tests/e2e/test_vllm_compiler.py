@@ -7,6 +7,7 @@ one by one here, not as whole modules: so older torch does, and then their graph
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch._dynamo.utils import counters
 from vllm import envs
 from vllm.compilation.counter import compilation_counter
 from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
@@ -115,15 +117,15 @@ def test_drawn_exits_reproduce_the_oracle(compiled, reference, seed):
     assert wrong(reference, *drawn_pattern(compiled, seed)) == []
 
 
+def keys_of(folder: Path) -> list[str]:
+    """Torch's keys of a module's graphs."""
+    return re.findall("'cache_key': '(.+?)'", (folder / "vllm_compile_cache.py").read_text())
+
+
 def test_modules_share_no_compiled_code_even_where_their_graphs_are_equal(compiled, cache):
     folders = sorted(cache.glob("rank_0_0/*"))
     assert [folder.name for folder in folders] == MODULES
-    keys = {  # torch's, of a module's graphs
-        folder.name: re.findall(
-            "'cache_key': '(.+?)'", (folder / "vllm_compile_cache.py").read_text()
-        )
-        for folder in folders
-    }
+    keys = {folder.name: keys_of(folder) for folder in folders}
     assert sum(map(len, keys.values())) == GRAPHS
     assert [name for name in MODULES if keys[name] == keys[EQUAL[0]]] == EQUAL
 
@@ -142,16 +144,27 @@ def test_code_from_the_cache_reproduces_the_oracle(warm, reference):
 
 @pytest.mark.full
 def test_modules_compiled_ahead_of_time_reproduce_the_oracle_when_new_and_from_disk(
-    compiled, start, reference, tmp_path, monkeypatch
+    compiled, start, cache, reference, tmp_path, monkeypatch
 ):
-    """The default on GPUs; the second engine has other settings of ours."""
+    """The default on GPUs. Equal graphs of all modules are compiled once.
+
+    The second engine has other settings of ours, and does not need what modules shared.
+    """
     modules = len(MODULES)
+    distinct = {key for folder in cache.glob("rank_0_0/*") for key in keys_of(folder)}
+    assert len(distinct) < GRAPHS
     monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "1")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # vLLM changes it
     envs.disable_envs_cache()
+    counters.clear()
     with compilation_counter.expect(num_aot_compiles=modules, num_aot_artifacts_saved=modules):
         new = start(tmp_path)
+    looked_up = counters["aot_autograd"]
+    assert looked_up["autograd_cache_miss"] == len(distinct)
+    assert looked_up["autograd_cache_hit"] == GRAPHS - len(distinct)
+    [shared] = tmp_path.rglob("torch_aot_compile/vllm_adainfer")
+    shutil.rmtree(shared)
     with compilation_counter.expect(num_aot_artifacts_loaded=modules, num_inductor_compiles=0):
         from_disk = start(tmp_path, epsilon=0.02)
     for engine in new, from_disk:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+GRAPH_FOLDERS = "aotautograd", "fxgraph"  # torch 2.13's names in Inductor's cache
 
 
 def segment_config(vllm_config: VllmConfig) -> VllmConfig:
@@ -32,6 +35,24 @@ def compile_cache_folder(name: str) -> AbstractContextManager[None]:
     from vllm.compilation.backends import set_model_tag
 
     return set_model_tag(name)
+
+
+def share_compiled_graphs() -> None:
+    """Let the module that is about to be compiled ahead of time find equal graphs of others.
+
+    For each module vLLM 0.32 changes Inductor's cache to a folder of its own (`decorators.py`: a
+    hash of its settings and ``forward``), so equal segments would all be compiled. Torch 2.13 keeps
+    whole graphs in two folders of it, by all that they depend on: here links to one place. Other
+    files stay the module's own, for later starts, which do not look for graphs. Nothing is replaced
+    (another rank may be about to write); without links, a start takes longer.
+    """
+    own = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    for name in GRAPH_FOLDERS:
+        shared = own.parents[1] / "vllm_adainfer" / name
+        with suppress(OSError):
+            shared.mkdir(parents=True, exist_ok=True)
+            # Relative: the cache may be copied into a container.
+            (own / name).symlink_to(os.path.relpath(shared, own), target_is_directory=True)
 
 
 def find_compiled_code_again() -> None:

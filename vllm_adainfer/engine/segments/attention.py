@@ -16,10 +16,10 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_adainfer.arrays import Bools, Ints
-from vllm_adainfer.engine.compat.attention import share_workspace, slots_of
+from vllm_adainfer.engine.compat.attention import share_workspace, slots_of, wait_for_last_copies
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.layout import RowLayout
-from vllm_adainfer.exits.batch.upload import upload
+from vllm_adainfer.transfers import upload
 
 Groups = list[list[AttentionGroup]]  # by KV cache group
 
@@ -50,6 +50,7 @@ def with_own_builders(
         for group in kv_group:
             group.create_metadata_builders(vllm_config, device, group.kernel_block_size)
     share_workspace(groups, copies)
+    wait_for_last_copies(copies, device)
     return copies
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
@@ -16,7 +17,11 @@ from vllm.forward_context import (
 )
 
 from vllm_adainfer.engine.compat.attention import write_kv
-from vllm_adainfer.engine.compat.compilation import compile_cache_folder, segment_config
+from vllm_adainfer.engine.compat.compilation import (
+    compile_cache_folder,
+    segment_config,
+    share_compiled_graphs,
+)
 from vllm_adainfer.engine.segments.decoder import Decoder, KVProjection, Layer
 from vllm_adainfer.exits.batch.batch import StackShape
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates, StateMemory
@@ -24,7 +29,16 @@ from vllm_adainfer.exits.batch.hidden_states import HiddenStates, StateMemory
 ROWS = {0: "b"}  # the dynamic dimension: token rows
 
 
-class Segment(nn.Module):
+class CompiledPart(nn.Module):
+    """A part of the model that vLLM compiles separately; parts with equal graphs share the code."""
+
+    def aot_compile(self, *args: Any, **settings: Any) -> Any:
+        """Compile ahead of time, as vLLM does by default on GPUs."""
+        share_compiled_graphs()
+        return super().aot_compile(*args, **settings)  # type: ignore[misc]
+
+
+class Segment(CompiledPart):
     """Consecutive decoder layers, perhaps none. The first embeds, the last applies the final norm.
 
     The model owns the layers; a segment only refers to them.
@@ -45,7 +59,7 @@ class Segment(nn.Module):
         self.layers = nn.ModuleList(layers)
 
 
-class LastKV(nn.Module):
+class LastKV(CompiledPart):
     """Keys and values of the last layer, for rows that need nothing else of it."""
 
     def __init__(
