@@ -1,4 +1,4 @@
-"""Uploads of small arrays to the device, many in one copy."""
+"""Copies between host and device: many small arrays in one, and none that stops the device."""
 
 from __future__ import annotations
 
@@ -12,6 +12,38 @@ from vllm_adainfer.arrays import AnyArray
 
 Arrays = Sequence[AnyArray]
 ALIGNMENT = 16  # bytes; torch views of a dtype need a multiple of its size
+
+
+class HostCopy:
+    """A copy of a tensor on the host, which may still be on its way."""
+
+    def __init__(self, values: Tensor) -> None:
+        """Ask for a copy of `values` as they will be once the device has done its work so far."""
+        self._arrived: torch.Event | None = None
+        if values.device.type == "cpu":
+            self._values = values
+            return
+        # From torch's pool, as in `upload_into`.
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._values.copy_(values, non_blocking=True)
+        self._arrived = torch.Event(values.device)
+        self._arrived.record()
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether `tensor` would not wait."""
+        return self._arrived is None or bool(self._arrived.query())
+
+    def tensor(self) -> Tensor:
+        """The copy; waits until it has arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+            self._arrived = None
+        return self._values
+
+    def array(self) -> AnyArray:
+        """The same as an array, of a dtype that NumPy has."""
+        return self.tensor().numpy()
 
 
 def upload(arrays: Arrays, device: torch.device) -> list[Tensor]:

@@ -132,5 +132,5 @@ def decode_step(
     with kernels, counted() as device:
         loop.run(Layers(), ids, step)
     del device.kernels["aten::ones"]  # the layers
-    device.reads = reading.reads
+    device.reads += reading.reads
     return device

@@ -6,6 +6,8 @@ dtype, reduced, and dropped, so memory does not grow with the vocabulary.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,15 @@ BLOCK_SCORES = 1 << 19
 MIN_BLOCK_SIZE = 1024
 GROUP_SIZE = 64
 TOPK_SCORES = 1 << 13  # up to this many scores, plain topk is faster than groups
-# Turns the best two probabilities into top_prob and gap.
-TOP2_TO_FEATURES = torch.tensor([[1.0, 1.0], [0.0, -1.0]])
+
+
+@functools.cache
+def top2_to_features(device: torch.device) -> Tensor:
+    """What turns the best two probabilities into top_prob and gap; it is copied to a device once.
+
+    [2, 2].
+    """
+    return torch.tensor([[1.0, 1.0], [0.0, -1.0]], device=device)
 
 
 @torch.no_grad()  # in-place writes cannot be differentiated
@@ -98,7 +107,7 @@ def settle(
     else:
         first, _, second = _best_two(probabilities)
         top2 = torch.stack([first, second], dim=-1)
-    features = top2 @ TOP2_TO_FEATURES.to(top2.device)
+    features = top2 @ top2_to_features(top2.device)
     return linear_score(features, classifier) >= threshold, scores
 
 

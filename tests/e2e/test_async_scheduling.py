@@ -17,12 +17,15 @@ from vllm.platforms import current_platform
 from tests.conftest import small_engine, tiny_engine
 from tests.e2e.oracle import hidden_states
 from tests.e2e.patterns import drawn_pattern, wrong
+from tests.e2e.policies import artifact_of
+from tests.e2e.test_shadow import NEVER, admitted, random_prompts, run, watched
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer.engine.scheduler.scheduler import AdaInferAsyncScheduler
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.collect import Plan, record
+from vllm_adainfer.transfers import HostCopy
 
 pytestmark = pytest.mark.skipif(not IS_V2, reason="Model Runner V1 is scheduled synchronously")
 
@@ -59,6 +62,27 @@ def test_drawn_exits_reproduce_the_oracle(asynchronous, reference, seed):
     assert core.batch_queue_size == 2
     pattern, ran = drawn_pattern(asynchronous, 2000 + seed)
     assert wrong(reference, pattern, ran) == []
+
+
+def test_answers_of_shadows_leave_once_they_are_counted_though_the_device_compares_them_late(
+    asynchronous, tiny_model, reference, monkeypatch
+):
+    """Nothing has arrived until somebody waits for it."""
+    tensor, waited = HostCopy.tensor, set[int]()
+
+    def arrives(copy: HostCopy) -> Any:
+        waited.add(id(copy))
+        return tensor(copy)
+
+    monkeypatch.setattr(HostCopy, "has_arrived", property(lambda copy: id(copy) in waited))
+    monkeypatch.setattr(HostCopy, "tensor", arrives)
+    artifact = artifact_of(tiny_model, reference, "label-head", "labels", 0.2, "threshold")
+    prompts = random_prompts(40, seed=6)
+    with watched(asynchronous, artifact, rate=1, alpha=NEVER) as (stats, _):
+        run(asynchronous, prompts, admitted(artifact))
+        [reading] = [one for one in stats.as_dict()["shadow"].values() if one["checked"]]
+    assert len(waited) > 1
+    assert reading["checked"] == len(prompts)
 
 
 def test_of_texts_that_end_while_the_next_step_runs_each_token_is_recorded_with_its_own_state(

@@ -13,6 +13,7 @@ from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.promise.promise import Outcome
+from vllm_adainfer.transfers import HostCopy
 
 
 def outcomes(*scores: torch.Tensor) -> list[Outcome]:
@@ -58,8 +59,8 @@ def compare(
         requests=torch.from_numpy(places[early]),
         subsets=None,
         answers=answers,
-        read=lambda values: values.numpy(),
-    ).compare(logits, _no_head)
+        send=HostCopy,
+    ).compare(logits, _no_head).judge()
     return stats
 
 

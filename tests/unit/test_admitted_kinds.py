@@ -50,7 +50,7 @@ def step(kinds: AdmittedKinds, admitted: list[Running], rows: int = UNDER_POLICY
         admitted, everyone, everyone + 1, threshold_rows
     )
     names = {one.kind for one in admitted}
-    kinds.step_ended(dict.fromkeys(names, misses))
+    kinds.step_ended(kinds.take_decided(), dict.fromkeys(names, misses))
     places = [] if recorded is None else recorded.places.tolist()
     return places, np.flatnonzero(compared), np.flatnonzero(threshold_rows == FULL_DEPTH)
 

@@ -5,8 +5,11 @@ Each number is what the code needs now: whoever lowers it lowers it here, too.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,18 +19,36 @@ from benchmarks.common.budgets import (
     BLOCK,
     EXIT_POINTS,
     NEVER,
+    WIDTH,
+    Layers,
     compacted_batch,
     decode_step,
+    label_policy,
+    loop_of,
     staging,
+    step_of,
 )
+from benchmarks.common.launches import Launches, counted
+from tests import student
+from vllm_adainfer.artifact.fields import LabelBound
 from vllm_adainfer.engine.runner.build_loop import compaction_cost_of
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
+from vllm_adainfer.exits.loop.step import RecordedRequests
+from vllm_adainfer.exits.recording.recorder import CHUNK, served_recorder
+from vllm_adainfer.policy.encoders import StateEncoder
+from vllm_adainfer.policy.policy import Policy
+from vllm_adainfer.policy.text_encoders import TextEncoder
+from vllm_adainfer.watch.watch import Watch
 
 ROWS = 16
 
 
-def asked(launches: int = 0, uploads: int = 0, reads: int = 0) -> dict[str, int]:
-    return {"launches": launches, "uploads": uploads, "reads": reads}
+def asked(
+    launches: int = 0, uploads: int = 0, downloads: int = 0, reads: int = 0
+) -> dict[str, int]:
+    """Copies from memory that is not pinned make the host wait: there are none."""
+    counts = {"launches": launches, "uploads": uploads, "downloads": downloads, "reads": reads}
+    return {**counts, "pageable": 0}
 
 
 @pytest.mark.parametrize(("groups", "launches"), [(1, 4), (2, 7)])
@@ -76,6 +97,70 @@ def test_half_leave_at_the_first_exit_point_and_half_may_not():
     """
     device = decode_step(ALWAYS, ROWS, full_depth=ROWS // 2, compaction_cost=1)
     assert device.asked == asked(launches=11, uploads=5, reads=1)
+
+
+def shadow_step(policy: Policy, promises_labels: bool = False) -> Launches:
+    """What a step asks to compare half of its requests, which are all settled early."""
+    watch = Watch([0.05], 0.1)
+    if promises_labels:
+        watch.watch_labels({LabelBound(kind="recall", label="a", epsilon=0.05): 0})
+    loop = loop_of(ALWAYS, ROWS, read=lambda values: values.numpy())
+    loop.monitors = {"labels": watch}
+    loop.reset_counters()
+    is_shadow = np.arange(ROWS) % 2 == 0
+    step = replace(step_of(ROWS), is_shadow=is_shadow)
+    output = loop.run(Layers(), torch.zeros(ROWS, dtype=torch.int64), step)
+    [shadow] = output.shadows
+    logits = torch.randn(ROWS, 99)
+    with counted() as device:
+        judgement = shadow.compare(logits, lambda states: states)
+    judgement.judge()
+    assert watch.readings()[0].checked == ROWS // 2
+    return device
+
+
+@pytest.mark.parametrize(
+    ("promises_labels", "expected"),
+    [(False, asked(launches=13, downloads=1)), (True, asked(20, uploads=1, downloads=2))],
+)
+def test_comparing_shadow_requests_makes_nobody_wait(promises_labels, expected):
+    """The flags are on their way to the host when the step ends, and are counted later."""
+    assert shadow_step(label_policy(ALWAYS), promises_labels).asked == expected
+
+
+def test_rows_that_are_recorded_are_on_their_way_when_a_chunk_is_full():
+    """By exit point, and for the last state, the place of each row, and its lengths."""
+    chunks: list[Any] = []
+    keep = served_recorder(EXIT_POINTS, lambda kinds, rows: chunks.append((kinds, rows)))
+    states = [torch.zeros(CHUNK, WIDTH) for _ in range(len(EXIT_POINTS) + 1)]
+    everyone = np.arange(CHUNK)
+    requests = RecordedRequests(everyone, ["a"] * CHUNK, everyone, everyone)
+    with counted() as device:
+        keep(requests, states, states[:-1])
+    assert len(chunks) == 1
+    kinds_of_rows = 2 * len(EXIT_POINTS) + 3
+    assert device.asked == asked(launches=kinds_of_rows + len(EXIT_POINTS), downloads=kinds_of_rows)
+
+
+TEXTS = [[5, 6, 7], [8] * 60, [9, 10]]
+
+
+def test_a_student_sends_its_texts_in_few_copies_and_waits_for_none():
+    """One that reads texts side by side. Of padded ones, transformers makes masks that wait."""
+    encoder = TextEncoder.of(student.encoder(), torch.device("cpu"))
+    assert encoder.packs
+    encoder(TEXTS)
+    with counted() as device:
+        encoder(TEXTS)
+    assert (device.pageable, device.reads, device.uploads) == (0, 0, 2)
+
+
+def test_a_branch_sends_where_prompts_lie_and_waits_for_nothing():
+    encoder, lens = StateEncoder(WIDTH), np.array([3, 70, 2])
+    rows = encoder.projected(torch.randn(int(lens.sum()), WIDTH))
+    with counted() as device:
+        encoder.read(rows, lens)
+    assert (device.pageable, device.reads, device.uploads) == (0, 0, 3)
 
 
 @pytest.mark.parametrize(("width", "cost"), [(1000, 12_500), (20_000, 31)])

@@ -361,7 +361,7 @@ def test_a_shadow_request_runs_to_full_depth_and_its_early_answer_is_compared(th
         """Token 1 for a state above the threshold, else token 0."""
         return torch.cat([torch.full_like(states, threshold), states], dim=1)
 
-    shadow.compare(head(output.hidden[[1, 2]]), head)
+    shadow.compare(head(output.hidden[[1, 2]]), head).judge()
     reading = monitor.readings()[FIRST_EXIT]
     assert (reading.checked, reading.disagreed) == (1, differs)
 

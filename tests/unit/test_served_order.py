@@ -129,7 +129,7 @@ class Server:
         batch: Any = Identity(states)
         output = self.loop.run(batch, torch.arange(len(states)), step)
         self.step, self.note = step, self.running.take_note()
-        head = EarlyScoreHead(FirstNumber(), lambda: output)
+        head = EarlyScoreHead(FirstNumber(), lambda: output, lambda one: one.judge())
         return np.asarray(head(output.hidden).sigmoid()[:, 0].numpy(), dtype=np.float64)
 
 

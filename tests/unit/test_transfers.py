@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vllm_adainfer.exits.batch.upload import pack, unpack, upload
+from vllm_adainfer.transfers import pack, unpack, upload
 
 ARRAYS = [
     np.array([3, -1, 2**40]),

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.branch_shapes import BRANCH_HEADS, BRANCH_MLP, BRANCH_WIDTH
+from vllm_adainfer.transfers import upload
 
 # Prompts are attended to in padded batches of about the same length.
 BATCH = 32
@@ -83,7 +84,7 @@ class StateEncoder(nn.Module):
         rows = rows + self.attention_out(attended)
         wide = gelu(self.mlp_in(self.mlp_norm(rows)))
         rows = (rows + self.mlp_out(wide)).float()
-        on_device = torch.from_numpy(lens).to(rows.device, non_blocking=True)
+        [on_device] = upload([lens], rows.device)
         mean = torch.segment_reduce(rows, "mean", lengths=on_device, unsafe=True)
         return torch.cat([rows[on_device.cumsum(0) - 1], mean], dim=1)
 
@@ -96,10 +97,8 @@ class StateEncoder(nn.Module):
             padded = np.where(present, starts[prompts, None] + places, 0)
             real = np.flatnonzero(present)
             order.append(padded.ravel()[real])
-            read, mask, kept = (
-                torch.from_numpy(one).to(rows.device, non_blocking=True)
-                for one in (padded.ravel(), present, real)
-            )
+            read, mask, kept = upload((padded.ravel(), present.ravel(), real), rows.device)
+            mask = mask.view(padded.shape)
             query, key, value = (
                 rows.index_select(0, read)
                 .view(*padded.shape, 3, BRANCH_HEADS, -1)
@@ -108,5 +107,5 @@ class StateEncoder(nn.Module):
             found = scaled_dot_product_attention(query, key, value, mask[:, None, None])
             found = found.transpose(1, 2).reshape(-1, BRANCH_WIDTH)
             parts.append(found.index_select(0, kept))
-        places = np.argsort(np.concatenate(order))
-        return torch.cat(parts).index_select(0, torch.from_numpy(places).to(rows.device))
+        [back] = upload([np.argsort(np.concatenate(order))], rows.device)
+        return torch.cat(parts).index_select(0, back)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.arrays import Ints
+from vllm_adainfer.transfers import upload
 
 # Attention takes time by the square of a row's length; below this, each row's own cost counts more.
 SHORTEST_ROW = 64
@@ -88,8 +89,9 @@ def _packed(
         owner[number, :end] = np.repeat(row, lens[row])
         positions[number, :end] = np.concatenate([np.arange(lens[text]) for text in row])
     order = np.concatenate(rows)
-    given = tokens, positions, owner, np.flatnonzero(owner >= 0), lens[order]
-    on_device = [torch.from_numpy(one).to(device, non_blocking=True) for one in given]
-    read, places, owners, real, own_lens = on_device
+    shaped = tokens, positions, owner
+    given = *(one.ravel() for one in shaped), np.flatnonzero(owner >= 0), lens[order]
+    *flat, real, own_lens = upload(given, device)
+    read, places, owners = (one.view(owner.shape) for one in flat)
     mask = (owners.unsqueeze(2) == owners.unsqueeze(1)).unsqueeze(1)
     return Packed(order, read, places, mask, real, own_lens)

@@ -21,6 +21,7 @@ from vllm_adainfer.artifact.artifact import Encoder
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.encoders import BATCH
 from vllm_adainfer.policy.packing import SHORTEST_ROW, packed
+from vllm_adainfer.transfers import upload
 
 # Settings by which transformers runs other code than the class of the model, or fetches a kernel
 # from the hub. So do private ones, and all that name an implementation.
@@ -204,25 +205,25 @@ class LayersEncoder(TextEncoder):
             ).last_hidden_state
             places.append(some.texts)
             found.append(some.means(states))
-        order = np.argsort(np.concatenate(places))
-        return torch.cat(found).index_select(0, torch.from_numpy(order).to(self.model.device))
+        [order] = upload([np.argsort(np.concatenate(places))], self.model.device)
+        return torch.cat(found).index_select(0, order)
 
     def _padded(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """Read texts in padded batches of about the same length."""
         order = np.argsort([len(text) for text in texts], kind="stable")
         batches = np.split(order, range(BATCH, len(order), BATCH))
         read = torch.cat([self._batch([texts[i] for i in batch]) for batch in batches])
-        return read[torch.from_numpy(np.argsort(order)).to(read.device)]
+        [places] = upload([np.argsort(order)], read.device)
+        return read.index_select(0, places)
 
     def _batch(self, texts: Sequence[Sequence[int]]) -> Tensor:
         longest = max(map(len, texts))
         padded = np.full((len(texts), longest), self.filling)
         for row, text in zip(padded, texts, strict=True):
             row[: len(text)] = text
-        lens = torch.tensor([len(text) for text in texts])
-        device = self.model.device
-        tokens = torch.from_numpy(padded).to(device, non_blocking=True)
-        present = (torch.arange(longest) < lens.unsqueeze(1)).to(device, non_blocking=True)
+        lens = np.array([len(text) for text in texts])
+        given = padded.ravel(), (np.arange(longest) < lens[:, None]).ravel()
+        tokens, present = (one.view(padded.shape) for one in upload(given, self.model.device))
         states = self.model(input_ids=tokens, attention_mask=present.long()).last_hidden_state
         weights = present.to(states.dtype).unsqueeze(2)
         return ((states * weights).sum(1) / weights.sum(1)).float()
@@ -283,10 +284,7 @@ class BagEncoder(TextEncoder):
     def forward(self, texts: Sequence[Sequence[int]]) -> Tensor:
         weight = self.words.weight
         lens = np.array([len(text) for text in texts])
-        tokens, starts = (
-            torch.from_numpy(one).to(weight.device, non_blocking=True)
-            for one in (np.concatenate(texts), np.cumsum(lens) - lens)
-        )
+        tokens, starts = upload((np.concatenate(texts), np.cumsum(lens) - lens), weight.device)
         mean = embedding_bag(tokens, weight, starts, mode="mean")
         return gelu(self.mlp(self.norm(mean))).float()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -67,6 +67,24 @@ def attach_note(output: Any, content: Any) -> None:
     getattr(output, "model_runner_output", output).adainfer = content
 
 
+def before_answers_leave(output: Any, task: Callable[[], None]) -> None:
+    """Run `task` before a step's answers leave this worker.
+
+    Where vLLM 0.32 schedules asynchronously, its output is an `AsyncModelRunnerOutput`: a thread
+    beside the steps waits in ``get_output`` for the answers. Elsewhere they are there already.
+    """
+    get_output = getattr(output, "get_output", None)
+    if get_output is None:
+        task()
+        return
+
+    def judged() -> Any:
+        task()
+        return get_output()
+
+    output.get_output = judged
+
+
 def attached_note(output: Any) -> Any:
     """The content that `attach_note` sent; None if the worker ran no step."""
     return getattr(output, "adainfer", None)
@@ -77,10 +95,12 @@ def broadcast(ranks: Any, values: Tensor) -> Tensor:
 
     `GroupCoordinator.broadcast` of vLLM 0.32 goes through torch's own NCCL communicator, a second
     one that would be made at the first exit. Its device communicator has the one that vLLM uses in
-    the model; it is None where vLLM has turned that off.
+    the model. A CPU has none; where NCCL is off or missing (`VLLM_DISABLE_PYNCCL`), there is one
+    that is disabled, by which that communicator refuses to broadcast.
     """
     communicator = ranks.device_communicator
-    if getattr(communicator, "pynccl_comm", None) is None:
+    nccl = getattr(communicator, "pynccl_comm", None)
+    if nccl is None or nccl.disabled:
         sent: Tensor = ranks.broadcast(values)
         return sent
     received: Tensor = communicator.broadcast(values)

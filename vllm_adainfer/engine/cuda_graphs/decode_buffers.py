@@ -14,7 +14,7 @@ from vllm_adainfer.engine.compat.attention import NO_SLOT, slots_of
 from vllm_adainfer.engine.segments.attention import Groups, StepAttention, metadata_of
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates, StateMemory
 from vllm_adainfer.exits.batch.layout import RowLayout
-from vllm_adainfer.exits.batch.upload import packed_size, unpack, upload_into
+from vllm_adainfer.transfers import packed_size, unpack, upload_into
 
 
 class DecodeBuffers:

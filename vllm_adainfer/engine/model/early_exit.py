@@ -130,7 +130,7 @@ class EarlyExit(ModelHead):
     def cut_stack(self, cuts: tuple[int, ...], vllm_config: VllmConfig) -> StackShape:
         """Build `stack`, cut after each of `cuts` (counts of layers run)."""
         if self._is_classifier:
-            use_early_scores(self, self._take_output)
+            use_early_scores(self, self._take_output, self._judge_later)
             for name, artifact in self.artifacts.items():
                 check_scores(self, name, artifact.config)
         head_size = self.score.input_size if self._is_classifier else self._lm_head.embedding_dim

@@ -21,9 +21,10 @@ from vllm_adainfer.engine.model.score_head import head_of
 from vllm_adainfer.engine.runner.adapters import StepAdapters
 from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0, is_rank0, rows_of_all_ranks
 from vllm_adainfer.engine.segments.decoder import Decoder, norm_of
-from vllm_adainfer.exits.batch.upload import upload
-from vllm_adainfer.exits.loop.loop import StepOutput
+from vllm_adainfer.exits.loop.loop import Loop, StepOutput
+from vllm_adainfer.exits.loop.shadow import Judgement
 from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.transfers import upload
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.llama import LlamaForCausalLM as _Model
@@ -42,6 +43,7 @@ class ModelHead(_Model):
     decoder: ClassVar[type[Decoder]]
     _dtype: torch.dtype
     _text_config: Any
+    loop: Loop
     _output: StepOutput | None = None
     _adapters: StepAdapters | None = None
 
@@ -132,9 +134,8 @@ class ModelHead(_Model):
             return super().compute_logits(hidden_states)
         logits = self._logits(hidden_states, output)
         for shadow in output.shadows:
-            shadow.compare(
-                self._by_request(logits, output), partial(self._head, requests=shadow.requests)
-            )
+            head = partial(self._head, requests=shadow.requests)
+            self._judge_later(shadow.compare(self._by_request(logits, output), head))
         return logits
 
     def _by_request(self, logits: Tensor, output: StepOutput) -> Tensor:
@@ -144,6 +145,9 @@ class ModelHead(_Model):
         everyone = np.arange(len(output.sampled_lens))
         [rows] = upload([output.sampled_row_of(everyone)], logits.device)
         return logits[rows]
+
+    def _judge_later(self, judgement: Judgement) -> None:
+        self.loop.judge_later(judgement)
 
     def _take_output(self) -> StepOutput | None:
         """The output of the last step, once."""

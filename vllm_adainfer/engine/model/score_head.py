@@ -21,21 +21,29 @@ from vllm_adainfer.artifact.kinds import ScoreHead
 from vllm_adainfer.engine.compat.pooler import activation_of, classify_with, is_classifier
 from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.exits.batch.upload import upload
 from vllm_adainfer.exits.loop.loop import StepOutput
+from vllm_adainfer.exits.loop.shadow import Judgement
+from vllm_adainfer.transfers import upload
 
 
 class EarlyScoreHead(nn.Module):
     """Stands in for a classifier's score layer in its pooler."""
 
-    def __init__(self, score: nn.Module, take_output: Callable[[], StepOutput | None]) -> None:
+    def __init__(
+        self,
+        score: nn.Module,
+        take_output: Callable[[], StepOutput | None],
+        judge_later: Callable[[Judgement], None],
+    ) -> None:
         """`take_output` returns what the step answered early; None for a warm-up.
+
+        `judge_later` gets the comparisons of shadow requests.
 
         vLLM's `score` stays a part of the model, and must not become one twice.
         """
         super().__init__()
         self._score: Callable[[Tensor], Tensor] = lambda states: score(states)
-        self._take_output = take_output
+        self._take_output, self._judge_later = take_output, judge_later
 
     def forward(self, states: Tensor) -> Tensor:
         """Scores [requests, columns] from the states of their last tokens, [requests, hidden size].
@@ -46,7 +54,7 @@ class EarlyScoreHead(nn.Module):
         if output is None:
             return scores
         for shadow in output.shadows:
-            shadow.compare(as_labels(scores), self._score)
+            self._judge_later(shadow.compare(as_labels(scores), self._score))
         for requests, answers in output.scored:
             answers = replace(answers, values=broadcast_from_rank0(answers.values))
             [places] = upload([requests], scores.device)
@@ -78,10 +86,14 @@ def head_of(score: Any) -> Head:
     return Head(as_labels(rows).T.float().contiguous(), as_labels(bias)[0].float())
 
 
-def use_early_scores(model: Any, take_output: Callable[[], StepOutput | None]) -> None:
+def use_early_scores(
+    model: Any,
+    take_output: Callable[[], StepOutput | None],
+    judge_later: Callable[[Judgement], None],
+) -> None:
     """Let the pooler of a classifier return early scores, and only the classes of prompts."""
     score_head_of(model)
-    classify_with(model, EarlyScoreHead(model.score, take_output))
+    classify_with(model, EarlyScoreHead(model.score, take_output, judge_later))
 
 
 def score_head_of(model: Any) -> ScoreHead | None:

@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from random import SystemRandom
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -37,6 +37,10 @@ MOST_RETIRED = 192  # policies that may lose their place: each leaves counters t
 YOUNG_SECONDS = 3600.0  # for which a kind has its place for sure
 LOOK_SECONDS = 1.0  # between two looks at who might lose its place
 OFTENER = 2  # so many times as often comes a kind that takes another one's place
+
+
+# By kind of a step: how many requests earn budget, and how many of them may be decided.
+Decided: TypeAlias = Mapping[str, tuple[int, int]]
 
 
 class AdmittedStep(NamedTuple):
@@ -76,7 +80,7 @@ class AdmittedKinds:
         self._lost: list[AdmittedKind] = []
         self._retired = 0
         self._next_look = 0.0
-        self._step: dict[str, tuple[int, int]] = {}  # by kind: requests, and those decided
+        self._decided: dict[str, tuple[int, int]] = {}  # of the step that runs
         self._toss = SystemRandom().random  # which no client can foresee
         self.kinds: dict[str, AdmittedKind] = {}
         for name in directory.known():
@@ -166,7 +170,7 @@ class AdmittedKinds:
             name = requests[place].kind
             if name is not None:
                 by_kind[name].append(place)
-        self._step = {}
+        self._decided = {}
         now = time.time()
         for name, places in by_kind.items():
             kind = self._find(name, len(places), by_kind, now)
@@ -184,7 +188,7 @@ class AdmittedKinds:
             # What a policy in service does not decide, whatever a client sent, earns it no budget.
             earning = decidable if kind.state == "served" else places
             if earning:
-                self._step[name] = len(earning), count
+                self._decided[name] = len(earning), count
             if kind.records:
                 own = [
                     place
@@ -201,11 +205,16 @@ class AdmittedKinds:
         subsets = np.array([requests[place].of_pool for place in chosen.tolist()])
         return compared, RecordedRequests(chosen, names, lens[chosen], subsets)
 
-    def step_ended(self, misses: Mapping[str, int]) -> None:
-        """Enter the step into the ledgers; `misses` are the changed answers by policy."""
-        step, self._step = self._step, {}
+    def take_decided(self) -> Decided:
+        """What `step_ended` is to get of the step that has run."""
+        taken, self._decided = self._decided, {}
+        return taken
+
+    def step_ended(self, step: Decided, misses: Mapping[str, int]) -> None:
+        """Enter a step into the ledgers; `misses` are the changed answers by policy."""
         for name, (requests, decided) in step.items():
-            self._add(self.kinds[name], requests, decided, misses.get(name, 0))
+            if (kind := self.kinds.get(name)) is not None:
+                self._add(kind, requests, decided, misses.get(name, 0))
 
     def save(self, is_last: bool = False) -> None:
         """Write the ledgers that have changed; `is_last`: no step will follow."""

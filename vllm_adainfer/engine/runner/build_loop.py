@@ -11,7 +11,12 @@ from vllm.config import VllmConfig
 from vllm_adainfer.artifact.artifact import Artifact, all_parts, digest_of
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.engine.compat.requests import request_group
-from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, read_from_rank0, same_on_all_ranks
+from vllm_adainfer.engine.runner.ranks import (
+    RANKS_DIFFER,
+    read_from_rank0,
+    same_on_all_ranks,
+    send_from_rank0,
+)
 from vllm_adainfer.engine.segments.segments import Stack
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.kv.policies import ExactKV, RecurrentKV
@@ -65,6 +70,7 @@ def build_loop(model: Any, vllm_config: VllmConfig) -> Loop:
         min_rows_saved=settings.min_rows_saved,
         compaction_cost=compaction_cost_of(model.stack, model.device),
         read=read_from_rank0,
+        send=send_from_rank0,
     )
 
 

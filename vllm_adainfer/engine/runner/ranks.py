@@ -12,6 +12,7 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from vllm_adainfer.arrays import AnyArray
 from vllm_adainfer.engine.compat.runner import broadcast
+from vllm_adainfer.transfers import HostCopy
 
 T = TypeVar("T")
 RANKS_DIFFER = "ranks read different artifacts: is one being replaced? Try again"
@@ -32,6 +33,11 @@ def read_from_rank0(values: Tensor) -> AnyArray:
     with gpu_sync_allowed():
         values = broadcast_from_rank0(values).cpu()
     return values.numpy()
+
+
+def send_from_rank0(values: Tensor) -> HostCopy:
+    """The first rank's `values` for the host of every rank, without waiting for them."""
+    return HostCopy(broadcast_from_rank0(values))
 
 
 def is_rank0() -> bool:

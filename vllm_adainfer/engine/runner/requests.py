@@ -22,12 +22,14 @@ from vllm_adainfer.engine.admission.running import (
 )
 from vllm_adainfer.engine.runner.adapters import LoadedAdapters, StepAdapters, changes_head
 from vllm_adainfer.engine.runner.admitted_kinds import AdmittedKinds, AdmittedStep
+from vllm_adainfer.engine.runner.judgements import Judgements
 from vllm_adainfer.engine.runner.ranks import made_by_rank0
 from vllm_adainfer.engine.runner.request_table import Columns, RequestTable
 from vllm_adainfer.exits.accounting.report import (
     INTERVAL,
     DecidedObject,
     Provenance,
+    Snapshot,
     StepNote,
     WhyFullDepth,
     snapshot_of,
@@ -74,6 +76,7 @@ class RunningRequests:
         self._ran: StepContext | None = None
         self._why: dict[int, WhyFullDepth] = {}  # of that step's requests; empty without an audit
         self._next_report = 0.0
+        self._judgements = Judgements(loop)
 
     def use_kv_cache(self, config: KVCacheConfig) -> None:
         """Note the smallest sliding window of all layers, in tokens."""
@@ -180,6 +183,7 @@ class RunningRequests:
         if admission.any_stand:
             stands = own.answers_stand != 0
             stays, needs_all = needs_all & stands, needs_all & ~stands
+        self.judge()  # it may decide who may exit in this step
         shadow = recorded = tightened = keeps_means = None
         if not self._calibrates_itself and (tightened := loop.tightened()) is not None:
             shadow = own.is_shadow != 0
@@ -280,23 +284,38 @@ class RunningRequests:
         step, self._ran = self._ran, None
         if step is None:
             return None
-        if self.kinds is not None:
-            self.kinds.step_ended(self._loop.take_misses())
-            self._loop.tighten(self.kinds.closed)
-        now = time.monotonic()
-        if due := now >= self._next_report:
-            self._next_report = now + INTERVAL
-            if self.kinds is not None:
-                stats = self._loop.stats
-                stats.changed_at_most, stats.all_changed_at_most = self.kinds.claims()
+        self._judgements.step_ended(self.kinds)
+        if self._judgements.has_arrived:
+            self.judge()
         complete = self._complete(step) if self._reports_complete else None
-        counted = snapshot_of(self._loop.stats) if due else None
+        counted = self._snapshot() if time.monotonic() >= self._next_report else None
         decided = tuple(self._decided(step)) if self._audits else ()
         return StepNote(complete, counted, decided, self._objects(step))
 
     def idle_note(self) -> StepNote:
         """The note to the scheduler when no work is left: the counters alone."""
-        return StepNote(None, snapshot_of(self._loop.stats))
+        self.judge()
+        return StepNote(None, self._snapshot())
+
+    def unjudged_step(self) -> int | None:
+        """The number of the step that has just run, if the device has not compared its answers."""
+        return None if self._judgements.has_arrived else self._judgements.last
+
+    def judge(self, last: int | None = None) -> None:
+        """Count the comparisons of all steps up to number `last`, by default of all that have run.
+
+        Any thread may call it. It waits for the device.
+        """
+        self._judgements.judge(self.kinds, last)
+
+    def _snapshot(self) -> Snapshot:
+        """The counters for reports; and when the next is due."""
+        self._next_report = time.monotonic() + INTERVAL
+        with self._judgements.lock:
+            stats = self._loop.stats
+            if self.kinds is not None:
+                stats.changed_at_most, stats.all_changed_at_most = self.kinds.claims()
+            return snapshot_of(stats)
 
     def _decided(self, step: StepContext) -> Iterator[Provenance]:
         """Where the tokens of a step came from."""

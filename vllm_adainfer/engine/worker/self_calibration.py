@@ -26,6 +26,7 @@ from vllm_adainfer.engine.worker.served_policies import Built, ServedPolicies
 from vllm_adainfer.engine.worker.trainer_process import TrainerProcess
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Auto
+from vllm_adainfer.transfers import HostCopy
 
 logger = get_logger(__name__)
 
@@ -40,7 +41,7 @@ CLOSE_SECONDS = 10.0
 # made anew.
 SHRUNK_REQUESTS, SHRUNK = 2_000, 0.6
 
-Chunk = tuple[Sequence[str], Mapping[str, Tensor]]
+Chunk = tuple[Sequence[str], Mapping[str, HostCopy]]
 
 
 class SelfCalibration:
@@ -89,7 +90,7 @@ class SelfCalibration:
         self._thread = Thread(target=self._run, name="adainfer-auto", daemon=True)
         self._thread.start()
 
-    def put(self, kinds: Sequence[str], rows: Mapping[str, Tensor]) -> None:
+    def put(self, kinds: Sequence[str], rows: Mapping[str, HostCopy]) -> None:
         """Queue a chunk of rows, or lose it if the disk is too slow; a `ChunkReader`."""
         if self._put_rows - self._written_rows > MOST_WAITING:
             logger.warning_once("rows come faster than they can be written: some are lost")
@@ -200,7 +201,8 @@ class SelfCalibration:
                 noted.pop(kind.name, None)
         self._rows.note_deleted()
 
-    def _write(self, kinds: Sequence[str], rows: Mapping[str, Tensor]) -> None:
+    def _write(self, kinds: Sequence[str], copies: Mapping[str, HostCopy]) -> None:
+        rows = {name: copy.tensor() for name, copy in copies.items()}
         wanted = [name for name, kind in list(self.kinds.kinds.items()) if kind.records]
         self._rows.put(kinds, rows, wanted)
 

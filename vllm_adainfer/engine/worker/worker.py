@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from vllm_adainfer.artifact.source import Pinned
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.compat.lora import lora_manager_of
 from vllm_adainfer.engine.compat.processes import end_with_starter
-from vllm_adainfer.engine.compat.runner import attach_note
+from vllm_adainfer.engine.compat.runner import attach_note, before_answers_leave
 from vllm_adainfer.engine.compat.scheduler import written_objects
 from vllm_adainfer.engine.runner.ranks import made_by_rank0
 from vllm_adainfer.engine.runner.requests import RunningRequests
@@ -201,6 +202,8 @@ class ExitWorker(_Worker):
         note = self._running.take_note()
         if note is not None:
             attach_note(output, note)
+        if (step := self._running.unjudged_step()) is not None:
+            before_answers_leave(output, partial(self._running.judge, step))
 
     def adainfer_drop_policy(self, lora_id: int) -> None:
         """Drop the policy bundled with an adapter: its requests continue at full depth."""

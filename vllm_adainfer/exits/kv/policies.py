@@ -16,7 +16,7 @@ from typing_extensions import override
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
-from vllm_adainfer.exits.batch.upload import upload
+from vllm_adainfer.transfers import upload
 
 # The most rows that may wait. Above it requests run the next step at full depth, oldest first.
 CAPACITY = 4096

@@ -22,6 +22,7 @@ from vllm_adainfer.exits.loop.step import NOBODY
 from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.exit_policy import Decision, UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicyRows, PolicySet
+from vllm_adainfer.transfers import HostCopy
 from vllm_adainfer.watch.units import NO_LEVEL
 from vllm_adainfer.watch.watch import Watch
 
@@ -277,9 +278,9 @@ class Decisions:
                 step.value_logprobs[place] = tuple(row.tolist())
 
     def of_shadows(
-        self, monitors: Mapping[str, Watch], stats: ExitStats
+        self, monitors: Mapping[str, Watch], stats: ExitStats, send: Callable[[Tensor], HostCopy]
     ) -> Iterator[ShadowAnswers]:
-        """The early answers of shadow requests, for each policy that has some.
+        """The early answers of shadow requests, for each policy that has some; see `ExitLoop`.
 
         An order is also that of documents which no policy may decide. Objects are not among them,
         see `ShadowObjects`.
@@ -318,7 +319,7 @@ class Decisions:
                 requests=requests,
                 subsets=None if step.subsets is None else step.subsets[shadow],
                 answers=None if answers is None else answers.subset(requests),
-                read=self._read,
+                send=send,
             )
 
 

@@ -22,6 +22,7 @@ from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST, ForwardPass
 from vllm_adainfer.exits.loop.loop import Loop, StateKeeper, StepOutput
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
 from vllm_adainfer.policy.policy_set import PolicySet
+from vllm_adainfer.transfers import HostCopy
 from vllm_adainfer.watch.watch import Watch
 
 
@@ -46,6 +47,7 @@ class ExitLoop(Loop):
         min_rows_saved: int | None = None,
         compaction_cost: int = COMPACTION_COST,
         read: Callable[[Tensor], AnyArray] = lambda values: values.cpu().numpy(),
+        send: Callable[[Tensor], HostCopy] = HostCopy,
     ) -> None:
         """Prepare to run a stack of this shape, cut at the exit points of `policies`.
 
@@ -57,6 +59,7 @@ class ExitLoop(Loop):
             min_rows_saved: rows that must leave together; None lets them leave where it is faster.
             compaction_cost: the token-layers that a smaller batch must save to be faster.
             read: copies a tensor to the host: the first rank's on every rank, so that all agree.
+            send: the same, without waiting for the copy.
 
         """
         super().__init__()
@@ -67,7 +70,7 @@ class ExitLoop(Loop):
         self._min_rows_saved = min_rows_saved
         self._compaction_cost = compaction_cost
         self._max_rows = max_rows
-        self._read = read
+        self._read, self._send = read, send
         self.keep_states: StateKeeper | None = None
         self.times: StepTimes | None = None
         self._first = 0 if shape.segment_layers[0] else 1  # segment with layers
@@ -175,7 +178,7 @@ class ExitLoop(Loop):
             self.keep_states(step.recorded, states, means)
         self.carried.step_ended(step)
         scored = decisions.place(hidden)
-        shadows = tuple(decisions.of_shadows(self.monitors, self.stats))
+        shadows = tuple(decisions.of_shadows(self.monitors, self.stats, self._send))
         self.shadow_objects.decided(step, owners, self.policies, self.monitors)
         if step.device.type == "cpu":  # elsewhere the host's clock says nothing about the device
             self.stats.seconds += time.perf_counter() - start

@@ -19,7 +19,7 @@ from vllm_adainfer.exits.accounting.report import DecidedToken
 from vllm_adainfer.exits.batch.batch import Batch
 from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts
-from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn
+from vllm_adainfer.exits.loop.shadow import Judgement, ShadowAnswers, warn
 from vllm_adainfer.exits.loop.shadow_objects import ShadowObjects
 from vllm_adainfer.exits.loop.step import NOBODY, RecordedRequests, StepContext
 from vllm_adainfer.policy.answers import Answers
@@ -90,6 +90,7 @@ class Loop(ABC):
         """Begin without anything that waits."""
         self.carried = CarriedPrompts()
         self.shadow_objects = ShadowObjects()
+        self._judgements: list[Judgement] = []
 
     @abstractmethod
     def run(self, batch: Batch, input_ids: Tensor, step: StepContext) -> StepOutput:
@@ -112,6 +113,15 @@ class Loop(ABC):
         None where there is no monitor, so that no request is a shadow request.
         """
         return None
+
+    def judge_later(self, judgement: Judgement) -> None:
+        """Keep a comparison of the step that has just run."""
+        self._judgements.append(judgement)
+
+    def take_judgements(self) -> Sequence[Judgement]:
+        """Those of `judge_later` since the last call, in order."""
+        taken, self._judgements = self._judgements, []
+        return taken
 
     def take_misses(self) -> Mapping[str, int]:
         """By policy, the changed answers that ledgers are still to count."""

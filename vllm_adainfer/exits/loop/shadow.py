@@ -16,10 +16,30 @@ from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.exit_policy import ExitPolicy
 from vllm_adainfer.promise.first_documents import relevance
+from vllm_adainfer.transfers import HostCopy, upload
 from vllm_adainfer.watch.units import Queries
 from vllm_adainfer.watch.watch import Reading, Watch
 
 logger = logging.getLogger("vllm.adainfer.exits.shadow")  # vLLM shows only loggers under "vllm."
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A comparison that is counted once its results are on the host.
+
+    Attributes:
+        results: what the device sends.
+        judge: counts them; waits for those that have not arrived.
+
+    """
+
+    results: Sequence[HostCopy]
+    judge: Callable[[], None]
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether `judge` would not wait."""
+        return all(one.has_arrived for one in self.results)
 
 
 @dataclass(frozen=True)
@@ -39,7 +59,7 @@ class ShadowAnswers:
         requests: int64 [settled], those of the settled ones.
         subsets: [shadow], see `UndecidedRows.subsets`.
         answers: the early answer of each settled request; None where the policy decided nothing.
-        read: see `ExitLoop`.
+        send: see `ExitLoop`.
 
     """
 
@@ -54,67 +74,86 @@ class ShadowAnswers:
     requests: Tensor
     subsets: Ints | None
     answers: Answers | None
-    read: Callable[[Tensor], AnyArray]
+    send: Callable[[Tensor], HostCopy]
 
-    def compare(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> None:
-        """Compare with full depth and count; warn of a broken bound.
+    def compare(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> Judgement:
+        """Compare with full depth; `judge` counts, and warns of a broken bound.
 
         `logits` [requests, vocabulary] are the step's, where shadow requests are at full depth.
         `head` is vLLM's own `compute_logits`, which reads early answers that are states.
         """
         if self.monitor.queries is not None:
-            self._compare_documents(self.monitor.queries, logits, head)
-            return
-        disagreed = np.zeros(len(self.levels), dtype=np.bool_)
+            return self._compare_documents(self.monitor.queries, logits, head)
+        wrong = moved = labels = None
         if self.answers is not None and len(self.requests):
             promise = self.policy.promise
             early = self.policy.early(self.answers, head)
             full = self.policy.full_depth(logits[self.requests], self.answers)
-            wrong, moves = promise.wrong(early, full), promise.moves(early, full)
-            if moves is not None:
-                self.stats.moved(moves.tolist())
+            moves = promise.moves(early, full)
+            moved = None if moves is None else HostCopy(moves)
             # On all ranks the same: it may tighten a level, which decides who leaves later.
-            disagreed[self.settled] = self.read(wrong)
+            wrong = self.send(promise.wrong(early, full))
+        if self.monitor.labels:
+            labels = self.send(self._labels(logits))
+
+        def judge() -> None:
+            disagreed = np.zeros(len(self.levels), dtype=np.bool_)
+            if wrong is not None:
+                disagreed[self.settled] = wrong.array()
+            if moved is not None:
+                self.stats.moved(moved.tensor().tolist())
+            self._count(disagreed)
+            if labels is not None:
+                self._count_labels(*labels.array())
+
+        return Judgement([one for one in (wrong, moved, labels) if one is not None], judge)
+
+    def _count(self, disagreed: Bools) -> None:
+        """Count answers, whether each is another than at full depth."""
         epsilons = self.monitor.epsilons
         self.stats.shadow_checked.update(epsilons[self.levels].tolist())
         self.stats.shadow_disagreed.update(epsilons[self.levels[disagreed]].tolist())
         exceeded = self.monitor.observe(self.request_ids, self.levels, disagreed)
         warn(self.name, self.monitor, exceeded)
-        if self.monitor.labels:
-            self._compare_labels(logits)
 
     def _compare_documents(
         self, queries: Queries, logits: Tensor, head: Callable[[Tensor], Tensor]
-    ) -> None:
+    ) -> Judgement:
         """Note the scores of documents; their queries are counted later, see `Queries`."""
-        everyone, settled = (
-            torch.from_numpy(one).to(logits.device) for one in (self.everyone, self.settled)
-        )
+        everyone, places = upload((self.everyone, np.flatnonzero(self.settled)), logits.device)
         full = relevance(self.policy.full_depth(logits[everyone], None))
         early = full.clone()
         if self.answers is not None and len(self.requests):
-            early[settled] = relevance(self.policy.early(self.answers, head))
-        early_scores, scores = self.read(torch.stack([early, full])).astype(np.float64)
-        self.stats.moved(np.abs(early_scores - scores)[self.settled].tolist())
-        queries.compared(self.request_ids, self.levels, early_scores, scores)
+            early[places] = relevance(self.policy.early(self.answers, head))
+        sent = self.send(torch.stack([early, full]))
 
-    def _compare_labels(self, logits: Tensor) -> None:
-        """Count answers for each promise about one label; warn of a broken one."""
-        device = logits.device
-        subsets = None if self.subsets is None else torch.from_numpy(self.subsets).to(device)
-        everyone = torch.from_numpy(self.everyone).to(device)
-        full = self.policy.best_labels(logits[everyone], subsets)
+        def judge() -> None:
+            early_scores, scores = sent.array().astype(np.float64)
+            self.stats.moved(np.abs(early_scores - scores)[self.settled].tolist())
+            queries.compared(self.request_ids, self.levels, early_scores, scores)
+
+        return Judgement([sent], judge)
+
+    def _labels(self, logits: Tensor) -> Tensor:
+        """[2, shadow], the labels of early answers, and those of full depth."""
+        subsets, settled = () if self.subsets is None else (self.subsets,), self.settled
+        everyone, places, *bits = upload(
+            (self.everyone, np.flatnonzero(settled), *subsets), logits.device
+        )
+        full = self.policy.best_labels(logits[everyone], bits[0] if bits else None)
         early = full.clone()
         if self.answers is not None and len(self.requests):
-            settled = torch.from_numpy(self.settled).to(device)
-            early[settled] = self.answers.scores.argmax(dim=1)
-        early_labels, labels = self.read(torch.stack([early, full]))
+            early[places] = self.answers.scores.argmax(dim=1)
+        return torch.stack([early, full])
+
+    def _count_labels(self, early: AnyArray, full: AnyArray) -> None:
+        """Count answers for each promise about one label; warn of a broken one."""
         epsilons = self.monitor.epsilons[self.levels]
         for watch in self.monitor.labels:
             assert watch.about is not None
             promise, column = watch.about
-            about = promise.chosen_by(early_labels, labels) == column
-            changed = (early_labels != labels)[about]
+            about = promise.chosen_by(early, full) == column
+            changed = (early != full)[about]
             keys = [(e, promise.kind, promise.label) for e in epsilons[about].tolist()]
             self.stats.labels_checked.update(keys)
             self.stats.labels_changed.update(compress(keys, changed.tolist()))

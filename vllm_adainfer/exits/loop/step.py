@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.exits.batch.layout import RowLayout
-from vllm_adainfer.exits.batch.upload import upload
+from vllm_adainfer.transfers import upload
 
 CPU = torch.device("cpu")
 FULL_DEPTH = -1  # the threshold row of requests that run all layers

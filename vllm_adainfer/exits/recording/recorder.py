@@ -14,6 +14,7 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.loop.loop import StateKeeper
 from vllm_adainfer.exits.loop.step import RecordedRequests
 from vllm_adainfer.exits.recording.moments import TunedLensSums
+from vllm_adainfer.transfers import HostCopy
 
 GIB = 1 << 30
 
@@ -62,7 +63,7 @@ class StateFiles:
 
 
 MEAN = "mean."  # what the mean at a layer is named by
-CHUNK = 64  # rows: on a GPU, copying some to the host waits for the device
+CHUNK = 64  # rows, in which states of served requests go to the host
 
 
 class RowRecorder:
@@ -82,16 +83,16 @@ class RowRecorder:
         for name, part in {**dict(zip(names, states, strict=True)), **others}.items():
             self._parts.setdefault(name, []).append(part)
 
-    def take(self) -> dict[str, Tensor]:
-        """Return all rows in order, on the host, and start over."""
-        taken = {name: torch.cat(parts).cpu() for name, parts in self._parts.items()}
+    def take(self) -> dict[str, HostCopy]:
+        """Return all rows in order, on their way to the host, and start over."""
+        taken = {name: HostCopy(torch.cat(parts)) for name, parts in self._parts.items()}
         self._parts = {}
         return taken
 
 
 # Gets the names of the rows' kinds and the rows, which have int64 columns ``computed``, the token
 # rows that the layers ran for each, and ``subset``, see `RecordedRequests`.
-ChunkReader = Callable[[Sequence[str], Mapping[str, Tensor]], None]
+ChunkReader = Callable[[Sequence[str], Mapping[str, HostCopy]], None]
 
 
 def served_recorder(layers: Sequence[int], put: ChunkReader) -> StateKeeper:
@@ -171,4 +172,4 @@ class Recorder:
         sums = {} if self._lens is None else self._lens.take()
         if self.files is not None:
             sums |= self.files.take()
-        return self._rows.take(), sums
+        return {name: copy.tensor() for name, copy in self._rows.take().items()}, sums
