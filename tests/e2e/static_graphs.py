@@ -6,6 +6,7 @@ capture, and the memory of a module's last output returns to the pool of all gra
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -26,13 +27,13 @@ class StaticGraph:
 
     Attributes:
         all: every wrapper.
-        replays: by all of them.
+        replays: by all of them, by rows with padding.
         freed: outputs whose memory is back in the pool: the next graph may write there.
 
     """
 
     all: ClassVar[list[StaticGraph]] = []
-    replays: ClassVar[int] = 0
+    replays: ClassVar[Counter[int]] = Counter()
     freed: ClassVar[list[Tensor]] = []
 
     def __init__(
@@ -63,7 +64,7 @@ class StaticGraph:
         if batch in self.captured:
             expected, output = self.captured[batch]
             assert addresses == expected, "a graph reads its inputs where they were at capture"
-            StaticGraph.replays += 1
+            StaticGraph.replays[batch.num_tokens] += 1
             for kept, new in zip(tensors(output), tensors(self.runnable(*args)), strict=True):
                 kept.copy_(new)
         else:

@@ -15,12 +15,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch._dynamo.utils import counters
 from vllm import envs
 from vllm.compilation.counter import compilation_counter
 from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
 from vllm.config import CUDAGraphMode
-from vllm.forward_context import BatchDescriptor, get_forward_context, override_forward_context
+from vllm.forward_context import (
+    BatchDescriptor,
+    get_forward_context,
+    override_forward_context,
+    set_forward_context,
+)
 from vllm.platforms import current_platform
 
 from tests.conftest import tiny_engine
@@ -39,6 +45,7 @@ MODULES = [
     *(*EQUAL, "Segment_5_6_of_6_finishes"),
 ]
 GRAPHS = LAYERS + len(MODULES)  # without attention: a segment has one more than layers
+SIZES = (4, 8, 16, 32, 64, 128)  # of graphs for what is left of a batch
 MOST_ROWS = 128  # of a step, and of the one range that graphs are compiled for
 
 
@@ -177,8 +184,9 @@ def graphed(compiled: Any, start: Callable[..., Any]) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(current_platform), "support_static_graph_mode", lambda _: True)
         engine = start(graphs="PIECEWISE")
-    model, _, _ = parts(engine)
-    model.stack = replace(model.stack, fixed_states=FixedStates(MOST_ROWS))  # a CPU captures none
+    model, runner, _ = parts(engine)
+    model.compacts_in_graphs = True
+    model.stack = replace(model.stack, fixed_states=FixedStates(SIZES))  # a CPU captures none
     forward = model.forward
 
     def with_graphs(input_ids: Any, *args: Any, **settings: Any) -> Any:
@@ -193,21 +201,30 @@ def graphed(compiled: Any, start: Callable[..., Any]) -> Iterator[Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "forward", with_graphs)
+        for rows in SIZES:  # without metadata, as vLLM captures
+            with torch.inference_mode(), set_forward_context(None, runner.vllm_config):
+                model.forward(runner.input_ids.gpu[:rows], runner.positions[:rows])
         yield engine
 
 
 def test_piecewise_graphs_reproduce_the_oracle(graphed, reference):
-    """Steps replay them until a request leaves."""
-    StaticGraph.replays = 0
+    """Steps replay them, and so does what is left of them once requests leave.
+
+    Those of all sizes were captured before, in passes without requests.
+    """
+    StaticGraph.replays.clear()
+    captured = {len(graph.captured) for graph in StaticGraph.all if graph.captured}
+    assert captured == {len(SIZES)}
     assert wrong(reference, *drawn_pattern(graphed, 6)) == []
-    assert StaticGraph.replays > GRAPHS
+    assert StaticGraph.replays.total() > GRAPHS
+    assert {*SIZES} <= {*StaticGraph.replays}, "what is left is padded to these"
 
 
 def test_states_that_stayed_in_a_graphs_memory_would_be_wrong(graphed, reference, monkeypatch):
     """The stand-in shows what `FixedStates` is for."""
     for graph in StaticGraph.all:
         graph.captured.clear()
-    monkeypatch.setattr(FixedStates, "for_next_segment", lambda _, states: states)
+    monkeypatch.setattr(FixedStates, "put", lambda _, states, rows: states)
     with drawn(graphed) as ran:
         pattern = drive(graphed, [Request([7, 8, 9], max_tokens=2, seed=FULL)])
     assert states_off(reference, pattern.sequence(0), ran["0"])

@@ -37,7 +37,7 @@ def stack_of(seen: list[Tensor]) -> Stack:
         states = ids.unsqueeze(1).repeat(1, 4).float()
         return states, None, states.unsqueeze(1).clone()
 
-    return Stack((first, segment, segment, segment), None, SHAPE, FixedStates(rows=8))
+    return Stack((first, segment, segment, segment), None, SHAPE, FixedStates((8,)))
 
 
 def pass_of(stack: Stack, rows: int) -> HiddenStates:

@@ -8,7 +8,8 @@ from enum import Enum
 
 from torch import Tensor
 from typing_extensions import override
-from vllm.forward_context import ForwardContext, override_forward_context
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor, ForwardContext, override_forward_context
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from vllm_adainfer.engine.cuda_graphs.segment_graphs import SegmentGraphs
@@ -28,9 +29,14 @@ class Execution(Enum):
     COMPILED = "compiled code"
     EAGER = "neither compiled code nor graphs"
 
+    @property
+    def replays_parts(self) -> bool:
+        """Whether vLLM's piecewise graphs may be replayed."""
+        return self in (Execution.SEGMENT_GRAPHS, Execution.VLLM_GRAPHS)
+
     def applied_to(self, context: ForwardContext) -> ForwardContext:
         """The forward context in which segments run this way."""
-        if self in (Execution.SEGMENT_GRAPHS, Execution.VLLM_GRAPHS):
+        if self.replays_parts:
             return context
         return replace(without_graphs(context), skip_compiled=self is Execution.EAGER)
 
@@ -47,6 +53,9 @@ class CompiledBatch(Batch):
         graphs: CUDA graphs for those other rows; None if the runner has captured none.
         adapters: the LoRA adapters of the step's requests; None where LoRA is off.
         use_adapters: lets layers apply those of the rows; None where LoRA is off.
+        replays_parts: whether other rows of the step may replay vLLM's piecewise graphs.
+        padded: with padding, the rows of the graphs that these rows replay; None for their own
+            number.
 
     """
 
@@ -57,11 +66,15 @@ class CompiledBatch(Batch):
     graphs: SegmentGraphs | None
     adapters: StepAdapters | None
     use_adapters: Callable[[], None] | None
+    replays_parts: bool = False
+    padded: int | None = None
 
     @override
     def run(self, segment: int, states: HiddenStates) -> HiddenStates:
         if self.use_adapters is not None:
             self.use_adapters()
+        if self.padded is not None:
+            states = self.stack.fixed_states.put(states, self.padded)
         with override_forward_context(self.context):
             return self.stack.run(segment, self.positions, states)
 
@@ -74,19 +87,38 @@ class CompiledBatch(Batch):
 
     @override
     def compact(self, layout: RowLayout) -> Batch:
-        return self.replayed(layout) or self.side_batch(layout)
+        if (batch := self.replayed(layout)) is not None:
+            return batch
+        fixed = self.stack.fixed_states
+        padded = fixed.size_for(layout.num_rows) if self.replays_parts else None
+        if padded is None:
+            return self.side_batch(layout)
+        batch = self._batch_of(self.attention, layout, padded)
+        fixed.put_positions(batch.positions)
+        context = replace(
+            batch.context,
+            cudagraph_runtime_mode=CUDAGraphMode.PIECEWISE,
+            batch_descriptor=BatchDescriptor(num_tokens=padded),
+        )
+        return replace(batch, context=context)
 
     @override
     def side_batch(self, layout: RowLayout, last_layer_only: bool = False) -> CompiledBatch:
         """Its kernels are launched one by one.
 
-        Piecewise graphs read the states where these were at capture, so only the original batch
-        replays them.
+        Piecewise graphs read states where those of the step's remaining rows are, which come back
+        when rows beside them have run.
         """
         attention = self.attention
         if last_layer_only:
             attention = attention.of_layer(self.stack.last_layer)
-        positions, slots, attn_metadata = attention.metadata(layout)
+        return self._batch_of(attention, layout)
+
+    def _batch_of(
+        self, attention: StepAttention, layout: RowLayout, padded: int | None = None
+    ) -> CompiledBatch:
+        """A batch of the rows in `layout`, without graphs; `padded` as in the class."""
+        positions, slots, attn_metadata = attention.metadata(layout, padded)
         context = replace(
             without_graphs(self.context),
             attn_metadata=attn_metadata,
@@ -94,7 +126,7 @@ class CompiledBatch(Batch):
             is_padding=None,  # no row is padding here, and the step's mask describes other rows
         )
         use = None if self.adapters is None else self.adapters.of_rows(layout)
-        return replace(self, positions=positions, context=context, use_adapters=use)
+        return replace(self, positions=positions, context=context, use_adapters=use, padded=padded)
 
     def replayed(self, layout: RowLayout) -> Batch | None:
         """A batch of the rows in `layout` that replays CUDA graphs; None if no graphs fit them."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.model_executor.models.interfaces import is_hybrid
 
@@ -44,6 +44,9 @@ class EarlyExit(ModelHead):
         loop: the loop that runs the stack; the model runner builds it once the weights are loaded.
         graphs: the CUDA graphs of the segments; None if the runner has captured none.
         execution: how segments run; the self-test changes it where the fastest way is wrong.
+        compacts_in_graphs: whether what is left of a batch may replay vLLM's piecewise graphs. Not
+            where these read more of the step than states and positions: adapters, and the mask by
+            which routers of mixtures leave out padding.
         exits_off: whether all rows run all layers, as the self-test has found exits to be wrong.
         prepared: the step that the next `forward` runs, the builder of its attention metadata, and
             its adapters with LoRA. The model runner sets it. None for a pass without requests.
@@ -58,6 +61,7 @@ class EarlyExit(ModelHead):
     loop: Loop
     graphs: SegmentGraphs | None = None
     execution: Execution = Execution.SEGMENT_GRAPHS
+    compacts_in_graphs: bool
     exits_off: bool = False
     fingerprint: str | None = None
     prepared: tuple[StepContext, StepAttention, StepAdapters | None] | None = None
@@ -72,6 +76,12 @@ class EarlyExit(ModelHead):
         self.artifacts = served_artifacts(vllm_config, settings)
         self.engine_options = options
         self._dtype = vllm_config.model_config.dtype
+        compilation = vllm_config.compilation_config
+        self.compacts_in_graphs = (
+            compilation.cudagraph_mode == CUDAGraphMode.PIECEWISE
+            and vllm_config.lora_config is None
+            and not vllm_config.model_config.is_moe
+        )
         self._started_with = WeightsFingerprint(self._dtype)
         self._text_config = vllm_config.model_config.hf_text_config
 
@@ -187,6 +197,7 @@ class EarlyExit(ModelHead):
             self.graphs,
             self._adapters,
             None if self._adapters is None else self._adapters.of_rows(step.layout),
+            replays_parts=self.execution.replays_parts and self.compacts_in_graphs,
         )
         batch = compiled.replayed(step.layout) or compiled
         self._output = self.loop.run(batch, input_ids, step)

@@ -9,14 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_adainfer.arrays import Bools, Ints
-from vllm_adainfer.engine.compat.attention import share_workspace, slots_of, wait_for_last_copies
+from vllm_adainfer.engine.compat.attention import (
+    NO_SLOT,
+    share_workspace,
+    slots_of,
+    wait_for_last_copies,
+)
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.transfers import upload
@@ -172,10 +177,12 @@ class StepAttention:
         table, size = self.block_tables[index], self.block_sizes[index]
         return StepAttention([[kept]], [table], [size], self.device)
 
-    def metadata(self, layout: RowLayout) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
+    def metadata(
+        self, layout: RowLayout, padded: int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
         """Positions of the rows of `layout`, and by layer name cache slots and attention metadata.
 
-        Positions and slots are int64 [rows].
+        Positions are int64 [rows], and slots int64 [rows], or [padded]: padding has none.
         """
         requests, positions, sizes = layout.present, layout.positions, self.block_sizes
         lens = layout.query_lens[requests]
@@ -193,6 +200,9 @@ class StepAttention:
                 self.block_tables, sizes, blocks, offsets, strict=True
             )
         ]
+        if padded is not None:
+            more = padded - layout.num_rows
+            slots = [nn.functional.pad(one, (0, more), value=NO_SLOT) for one in slots]
         metadata = metadata_of(
             self.groups,
             [table[kept] for table in self.block_tables],

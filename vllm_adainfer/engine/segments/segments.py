@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,26 +71,50 @@ class LastKV(CompiledPart):
 
 
 class FixedStates:
-    """Copies a segment's output to where the next segment's graphs read it.
+    """Where the graphs of segments read states and positions: all but those of the first segment.
 
     vLLM captures each compiled module as if no other graph read its output: the output's memory
     returns to the shared pool, so the next segment's graphs could be captured on top of their own
     input (vLLM 0.32: ``weak_ref_output`` in `compilation/backends.py`; its own model of several
     compiled parts copies between them, `models/gemma3n.py`). Segments run one after the other, so
-    all share this memory.
+    all share this memory. Any rows of a step can be put there, padded to a captured size, as vLLM
+    does for its own model that runs some layers on a subset of rows
+    (`models/deepseek_v41/nvidia/decoder_replay_cudagraph.py`).
+
+    Attributes:
+        sizes: the numbers of rows that vLLM captures, ascending; empty without graphs.
+
     """
 
-    def __init__(self, rows: int) -> None:
-        """Allocate lazily for up to `rows` rows, the largest batch that vLLM captures."""
-        self._memory = StateMemory(rows)
+    def __init__(self, sizes: Sequence[int]) -> None:
+        """Allocate lazily, for the largest of `sizes`."""
+        self.sizes = sorted(sizes)
+        self._rows = max(sizes, default=0)
+        self._memory = StateMemory(self._rows)
+        self._positions: Tensor | None = None
 
-    def for_next_segment(self, states: HiddenStates) -> HiddenStates:
-        """`states` as the next segment reads them: copied if it replays graphs."""
-        if get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE:
-            return states
-        memory, rows = self._memory.like(states), slice(0, states.num_rows)
-        memory.put(states, rows)
-        return memory.rows(rows)
+    def size_for(self, rows: int) -> int | None:
+        """The smallest captured size for so many rows; None if there is none."""
+        place = bisect_left(self.sizes, rows)
+        return self.sizes[place] if place < len(self.sizes) else None
+
+    def put(self, states: HiddenStates, rows: int) -> HiddenStates:
+        """`states` there, unless they are; with padding up to `rows`."""
+        memory = self._memory.like(states)
+        if states.hidden.data_ptr() != memory.hidden.data_ptr():
+            memory.put(states, slice(0, states.num_rows))
+        return memory.rows(slice(0, rows))
+
+    def put_positions(self, positions: Tensor) -> None:
+        """Copy in the positions [rows] of the rows that segments are about to run."""
+        if self._positions is None:
+            self._positions = positions.new_zeros(self._rows)
+        self._positions[: len(positions)] = positions
+
+    def positions_of(self, rows: int) -> Tensor:
+        """[rows], what `put_positions` has put there; padding has those of some earlier rows."""
+        assert self._positions is not None, "the first segment has run"
+        return self._positions[:rows]
 
 
 @dataclass(frozen=True)
@@ -102,7 +127,7 @@ class Stack:
         last_kv: computes keys and values of the last layer; None if the last segment has no layer,
             or a layer that shares another's.
         shape: what the exit loop needs to know of them.
-        fixed_states: memory for the states between segments.
+        fixed_states: memory that graphs read states between segments from.
 
     """
 
@@ -113,10 +138,17 @@ class Stack:
 
     def run(self, index: int, positions: Tensor, states: HiddenStates) -> HiddenStates:
         """The hidden states after a segment; [rows, head size] after the last one."""
+        replays = get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
+        fixed, is_last = self.fixed_states, index == len(self.segments) - 1
+        if replays and index > 0:
+            positions = fixed.positions_of(states.num_rows)
         hidden, residual, per_layer = self.segments[index](positions, *states.parts)
         after = HiddenStates(hidden, residual, states.per_layer if per_layer is None else per_layer)
-        is_last = index == len(self.segments) - 1
-        return after if is_last else self.fixed_states.for_next_segment(after)
+        if not replays or is_last:
+            return after
+        if index == 0:
+            fixed.put_positions(positions)
+        return fixed.put(after, after.num_rows)
 
     @property
     def last_layer(self) -> str:
@@ -242,6 +274,6 @@ def build_stack(
         projection, kv_class = decoder.kv_projection(layers[-1]), last_kv_class(depth)
         with compile_cache_folder(kv_class.__name__), set_current_vllm_config(config):
             last_kv = kv_class(vllm_config=config, projection=projection)
-    captured_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    sizes = vllm_config.compilation_config.cudagraph_capture_sizes or ()
     shape = StackShape([last - first for first, last in spans], head_size, own_kv_layers)
-    return Stack(tuple(segments), last_kv, shape, FixedStates(captured_rows))
+    return Stack(tuple(segments), last_kv, shape, FixedStates(sizes))
