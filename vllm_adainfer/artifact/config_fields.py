@@ -123,6 +123,11 @@ class ConfigFields(Strict):
         "part that fits. If there are several, the bound counts groups, and so does the monitor. "
         "None in artifacts that were made before this was kept.",
     )
+    any_exit_point: bool = Field(
+        False,
+        description="Whether the bounds hold whichever exit point is asked, so that a decode step "
+        "on a GPU may ask at one alone; else an exit point is asked where all before it were.",
+    )
     max_tokens: int = Field(
         1, ge=1, description="Tokens generated per prompt in calibration; 1: one-token answers."
     )

@@ -93,6 +93,8 @@ class ExitPolicy(ABC):
         answers_stand: whether what it has settled is answered early even where the request stays
             to full depth: what it promises holds only so (see `Promise.answers_stand`), or
             the early answer spares the LM head a scan of the whole vocabulary.
+        any_exit_point: whether the promise holds whichever exit point is asked; else only where
+            all before it were.
 
     """
 
@@ -103,6 +105,7 @@ class ExitPolicy(ABC):
     decides_objects: bool = False
     promise: Promise = Changed()
     answers_stand: bool = False
+    any_exit_point: bool = False
 
     @abstractmethod
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:

@@ -88,6 +88,7 @@ class Policy(ExitPolicy):
         self.num_threshold_rows = config.num_threshold_rows
         self.probe_inputs = config.probe_inputs
         self.promise = config.promise
+        self.any_exit_point = config.any_exit_point
         self.answer_ids = tensors.get("shortlist")
         of_labels = config.candidates == "labels"
         has_rest = of_labels and self.promise.reads_probabilities

@@ -23,6 +23,7 @@ from vllm_adainfer.exits.kv.policies import ExactKV, RecurrentKV
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
 from vllm_adainfer.exits.loop.loop import Loop
+from vllm_adainfer.exits.loop.schedule import DecodeTimes
 from vllm_adainfer.exits.recording.moments import TunedLensSums
 from vllm_adainfer.exits.recording.recorder import Recorder, StateFiles
 from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
@@ -38,6 +39,11 @@ from vllm_adainfer.watch.watch import Watch
 # budgets of `benchmarks/gpu_model.py`, an H100 takes some 160 us for it, and in these multiplies
 # rows with 5e10 parameters.
 COMPACTION_PRODUCTS = 50_000_000_000
+# Of an H100, likewise: bytes of memory that it reads in a second; rows that are multiplied with a
+# layer's weights in the time that these are read; a question's launches and the wait for it; and
+# what vLLM's scheduler and runner do between two steps of some 64 requests.
+READ_BYTES, READ_ROWS = 2.7e12, 240
+QUESTION_SECONDS, BETWEEN_SECONDS = 60e-6, 1.2e-3
 
 
 def build_loop(model: Any, vllm_config: VllmConfig) -> Loop:
@@ -71,6 +77,7 @@ def build_loop(model: Any, vllm_config: VllmConfig) -> Loop:
         compaction_cost=compaction_cost_of(model.stack, model.device),
         read=read_from_rank0,
         send=send_from_rank0,
+        decode_times=decode_times_of(model.stack, model.device),
     )
 
 
@@ -83,6 +90,15 @@ def compaction_cost_of(stack: Stack, device: torch.device) -> int:
         return COMPACTION_COST
     parameters = sum(p.numel() for segment in stack.segments for p in segment.layers.parameters())
     return max(1, COMPACTION_PRODUCTS * stack.shape.depth // max(parameters, 1))
+
+
+def decode_times_of(stack: Stack, device: torch.device) -> DecodeTimes | None:
+    """What decode steps take on a GPU, see `ExitLoop`; None on a CPU, where no question waits."""
+    if device.type == "cpu":
+        return None
+    size = sum(p.nbytes for segment in stack.segments for p in segment.layers.parameters())
+    layer = size / stack.shape.depth / READ_BYTES
+    return DecodeTimes(layer, READ_ROWS, QUESTION_SECONDS, BETWEEN_SECONDS)
 
 
 def kv_policy_of(vllm_config: VllmConfig) -> ExactKV:

@@ -102,6 +102,7 @@ class ExitStats:
         serving: names of the policies that serve now, and `NO_POLICY`.
         weights_differ: whether no request may exit, as these are other weights than in calibration.
         failed_parts: what the self-test on this device has switched off, see `self_test`.
+        not_tested: why the self-test could not test the layers on this device; empty otherwise.
         shadow: the monitors, by policy; empty (and no key in `as_dict`) where there are none.
         changed_at_most: the most answers that were changed, by the ledger of each policy.
         all_changed_at_most: the same of all kinds together; None without ledgers, or if one of them
@@ -116,6 +117,7 @@ class ExitStats:
     probe_seconds: float = 0.0
     weights_differ: bool = False
     failed_parts: tuple[str, ...] = ()
+    not_tested: str = ""
     by_policy: defaultdict[str, PolicyStats] = field(
         default_factory=lambda: defaultdict(PolicyStats)
     )
@@ -149,6 +151,7 @@ class ExitStats:
             "passes_possible": self.passes_possible,
             "weights_differ": self.weights_differ,
             "failed_parts": list(self.failed_parts),
+            "not_tested": self.not_tested,
             "exit_histogram": dict(sorted(self.exit_histogram.items())),
             "policies": {name: own.as_dict() for name, own in self.by_policy.items()},
         }

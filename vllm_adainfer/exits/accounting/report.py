@@ -111,6 +111,7 @@ def snapshot_of(stats: ExitStats) -> Snapshot:
         "all_changed_at_most": stats.all_changed_at_most,
         "weights_differ": stats.weights_differ,
         "failed_parts": list(stats.failed_parts),
+        "not_tested": stats.not_tested,
     }
 
 

@@ -20,6 +20,7 @@ from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.decisions import Decisions
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST, ForwardPass
 from vllm_adainfer.exits.loop.loop import Loop, StateKeeper, StepOutput
+from vllm_adainfer.exits.loop.schedule import DecodeSchedule, DecodeTimes
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.transfers import HostCopy
@@ -48,6 +49,7 @@ class ExitLoop(Loop):
         compaction_cost: int = COMPACTION_COST,
         read: Callable[[Tensor], AnyArray] = lambda values: values.cpu().numpy(),
         send: Callable[[Tensor], HostCopy] = HostCopy,
+        decode_times: DecodeTimes | None = None,
     ) -> None:
         """Prepare to run a stack of this shape, cut at the exit points of `policies`.
 
@@ -60,9 +62,12 @@ class ExitLoop(Loop):
             compaction_cost: the token-layers that a smaller batch must save to be faster.
             read: copies a tensor to the host: the first rank's on every rank, so that all agree.
             send: the same, without waiting for the copy.
+            decode_times: of the device, if decode steps ask at one exit point; None if at all.
 
         """
         super().__init__()
+        self._decode_times = decode_times
+        self._schedules: dict[int, DecodeSchedule] = {}  # by policy, an index into `policies`
         self.policies = policies
         self.kv = kv
         self.monitors = monitors
@@ -85,6 +90,7 @@ class ExitLoop(Loop):
         """
         self.policies, self.monitors = policies, monitors
         self.carried.clear()  # other policies may read prompts at other exit points
+        self._schedules.clear()
         self.stats.serving, self.stats.shadow = policies.names, monitors
         self.accounting.use_names(policies.names)
 
@@ -148,7 +154,8 @@ class ExitLoop(Loop):
         )
         decisions = Decisions(self.policies, forward, self.carried, self._read)
         self.stats.tokens_decided += step.num_sampled
-        asks, means = True, list[Tensor]()
+        schedule, asks, means = self._schedule_of(step), True, list[Tensor]()
+        only = None if schedule is None else schedule.next()
         for segment in range(self._shape.last_segment):
             if segment == self._shape.tail:
                 forward.drop_unsampled()
@@ -159,11 +166,16 @@ class ExitLoop(Loop):
             forward.record()
             # Who was not asked at one exit point is asked at no later one: what a policy promises
             # is the answer of the first that settles a request.
+            if schedule is not None:
+                asks = segment == only
             asks = asks and step.is_open and self._may_pay(segment, forward)
             if asks or decisions.has_chunks:
                 began = time.perf_counter()
                 decisions.decide(segment)
                 deciding += time.perf_counter() - began
+                if schedule is not None and asks:
+                    lens = forward.layout.query_lens
+                    schedule.asked(segment, int(lens.sum()), int(lens[step.ready()].sum()))
             if step.keeps_means is not None and (step.recorded or decisions.has_chunks):
                 with self._timed_means(step.recorded_rows()):
                     means.append(decisions.recorded_means(segment))
@@ -184,6 +196,22 @@ class ExitLoop(Loop):
             self.stats.seconds += time.perf_counter() - start
             self.stats.probe_seconds += deciding
         return StepOutput(hidden, scored, shadows, step.sampled_lens, step.early_objects)
+
+    def _schedule_of(self, step: StepContext) -> DecodeSchedule | None:
+        """Where a step asks; None if it asks at every exit point.
+
+        A decode step asks once if all of its policies may be asked anywhere.
+        """
+        times, owners = self._decode_times, np.unique(self._owners[step.may_leave()])
+        if times is None or not owners.size or (step.layout.query_lens > 1).any():
+            return None
+        if not all(self.policies.policies[owner].any_exit_point for owner in owners.tolist()):
+            return None
+        owner, depth = int(owners[0]), self._shape.depth
+        if owner not in self._schedules:
+            left = [depth - layer for layer in self.policies.exit_points]
+            self._schedules[owner] = DecodeSchedule(left, times)
+        return self._schedules[owner]
 
     def _timed_layers(self, segment: int, forward: ForwardPass) -> AbstractContextManager[None]:
         """Time the first segment with layers, where the step's rows are still together."""

@@ -263,7 +263,14 @@ def certified(
     def walk(bound: Bound, rows: Bools | None = None) -> list[Points]:
         """The points of each part, on the held-out rows or on some of them."""
         paths = [
-            held_out_path(exits, depth, own, rows, queries if last is None else None)
+            held_out_path(
+                exits,
+                depth,
+                own,
+                rows,
+                queries if last is None else None,
+                terms.calibration.any_exit_point,
+            )
             for exits, own in zip(parts, zip(*thresholds, strict=True), strict=False)
         ]
         if last is None:

@@ -17,6 +17,11 @@ label counts, of the answers that the parts give a row, the one that is worse fo
 Accuracy lost is signed: an answer that is right where full depth is wrong counts as a gain only if
 both parts give it.
 
+**Any exit point.** Where a step asks at one exit point only (`exits/loop/schedule.py`), a row that
+an earlier one would have settled may be answered by a later one, whose answer may be another. So
+the loss of a row is the largest one of all exit points that settle it, which bounds that of every
+way to choose where to ask, as for two parts.
+
 *One delta.* The rows that fit choose the pairs, so the path is fixed before a held-out row is
 seen, and the proof of `certify` holds for it as it does for one threshold.
 """
@@ -57,7 +62,8 @@ class PathPoint:
         threshold: the threshold on the settled score.
         exits: [rows], index of the exit point where each row exits; the number of exit points
             for a row that runs to the end.
-        losses: [rows], the loss of each row where it exits; 0 if it runs to the end. Or [queries].
+        losses: [rows], the loss of each row where it exits; 0 if it runs to the end. Of policies
+            that may be asked at any exit point, the largest one. Or [queries].
         answers: int64 [rows], the answer of each row.
         full: int64 [rows], the full model's.
         layers_saved: share of layers, 0 to 1.
@@ -170,17 +176,27 @@ class Queries:
 
 
 def threshold_path(
-    layers: Sequence[int], scored: Sequence[Scored], depth: int, thresholds: Sequence[float]
+    layers: Sequence[int],
+    scored: Sequence[Scored],
+    depth: int,
+    thresholds: Sequence[float],
+    any_exit_point: bool = False,
 ) -> Iterator[PathPoint]:
-    """The policy with exit points after `layers` (ascending) at each threshold, strictest first."""
+    """The policy with exit points after `layers` (ascending) at each threshold, strictest first.
+
+    `any_exit_point`: losses are those of whichever exit point is asked.
+    """
     rows, full = len(scored[0].loss), scored[0].full
     for threshold in thresholds:
         exits = np.full(rows, len(layers))
         losses, answers, relevance = np.zeros(rows), full.copy(), np.full(rows, np.nan)
         for index, exit_point in enumerate(scored):
-            leaves = (exits == len(layers)) & (exit_point.score >= threshold).numpy()
+            settled = (exit_point.score >= threshold).numpy()
+            leaves = (exits == len(layers)) & settled
             exits[leaves] = index
             losses[leaves] = exit_point.loss[leaves]
+            if any_exit_point:
+                losses[settled] = np.maximum(losses, exit_point.loss)[settled]
             answers[leaves] = exit_point.tokens[leaves]
             if exit_point.relevance is not None:
                 relevance[leaves] = exit_point.relevance[leaves]
@@ -215,13 +231,15 @@ def held_out_path(
     thresholds: Sequence[float],
     rows: Bools | None = None,
     queries: Queries | None = None,
+    any_exit_point: bool = False,
 ) -> Iterator[PathPoint]:
     """`threshold_path` on the held-out rows, or on `rows` of them, bool.
 
     With `queries`, those of the held-out rows, losses are of queries.
     """
     scored = [one.held_out if rows is None else one.held_out.of_rows(rows) for one in exits]
-    for point in threshold_path([one.layer for one in exits], scored, depth, thresholds):
+    layers = [one.layer for one in exits]
+    for point in threshold_path(layers, scored, depth, thresholds, any_exit_point):
         yield point if queries is None else replace(point, losses=queries.losses(point))
 
 

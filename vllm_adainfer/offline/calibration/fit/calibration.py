@@ -23,6 +23,7 @@ from vllm_adainfer.policy.guesser import Guesser
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.questions import End
 from vllm_adainfer.promise.accuracy import RightTokens
+from vllm_adainfer.promise.changed import Changed
 
 TOGETHER = 64  # prompts whose states are in memory at once
 
@@ -112,6 +113,21 @@ class Calibration:
     def labels(self) -> tuple[Label, ...]:
         """The answers, if there is a fixed set of them."""
         return self.output.labels
+
+    @property
+    def any_exit_point(self) -> bool:
+        """Whether the bounds are to hold whichever exit point is asked.
+
+        Of texts, where a device serves them: there a decode step asks at one exit point.
+        """
+        options = self.options
+        return (
+            self.rows.model.device != "cpu"
+            and options.max_tokens > 1
+            and options.classifier != "crf"  # which remembers what it read before
+            and isinstance(options.promise, Changed)
+            and not options.label_bounds
+        )
 
     @cached_property
     def fitted(self) -> Ints:

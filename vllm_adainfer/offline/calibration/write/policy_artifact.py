@@ -105,6 +105,7 @@ def policy_config(
         label_bounds=options.label_bounds,
         never_early=options.never_early,
         bound=policy.terms.bound.kind,
+        any_exit_point=calibration.any_exit_point,
         largest_group=calibration.split.most_together(calibration.split.groups),
         max_tokens=options.max_tokens,
         questions=_questions(policy),
@@ -237,7 +238,11 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
                 "layers_saved": point.layers_saved,
             }
             for point in held_out_path(
-                policy.exits, costs.depth, threshold_grid(policy.exits), queries=queries
+                policy.exits,
+                costs.depth,
+                threshold_grid(policy.exits),
+                queries=queries,
+                any_exit_point=calibration.any_exit_point,
             )
         ],
         "provenance": provenance(),
