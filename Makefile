@@ -8,7 +8,7 @@ GPU_PYTHON ?= python3
 V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,adapters async_scheduling audit auto choice_exits choices \
   classifier counters drafts_beside_exits drafts_v2 equal_to_stock exit_loop generation label_pool logprobs objects \
   objects_interrupted pooled prefix_cache probabilities recording recurrent segment_graphs self_test \
-  self_test_of_graphs shadow tasks tensor_parallel))
+  self_test_of_graphs self_test_outcomes shadow tasks tensor_parallel))
 
 # Two workers, each on a core of its own; a file's tests stay together, as they share engines.
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m '$(CASES)' \

@@ -29,19 +29,19 @@ FROM_ZERO = (0, 3, 5)  # the first one before all layers
 LABELS = ("bad", "good")
 
 
-def tiny_llama(directory: Path) -> Path:
-    """A random Llama whose hidden states differ clearly from layer to layer."""
+def tiny_llama(directory: Path, hidden_size: int = 64) -> Path:
+    """A random Llama whose hidden states differ clearly from layer to layer; two heads."""
     tokenizer = word_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
+        hidden_size=hidden_size,
         intermediate_size=96,
         num_hidden_layers=LAYERS,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=512,
-        initializer_range=0.2,
+        initializer_range=1.6 / hidden_size**0.5,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,

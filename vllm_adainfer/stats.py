@@ -84,6 +84,8 @@ class Stats(TypedDict):
         failed_parts: the parts that the self-test on this device has disabled: ``kernels``
             (probes run in torch), ``segment_graphs``, ``vllm_graphs``, ``compiled_code``,
             ``exits`` (all requests run all layers).
+        not_tested: why the self-test could not test the layers on this device, so that it is not
+            known whether they are right; empty otherwise.
         exit_histogram: number of sampled tokens by the number of layers they ran.
         policies: the same work by policy name; ``full_depth`` stands for requests that may not
             exit, and ``NAME:last-token`` for those of policy NAME that were decided by their last
@@ -100,6 +102,7 @@ class Stats(TypedDict):
     passes_possible: int
     weights_differ: bool
     failed_parts: list[str]
+    not_tested: str
     exit_histogram: dict[int, int]
     policies: dict[str, PolicyWork]
     shadow: NotRequired[dict[float, ShadowChecks] | dict[str, dict[float, ShadowChecks]]]

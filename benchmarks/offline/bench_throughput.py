@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/offline/bench_throughput.py --model .demo/SmolLM2-135M-Instruct
     python benchmarks/offline/bench_throughput.py --model llama-1b    # on a GPU, see `make gpu`
+    python benchmarks/offline/bench_throughput.py --model llama-8b --quick --rounds 3
 
 Engines run interleaved on the same random prompts: stock vLLM, stock with half of the layers (for
 the bound, see `throughput_report.py`), the idle plugin, and scripted engines with one and with four
@@ -107,9 +108,17 @@ GPU_CASES = [
     *(Case(1024, batch) for batch in (1, 8, 32)),
     # No more tokens than the KV policy lets wait.
     *(Case(32, batch, output=64) for batch in (1, 8, 32)),
+    Case(512, 64, output=64),
 ]
+# Few, but of prompts, of generation, and of generation after long prompts.
+QUICK_CASES = [Case(128, 64), Case(1024, 8), Case(32, 8, output=64), Case(512, 64, output=64)]
 ON_GPU = torch.cuda.is_available()
-MORE = {"kv_cache_memory_bytes": 5 << 30} if ON_GPU else {}  # for the largest case
+# Room for the largest case, and graphs of the cases' sizes instead of the 51 of vLLM's default.
+MORE: dict[str, Any] = {
+    "kv_cache_memory_bytes": 5 << 30,
+    "max_num_seqs": 256,
+    "compilation_config": {"cudagraph_capture_sizes": [1, 8, 32, 64, 128, 256]},
+}
 
 
 def scenarios(depth: int) -> list[Scenario]:
@@ -124,6 +133,16 @@ def scenarios(depth: int) -> list[Scenario]:
     ]
 
 
+def quick_scenarios(depth: int) -> list[Scenario]:
+    """Scenarios of one engine, from no exits to all requests."""
+    fifths = [depth * part // 5 for part in range(1, 5)]
+    return [
+        Scenario("never exit", FOUR, {}),
+        Scenario("all leave at the second of four", FOUR, {fifths[1]: 1.0}),
+        Scenario("a fifth leaves at each of four", FOUR, dict.fromkeys(fifths, 0.2)),
+    ]
+
+
 def main(
     model: Annotated[
         str,
@@ -131,19 +150,21 @@ def main(
     ],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/throughput.json"),
     rounds: Annotated[int, typer.Option(min=1)] = ROUNDS,
+    quick: Annotated[bool, typer.Option(help="Few cases, and three engines side by side.")] = False,
 ) -> None:
     """Measure, and write JSON, a Markdown table and a plot next to each other."""
     if model in SHAPES:
         model = str(write_shape(model, Path(tempfile.mkdtemp())))
     hf_config, _ = load_config_and_tokenizer(model)
     depth, vocabulary = hf_config.num_hidden_layers, hf_config.vocab_size
-    cases = GPU_CASES if ON_GPU else CASES
+    cases = QUICK_CASES if quick else GPU_CASES if ON_GPU else CASES
+    planned = quick_scenarios(depth) if quick else scenarios(depth)
     measured: list[dict[str, dict[str, Any]]] = [{} for _ in cases]
-    for names in side_by_side():
+    for names in [(STOCK, HALF, FOUR)] if quick else side_by_side():
         engines = start_engines(model, depth, cases, names)
         for case, found in zip(tqdm(cases, desc="cases", unit="case"), measured, strict=True):
             prompts = random_prompts(case.batch, case.length, vocabulary)
-            runs = measure(engines, scenarios(depth), case, prompts, rounds)
+            runs = measure(engines, planned, case, prompts, rounds)
             for run in runs.values():
                 run["stock"] = runs[STOCK]["seconds"]
             found |= runs
@@ -192,7 +213,8 @@ def start_engines(
         if name not in (STOCK, HALF) and "VLLM_PLUGINS" in os.environ:
             del os.environ["VLLM_PLUGINS"]
             register()  # vLLM loads plugins once per process, and loaded none here
-        engines[name] = start_engine(model, examples, load_format="dummy", **MORE, **settings)
+        more = MORE if ON_GPU else {}
+        engines[name] = start_engine(model, examples, load_format="dummy", **more, **settings)
     return engines
 
 

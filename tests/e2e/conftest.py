@@ -44,4 +44,4 @@ def tested(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(adainfer_kernels.backend, "_auto_is_torch", False)
     yield llm
     model.graphs, model.exits_off, model.execution = graphs, False, Execution.SEGMENT_GRAPHS
-    model.loop.stats.failed_parts = ()
+    model.loop.stats.failed_parts, model.loop.stats.not_tested = (), ""

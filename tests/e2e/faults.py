@@ -35,7 +35,7 @@ Patch = pytest.MonkeyPatch
 def found(llm: Any) -> list[str]:
     """The parts that fail."""
     _, runner, _ = parts(llm)
-    return [failure.part for failure in self_test(runner)]
+    return [failure.part for failure in self_test(runner).failures]
 
 
 def answers_are_right(llm: Any, reference: Any) -> bool:

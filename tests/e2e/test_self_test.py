@@ -33,10 +33,11 @@ from vllm_adainfer.engine.model.batch import CompiledBatch, Execution
 from vllm_adainfer.engine.segments.attention import with_own_builders
 from vllm_adainfer.engine.segments.segments import Stack
 from vllm_adainfer.engine.self_test.kernels import wrong_kernels
-from vllm_adainfer.engine.self_test.scripted_steps import ScriptedSteps
-from vllm_adainfer.engine.self_test.self_test import self_test
-from vllm_adainfer.engine.worker.gpu_worker import AdaInferGPUWorker, configuration_of, record_of
+from vllm_adainfer.engine.self_test.scripted_requests import Script
+from vllm_adainfer.engine.self_test.scripted_steps import Rows, ScriptedSteps
+from vllm_adainfer.engine.self_test.self_test import MOST, differences, self_test
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
+from vllm_adainfer.exits.loop.step import FULL_DEPTH
 
 pytestmark = pytest.mark.skipif(not IS_V2, reason="vLLM uses Model Runner V1 on CPUs alone")
 
@@ -257,7 +258,7 @@ def test_where_a_kernel_does_not_compile_probes_run_in_torch(tested, monkeypatch
         raise RuntimeError("no such architecture")
 
     monkeypatch.setattr("vllm_adainfer.engine.self_test.self_test.wrong_kernels", refused)
-    [failure] = self_test(parts(tested)[1])
+    [failure] = self_test(parts(tested)[1]).failures
     assert (failure.part, failure.why) == ("kernels", "RuntimeError: no such architecture")
     assert adainfer_kernels.backend._auto_is_torch
 
@@ -279,29 +280,20 @@ def test_wrong_sums_of_prompts_are_found(tested, monkeypatch):
     assert found(tested) == ["kernels"]
 
 
-@pytest.mark.parametrize("tested", ["engine"], indirect=True)
-def test_a_device_that_has_passed_is_not_tested_again(tested, monkeypatch, tmp_path):
-    """Until anything of it changes; a failure is found anew at each start."""
-    _, runner, _ = parts(tested)
-    runs = []
-    result: tuple[str, ...] = ("exits",)
-
-    def counted(_: Any) -> tuple[str, ...]:
-        runs.append(1)
-        return result
-
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
-    monkeypatch.setattr("vllm_adainfer.engine.worker.gpu_worker.self_test", counted)
-    worker = object.__new__(AdaInferGPUWorker)
-    worker.model_runner = runner
-    for result, expected in ((("exits",), 1), (("exits",), 2), ((), 3), ((), 3)):  # noqa: B007
-        worker.self_test()
-        assert len(runs) == expected
-    for name, value in (
-        ("torch.cuda.get_device_name", lambda _: "another GPU"),
-        ("vllm.__version__", "0.32.1"),
-        ("vllm_adainfer.engine.worker.gpu_worker.digest_of", lambda _: 7),
-    ):
-        monkeypatch.setattr(name, value)
-        assert not record_of(configuration_of(runner)).exists()
+@pytest.mark.parametrize("tested", needed(QUICK, of=ENGINES), indirect=True)
+def test_vllms_own_model_which_the_reference_is_judged_by_computes_the_same(tested):
+    model, runner, _ = parts(tested)
+    script = Script.drawn(
+        exit_points=len(model.loop.policies.exit_points),
+        vocabulary=500,
+        max_requests=4,
+        max_rows=64,
+        tokens=1 if runner.is_pooling_model else 3,
+    )
+    steps = ScriptedSteps(runner)
+    in_full, stock = (
+        steps.run(script.never_exiting, Execution.EAGER, rows)
+        for rows in (Rows.IN_FULL, Rows.STOCK)
+    )
+    assert stock.keys() == {token for token in in_full if token[-1] == FULL_DEPTH}
+    assert differences(stock, in_full, MOST if runner.dtype == torch.bfloat16 else 1e-3) is None

@@ -20,6 +20,12 @@ from tests.kernels import oracle
 from tests.kernels.oracle import BACKENDS, DEVICE, DTYPES, NAN, normal
 from tests.kernels.test_interface import assert_says
 
+# On a GPU torch only checks Triton. It norms a row there by a reduction that depends on how many
+# rows there are, so its sums may differ in their last bits. What is served is exact.
+IS_EXACT = {"torch": DEVICE == "cpu", "triton": True}
+# Of numbers of a few tens, with Triton's approximate square root.
+MORE_ERROR = 1e-5 if DEVICE == "cpu" else 4e-5
+SAME_NORM = 1e-6 if DEVICE == "cpu" else 4e-6  # relative, of two kernels
 HIDDEN = 100  # in the Triton backend, more than one block of columns, and no multiple of one
 # Gaps and lengths, in turn: how many rows are nobody's, how many the next request's.
 LAYOUTS = {
@@ -75,10 +81,13 @@ def states(layout: list[int], dtype: torch.dtype = torch.float32, size: int = HI
     return 3 * normal(sum(layout), size, seed=1, dtype=dtype)
 
 
-def assert_same(found: Pooled, right: Pooled) -> None:
-    """Bit for bit."""
-    assert torch.equal(found.last, right.last)
-    assert torch.equal(found.sums, right.sums)
+def assert_same(found: Pooled, right: Pooled, backend: str) -> None:
+    """Bit for bit, or as near as `backend` comes to that."""
+    for value, truth in ((found.last, right.last), (found.sums, right.sums)):
+        if IS_EXACT[backend]:
+            assert torch.equal(value, truth)
+        else:
+            torch.testing.assert_close(value, truth, rtol=1e-5, atol=1e-4)
 
 
 def assert_accurate(found: Pooled, *arguments: Tensor | None) -> None:
@@ -87,7 +96,7 @@ def assert_accurate(found: Pooled, *arguments: Tensor | None) -> None:
     for value, accepted, truth in zip((found.last, found.sums), naive, right, strict=True):
         assert value.dtype == torch.float32
         excess = (value - truth).abs() - (accepted - truth).abs()
-        assert excess.max().item() <= 1e-5
+        assert excess.max().item() <= MORE_ERROR
 
 
 @pytest.mark.parametrize(
@@ -120,7 +129,7 @@ def test_the_norm_is_that_of_a_readout(backend):
     found = adainfer_kernels.pool(hidden, None, *spans([0, 6]), backend=backend)
     norm = adainfer_kernels.Norm("rms", eps=EPS)
     right = adainfer_kernels.readout(hidden, norm, backend=backend)
-    torch.testing.assert_close(found.last, right[-1:], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.last, right[-1:], rtol=SAME_NORM, atol=0)
 
 
 @each_layout
@@ -139,7 +148,7 @@ def test_a_request_is_the_same_alone_and_among_others(backend, name):
             backend=backend,
         )
         one = slice(request, request + 1)
-        assert_same(alone, Pooled(together.last[one], together.sums[one]))
+        assert_same(alone, Pooled(together.last[one], together.sums[one]), backend)
 
 
 @each_backend
@@ -147,7 +156,7 @@ def test_a_request_is_the_same_alone_and_among_others(backend, name):
 def test_chunks_that_carry_their_sums_on_are_the_whole(cuts, backend):
     hidden = states([0, 13])
     whole = adainfer_kernels.pool(hidden, None, *spans([0, 13]), backend=backend)
-    assert_same(in_chunks(hidden, list(cuts), backend), whole)
+    assert_same(in_chunks(hidden, list(cuts), backend), whole, backend)
 
 
 def in_chunks(hidden: Tensor, cuts: list[int], backend: str = "torch") -> Pooled:
@@ -176,8 +185,8 @@ def test_thousands_of_rows_are_added_one_after_another(layout, size, threads):
         right = torch.zeros_like(sums)
         for row in normed[start:end]:
             right += row
-        assert torch.equal(sums, right)
-    assert torch.equal(found.last, normed[ends - 1])
+        assert_same(Pooled(sums, sums), Pooled(right, right), "torch")
+    assert_same(Pooled(found.last, found.last), Pooled(*2 * [normed[ends - 1]]), "torch")
 
 
 @given(data=st.data())
@@ -199,7 +208,7 @@ def test_any_layout_in_any_chunks_is_what_each_request_is_alone(data):
         cuts = data.draw(st.sets(st.integers(1, length), max_size=4)) - {length}
         alone = in_chunks(hidden[starts[request] : ends[request]], sorted(cuts))
         one = slice(request, request + 1)
-        assert_same(Pooled(found.last[one], found.sums[one]), alone)
+        assert_same(Pooled(found.last[one], found.sums[one]), alone, "torch")
 
 
 @each_layout
@@ -210,7 +219,8 @@ def test_rows_of_nobody_may_hold_anything(backend, name):
     rows = torch.arange(len(hidden), device=DEVICE)[:, None]
     theirs = ((starts <= rows) & (rows < ends)).any(dim=1)
     hidden[~theirs] = NAN
-    assert_same(adainfer_kernels.pool(hidden, hidden, starts, ends, backend=backend), clean)
+    found = adainfer_kernels.pool(hidden, hidden, starts, ends, backend=backend)
+    assert_same(found, clean, backend)
 
 
 @each_backend
@@ -244,7 +254,7 @@ def test_arguments_may_have_strides_and_gradients_and_are_only_read(backend, nam
     for number in (0, 1, 4):
         strided[number].requires_grad_()
     found = adainfer_kernels.pool(*strided, backend=backend)
-    assert_same(found, right)
+    assert_same(found, right, backend)
     assert not found.sums.requires_grad
     assert all(map(torch.equal, strided, before))
 
@@ -260,7 +270,7 @@ def test_auto_is_triton_on_a_gpu_and_torch_elsewhere():
     forced = "triton" if DEVICE == "cuda" else "torch"
     arguments = states([0, 9]), None, *spans([0, 9])
     auto = adainfer_kernels.pool(*arguments)
-    assert_same(auto, adainfer_kernels.pool(*arguments, backend=forced))
+    assert_same(auto, adainfer_kernels.pool(*arguments, backend=forced), forced)
 
 
 @each_backend

@@ -12,6 +12,7 @@ def report(*added: Any, serving: Any = (), **state: Any) -> dict[str, Any]:
     before = {
         "weights_differ": False,
         "failed_parts": (),
+        "not_tested": "",
         "changed_at_most": {},
         "all_changed_at_most": None,
     }

@@ -50,6 +50,7 @@ def test_the_line_sums_up_what_was_reported(line, reports, text):
     [
         ({"weights_differ": True}, ", no exits, because the policies are not for these weights"),
         ({"failed_parts": ("kernels", "exits")}, ", switched off by the self-test: kernels, exits"),
+        ({"not_tested": "there is no room"}, ", not tested on this device: there is no room"),
     ],
 )
 def test_the_line_says_why_there_are_no_exits_while_there_are_none(line, state, said):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -170,6 +171,13 @@ def test_what_has_stopped_exits_shows_in_gauges_of_each_engine(engines):
         for part in PARTS:
             found = [value("adainfer:self_test_failed", number, part=part) for number in range(2)]
             assert found == [0, part == failed]
+
+
+def test_parts_that_could_not_be_tested_are_shown_neither_as_right_nor_as_wrong(engines):
+    engines[0].add(report(not_tested="there is no room", failed_parts=("kernels",)))
+    shown = {part: value("adainfer:self_test_failed", 0, part=part) for part in PARTS}
+    assert shown.pop("kernels") == 1
+    assert all(map(math.isnan, shown.values()))
 
 
 def test_the_series_of_a_second_server_in_the_process_replace_those_of_the_first(configs):

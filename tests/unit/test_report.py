@@ -145,6 +145,7 @@ def test_before_anything_ran_a_report_is_empty():
         "all_changed_at_most": None,
         "weights_differ": False,
         "failed_parts": [],
+        "not_tested": "",
     }
 
 

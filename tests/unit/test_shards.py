@@ -39,23 +39,31 @@ def test_probes_of_shards_join_to_the_probe_of_all(bounds):
         torch.testing.assert_close(joined.features, whole.features)
 
 
-@pytest.mark.parametrize("with_pynccl", [False, True], ids=["gloo", "pynccl"])
+NCCL = {
+    "no NCCL": None,
+    "NCCL": SimpleNamespace(disabled=False),
+    "disabled NCCL": SimpleNamespace(disabled=True),  # as vLLM has it with VLLM_DISABLE_PYNCCL=1
+}
+
+
+@pytest.mark.parametrize("nccl", NCCL.values(), ids=NCCL)
 @pytest.mark.parametrize("values", [[True, False], [0.5, 2.0]], ids=["decisions", "scores"])
-def test_every_rank_takes_the_values_of_the_first(monkeypatch, values, with_pynccl):
-    """By vLLM's own NCCL communicator, where there is one."""
+def test_every_rank_takes_the_values_of_the_first(monkeypatch, values, nccl):
+    """By vLLM's own NCCL communicator, where there is one that works."""
     first = torch.tensor(values)
+    works = nccl is not None and not nccl.disabled
 
     def broadcast(tensor: Tensor) -> Tensor:
         return first.to(tensor.dtype)
 
     def refuse(tensor: Tensor) -> Tensor:
-        raise AssertionError("this would make a second communicator")
+        raise AssertionError("a second communicator, or one that is disabled")
 
     group = SimpleNamespace(
         world_size=2,
-        broadcast=refuse if with_pynccl else broadcast,
+        broadcast=refuse if works else broadcast,
         device_communicator=SimpleNamespace(
-            broadcast=broadcast, pynccl_comm=object() if with_pynccl else None
+            broadcast=broadcast if works else refuse, pynccl_comm=nccl
         ),
     )
     monkeypatch.setattr(ranks, "get_tp_group", lambda: group)

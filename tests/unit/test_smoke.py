@@ -69,9 +69,16 @@ def test_requests_that_may_not_exit_have_to_run_every_layer(left, skipped, state
 
 
 def test_what_the_self_test_has_switched_off_is_a_failure_with_its_name():
-    assert str(self_test_found([])).startswith("ok    self-test: kernels, exits and graphs")
-    found = str(self_test_found(["segment_graphs", "exits"]))
+    assert str(self_test_found([], "")).startswith("ok    self-test: kernels, exits and graphs")
+    found = str(self_test_found(["segment_graphs", "exits"], ""))
     assert found.startswith("FAIL  self-test: segment_graphs, exits gave wrong results")
+
+
+@pytest.mark.parametrize("failed", [[], ["kernels"]])
+def test_what_the_self_test_could_not_test_is_told_as_such(failed):
+    found = self_test_found(failed, "there is no room")
+    assert found.state == ("FAIL" if failed else "skip")
+    assert "not tested: there is no room" in found.sentence
 
 
 def test_without_the_schema_of_its_objects_no_request_can_be_tried(monkeypatch, tiny_model):

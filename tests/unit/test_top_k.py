@@ -145,6 +145,7 @@ def test_what_is_certified_of_each_of_two_parts_is_a_share_of_queries():
     fitted, queries = (Queries.of_groups(TOP, groups[own], full[own]) for own in (fit, held_out))
     asked = SimpleNamespace(
         options=SimpleNamespace(epsilon=0.1, by_question=False),
+        any_exit_point=False,
         rows=SimpleNamespace(model=SimpleNamespace(depth=DEPTH)),
     )
     bound = Bound("exact", 0.1, 0.0)

@@ -63,6 +63,8 @@ class LogLines:
             parts.append("no exits, because the policies are not for these weights")
         if state["failed_parts"]:
             parts.append(f"switched off by the self-test: {', '.join(state['failed_parts'])}")
+        if state["not_tested"]:
+            parts.append(f"not tested on this device: {state['not_tested']}")
         for policy, readings in state["shadow"].items():
             parts += [_disagreement(policy, reading) for reading in readings if reading["checked"]]
         return ", ".join(parts)

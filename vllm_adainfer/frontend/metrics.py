@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -96,6 +97,9 @@ class EngineMetrics:
 
     def _show_state(self, report: Mapping[str, Any]) -> None:
         self._set("weights_differ", report["weights_differ"])
+        if report["not_tested"]:  # of the parts, kernels alone can be tested without requests
+            for part in set(PARTS) - {"kernels"}:
+                self._set("self_test_failed", math.nan, part)
         for part in report["failed_parts"]:
             self._set("self_test_failed", 1, part)
         for policy in self._described.intersection(report["changed_at_most"]):

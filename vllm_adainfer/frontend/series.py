@@ -126,7 +126,8 @@ GAUGES = {
         ENGINE,
     ),
     "self_test_failed": (
-        "1 for each part that the self-test on this device found wrong and switched off, else 0.",
+        "1 for each part that the self-test on this device found wrong and switched off, NaN for "
+        "one that it could not test, else 0.",
         PART,
     ),
     "policy_info": (

@@ -37,6 +37,45 @@ def leave_full_graphs_to_segments(vllm_config: VllmConfig) -> None:
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 
+def captures_graphs(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM will capture CUDA graphs on a GPU, as far as is known when config hooks run.
+
+    vLLM 0.32 fills in what is not set after them: no graphs for ``-O0``, nor with another
+    compilation than its own, since ours are piecewise.
+    """
+    from vllm.config import CompilationMode, CUDAGraphMode
+    from vllm.config.vllm import OptimizationLevel
+
+    compilation = vllm_config.compilation_config
+    if vllm_config.model_config.enforce_eager or compilation.cudagraph_mode == CUDAGraphMode.NONE:
+        return False
+    if compilation.mode is None:
+        return vllm_config.optimization_level > OptimizationLevel.O0
+    return compilation.mode == CompilationMode.VLLM_COMPILE
+
+
+def fuses_attention(vllm_config: VllmConfig) -> bool:
+    """Whether a pass will have vLLM capture the whole model, despite piecewise graphs.
+
+    vLLM 0.32 decides that after its config hooks (`set_splitting_ops_for_attn_fusion`). With
+    splitting operations of the user's own the graphs stay piecewise, but contain attention.
+    """
+    compilation = vllm_config.compilation_config
+    fuses = compilation.pass_config.fuse_attn_quant
+    return bool(fuses and not compilation.use_inductor_graph_partition)
+
+
+def splits_elsewhere(vllm_config: VllmConfig) -> bool:
+    """Whether attention would be inside of vLLM's piecewise graphs.
+
+    vLLM 0.32 turns them off for ``splitting_ops=[]`` (`set_splitting_ops_for_v1`), after its config
+    hooks.
+    """
+    compilation = vllm_config.compilation_config
+    own = compilation.splitting_ops is not None
+    return own and not compilation.splitting_ops_contain_attention()
+
+
 def has_custom_worker(vllm_config: VllmConfig) -> bool:
     """Whether an engine's worker is neither vLLM 0.32's own for CPUs or CUDA, nor ours."""
     worker = vllm_config.parallel_config.worker_cls

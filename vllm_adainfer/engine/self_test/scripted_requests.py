@@ -10,10 +10,12 @@ import numpy as np
 from torch import Tensor
 from typing_extensions import override
 from vllm.config import VllmConfig
+from vllm.forward_context import override_forward_context
 
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.engine.admission.running import Running
+from vllm_adainfer.engine.model.early_exit import EarlyExit
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.exits.batch.batch import Batch
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
@@ -106,6 +108,19 @@ class ScriptedExits(ExitPolicy):
 
 
 @dataclass
+class StockLoop:
+    """Runs steps by vLLM's own model, which knows of no segments."""
+
+    model: EarlyExit
+
+    def run(self, batch: Any, input_ids: Tensor, step: StepContext) -> StepOutput:
+        """Run one step; `batch` has its positions, and the forward context for all its rows."""
+        stock: Any = super(EarlyExit, self.model)
+        with override_forward_context(batch.context):
+            return StepOutput(stock.forward(input_ids, batch.positions))
+
+
+@dataclass
 class NotingLoop:
     """Runs steps, and notes the states that tokens are read from.
 
@@ -119,7 +134,7 @@ class NotingLoop:
 
     """
 
-    loop: ExitLoop | None
+    loop: ExitLoop | StockLoop | None
     segments: int
     head_size: int
     noted: dict[str, dict[int, Tensor]] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum, auto
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +20,7 @@ from vllm_adainfer.engine.self_test.scripted_requests import (
     Script,
     ScriptedExits,
     ScriptedRequests,
+    StockLoop,
 )
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.policy.policy_set import PolicySet
@@ -27,6 +29,21 @@ from vllm_adainfer.policy.policy_set import PolicySet
 Token: TypeAlias = tuple[int, int, int]
 States: TypeAlias = dict[Token, Tensor]
 NAME = "self-test"
+
+
+class Rows(Enum):
+    """Which layers the rows of a run take.
+
+    Attributes:
+        AS_SERVED: rows leave as the script says.
+        IN_FULL: all layers, in segments; the states at every exit point are told.
+        STOCK: all layers, by vLLM's own model, without segments.
+
+    """
+
+    AS_SERVED = auto()
+    IN_FULL = auto()
+    STOCK = auto()
 
 
 class ScriptedSteps:
@@ -44,19 +61,16 @@ class ScriptedSteps:
         return int((self._runner.kv_cache_config.num_blocks - 1) // max(blocks, 1))
 
     @torch.inference_mode()
-    def run(self, script: Script, execution: Execution, in_full: bool = False) -> States:
-        """The state that each token of `script` is read from.
-
-        `in_full`: all rows run all layers, and the states at every exit point are told.
-        """
+    def run(self, script: Script, execution: Execution, rows: Rows = Rows.AS_SERVED) -> States:
+        """The state that each token of `script` is read from."""
         self._runs += 1
         runner = self._runner
         ids = [f"{NAME}-{self._runs}-{place}" for place in range(len(script.prompts))]
         tables = self._tables(script)
         states: States = {}
-        with self._following(script, ids, execution, in_full) as loop:
+        with self._following(script, ids, execution, rows) as loop:
             for step in range(script.tokens):
-                new, going_on, rows, tokens = [], [], {}, []
+                new, going_on, lengths, tokens = [], [], {}, []
                 for place, prompt in enumerate(script.prompts):
                     token = step - script.arrives[place]
                     if token < 0:
@@ -65,13 +79,13 @@ class ScriptedSteps:
                     if token == 0:
                         params = params_for_warm_up(runner, script.answers[place], script.tokens)
                         new.append((Request(ids[place], list(prompt), *params), tables[place]))
-                        rows[ids[place]] = len(prompt)
+                        lengths[ids[place]] = len(prompt)
                     else:
                         going_on.append((ids[place], len(prompt) + token - 1, token))
-                        rows[ids[place]] = 1
-                if not rows:
+                        lengths[ids[place]] = 1
+                if not lengths:
                     continue
-                runner.execute_model(scheduled(new, going_on, rows))
+                runner.execute_model(scheduled(new, going_on, lengths))
                 if runner.is_pooling_model:
                     runner.pool()
                 else:
@@ -103,7 +117,7 @@ class ScriptedSteps:
 
     @contextmanager
     def _following(
-        self, script: Script, ids: list[str], execution: Execution, in_full: bool
+        self, script: Script, ids: list[str], execution: Execution, rows: Rows
     ) -> Iterator[NotingLoop]:
         """Let the model run the script, with a loop of its own, and run it in this way."""
         model, state = self._model, self._runner.model_state
@@ -121,7 +135,12 @@ class ScriptedSteps:
             compaction_cost=0,  # all that can leave does
             read=read_from_rank0,
         )
-        noting = NotingLoop(None if in_full else loop, len(model.stack.segments), head_size)
+        runs: dict[Rows, ExitLoop | StockLoop | None] = {
+            Rows.AS_SERVED: loop,
+            Rows.IN_FULL: None,
+            Rows.STOCK: StockLoop(model),
+        }
+        noting = NotingLoop(runs[rows], len(model.stack.segments), head_size)
         state.running = ScriptedRequests(running, self._runner.vllm_config, script, loop)
         model.loop, model.execution, model.exits_off = noting, execution, False
         model.graphs = self._graphs if execution is Execution.SEGMENT_GRAPHS else None

@@ -21,7 +21,8 @@ from vllm_adainfer.engine.runner.ranks import first_on_any_rank
 from vllm_adainfer.engine.self_test.kernels import wrong_kernels
 from vllm_adainfer.engine.self_test.parts import Part
 from vllm_adainfer.engine.self_test.scripted_requests import TOKENS, Script
-from vllm_adainfer.engine.self_test.scripted_steps import ScriptedSteps, States
+from vllm_adainfer.engine.self_test.scripted_steps import Rows, ScriptedSteps, States
+from vllm_adainfer.errors import AdaInferError
 
 logger = get_logger(__name__)
 
@@ -52,12 +53,36 @@ class Failure:
         return f"{name} ({self.why}): {self.instead}"
 
 
-def self_test(runner: Any) -> tuple[Failure, ...]:
+@dataclass(frozen=True)
+class Outcome:
+    """What a self-test has found.
+
+    Attributes:
+        failures: the parts that failed.
+        not_tested: why the layers could not be tested; empty if they were.
+
+    """
+
+    failures: tuple[Failure, ...] = ()
+    not_tested: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether all was tested, and nothing failed."""
+        return not self.failures and not self.not_tested
+
+
+class WrongAtFullDepth(AdaInferError):
+    """Not even all layers for all rows are right, so that nothing can replace them."""
+
+
+def self_test(runner: Any) -> Outcome:
     """Test a Model Runner V2 that is ready to serve; say which parts fail, and replace them.
 
-    A collective: every rank must call it, and all ranks replace the same.
+    A collective: every rank must call it, and all ranks replace the same. `WrongAtFullDepth` if the
+    engine must not serve.
     """
-    model, failures = runner.model, []
+    model, failures, not_tested = runner.model, [], ""
     states = torch.empty(
         runner.max_num_reqs, model.hidden_size, dtype=runner.dtype, device=model.device
     )
@@ -70,20 +95,27 @@ def self_test(runner: Any) -> tuple[Failure, ...]:
         adainfer_kernels.use_torch()
         failures.append(Failure("kernels", why, "probes run in torch"))
     try:
-        failures += _test_steps(runner)
+        layers = _test_steps(runner)
+        failures += layers.failures
+        not_tested = layers.not_tested
+    except WrongAtFullDepth:
+        raise
     except Exception as error:  # nothing is known then
         failures.append(_without_exits(model, f"the test itself failed: {_named(error)}"))
     model.loop.stats.failed_parts = tuple(failure.part for failure in failures)
+    model.loop.stats.not_tested = not_tested
     if failures:
         logger.warning(
             "the self-test on this device found wrong results, which are now avoided at the cost "
             "of speed; please report them. %s",
             "; ".join(map(str, failures)),
         )
-    return tuple(failures)
+    if not_tested:
+        logger.warning("layers and exits were not tested on this device: %s", not_tested)
+    return Outcome(tuple(failures), not_tested)
 
 
-def _test_steps(runner: Any) -> list[Failure]:
+def _test_steps(runner: Any) -> Outcome:
     """Test the layers, their exits and their graphs."""
     model, steps = runner.model, ScriptedSteps(runner)
     script = Script.drawn(
@@ -94,15 +126,18 @@ def _test_steps(runner: Any) -> list[Failure]:
         tokens=1 if runner.is_pooling_model else TOKENS,
     )
     if len(script.prompts) < 2:
-        logger.warning("no self-test on this device: there is no room for two short requests")
-        return []
+        return Outcome(not_tested="there is no room for two short requests")
     plain = script.never_exiting
-    anchor = steps.run(plain, Execution.EAGER, in_full=True)
-    if not all(state.isfinite().all() for state in anchor.values()):
-        logger.warning(
-            "no self-test on this device: the model itself computes states that are not numbers"
-        )
-        return []
+    anchor = steps.run(plain, Execution.EAGER, Rows.IN_FULL)
+    if first_on_any_rank(_not_numbers(anchor)):
+        if not first_on_any_rank(_not_numbers(steps.run(plain, Execution.EAGER, Rows.STOCK))):
+            raise WrongAtFullDepth(
+                "vllm-adainfer: on this device the layers compute states that are not numbers once "
+                "they are cut into segments, and as vLLM runs them they do not: please report this "
+                'with the engine\'s log, and serve without the plugin: drop "adainfer" from '
+                "additional_config"
+            )
+        return Outcome(not_tested="the model itself computes states that are not numbers")
     tolerance = _tolerance(steps, script, anchor, runner.dtype)
 
     def wrong(run: Callable[[], States], right: States) -> str | None:
@@ -126,7 +161,8 @@ def _test_steps(runner: Any) -> list[Failure]:
     if why is not None:
         failures.append(_without_exits(model, why))
     for execution in ways_of(runner):
-        why = wrong(partial(steps.run, plain, execution, model.exits_off), anchor)
+        rows = Rows.IN_FULL if model.exits_off else Rows.AS_SERVED
+        why = wrong(partial(steps.run, plain, execution, rows), anchor)
         if not model.exits_off:
             why = why or wrong(partial(steps.run, script, execution), right)
         model.execution = execution
@@ -134,7 +170,12 @@ def _test_steps(runner: Any) -> list[Failure]:
             break
         failures.append(Failure(TESTED[execution], why, f"layers run without {execution.value}"))
         model.graphs, model.execution = None, Execution.EAGER
-    return failures
+    return Outcome(tuple(failures))
+
+
+def _not_numbers(states: States) -> str | None:
+    """A text if some state is not finite, for `first_on_any_rank`."""
+    return None if all(state.isfinite().all() for state in states.values()) else "not numbers"
 
 
 def _without_exits(model: Any, why: str) -> Failure:
@@ -184,7 +225,7 @@ def _tolerance(steps: ScriptedSteps, script: Script, anchor: States, dtype: torc
     noise = 0.0
     for part in requests[::2], requests[1::2]:
         places = list(part)
-        alone = steps.run(plain.only(places), Execution.EAGER, in_full=True)
+        alone = steps.run(plain.only(places), Execution.EAGER, Rows.IN_FULL)
         for (place, token, exit_index), state in alone.items():
             noise = max(noise, _distance(state, anchor[places[place], token, exit_index]))
     least = TOLERANCE.get(dtype, TOLERANCE_16_BITS)

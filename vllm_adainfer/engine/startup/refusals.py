@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.engine.classes import MODELS, SCHEDULER, own_kv_layers, worker_class
 from vllm_adainfer.engine.compat.compilation import names_experts
-from vllm_adainfer.engine.compat.config import packaged_logits_processors, replays_whole_model
+from vllm_adainfer.engine.compat.config import (
+    captures_graphs,
+    fuses_attention,
+    packaged_logits_processors,
+    replays_whole_model,
+    splits_elsewhere,
+)
 from vllm_adainfer.engine.scheduler.prefix_cache import refuse_kv_connector
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.promise.promise import Unit
@@ -122,11 +128,26 @@ def _of_platform(vllm_config: VllmConfig) -> Iterator[str]:
         )
     if current_platform.is_cuda() and replays_whole_model(vllm_config):
         yield "breakable CUDA graphs run all layers: set VLLM_USE_BREAKABLE_CUDAGRAPH=0"
+    if current_platform.is_cuda() and captures_graphs(vllm_config):
+        yield from _of_graphs(vllm_config)
     is_hybrid, has_adapters = vllm_config.model_config.is_hybrid, vllm_config.lora_config
     if is_hybrid and has_adapters is not None and current_platform.is_cpu():
         yield (
             "vLLM 0.32 has no adapters for layers with a recurrent state on a CPU: drop "
             "--enable-lora, and serve merged weights"
+        )
+
+
+def _of_graphs(vllm_config: VllmConfig) -> Iterator[str]:
+    if fuses_attention(vllm_config):
+        yield (
+            "with fuse_attn_quant CUDA graphs hold the whole model and run all layers: set it to "
+            "false in the pass_config of --compilation-config"
+        )
+    if splits_elsewhere(vllm_config):
+        yield (
+            "splitting_ops without attention rule out CUDA graphs of parts of the model: drop "
+            "splitting_ops from --compilation-config"
         )
 
 

@@ -7,10 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import vllm
-from adainfer_kernels import pool, rows_to_compile_for
 from typing_extensions import override
 from vllm import envs
 from vllm.platforms import current_platform
@@ -18,17 +16,16 @@ from vllm.v1.worker.gpu_worker import Worker
 
 import vllm_adainfer
 from vllm_adainfer.artifact.artifact import digest_of
-from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.engine.compat.warm_up import WarmedUp
 from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0, same_on_all_ranks
 from vllm_adainfer.engine.self_test.self_test import self_test
+from vllm_adainfer.engine.startup.graph_mode import check_graph_mode
+from vllm_adainfer.engine.worker.warm_up import prepare, warm_up
 from vllm_adainfer.engine.worker.worker import ExitWorker
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.files import PUBLIC, replace_file
-from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicySet
-from vllm_adainfer.promise.label_subsets import ALL
 
 
 class AdaInferGPUWorker(ExitWorker, WarmedUp, Worker):
@@ -52,17 +49,33 @@ class AdaInferGPUWorker(ExitWorker, WarmedUp, Worker):
         super().sleep(level)
 
     @override
+    def init_device(self) -> None:
+        """Refuse CUDA graphs of the whole model, which vLLM may choose after our config hook."""
+        super().init_device()
+        check_graph_mode(self.vllm_config)
+
+    @override
     def warmed_up(self) -> None:
         """Test a device on which that was not done before, and warm up the probes, too."""
-        runner, model = self.model_runner, self.model_runner.model
+        model = self.model_runner.model
         if isinstance(model.loop, ExitLoop):
             if current_platform.is_cuda_alike():
                 self.self_test()
-            size = runner.max_num_reqs, model.hidden_size
-            states = torch.zeros(size, dtype=runner.dtype, device=model.device)
+            states = self._some_states()
             warm_up(model.loop.policies, states)
             broadcast_from_rank0(states[:1])
         model.loop.reset_counters()  # of vLLM's warm-up
+
+    @override
+    def prepare_policies(self, policies: PolicySet) -> None:
+        """Compile and test the kernels of policies that come later, before they decide a step."""
+        prepare(policies, self._some_states())
+
+    def _some_states(self) -> torch.Tensor:
+        """[max requests, hidden size], all zeros."""
+        runner, model = self.model_runner, self.model_runner.model
+        size = runner.max_num_reqs, model.hidden_size
+        return torch.zeros(size, dtype=runner.dtype, device=model.device)
 
     def self_test(self) -> None:
         """Check the fast paths; once for the same device, versions and model."""
@@ -71,7 +84,7 @@ class AdaInferGPUWorker(ExitWorker, WarmedUp, Worker):
         has_passed = record_of(tested).exists()
         if same_on_all_ranks(has_passed) and has_passed:
             return
-        if not self_test(runner):
+        if self_test(runner).passed:
             remember(tested)
 
 
@@ -103,35 +116,7 @@ def record_of(tested: dict[str, Any]) -> Path:
 
 
 def remember(tested: dict[str, Any]) -> None:
-    """Note that it has passed. A failure is not remembered: it is tested again each time."""
+    """Note that it has passed. Whatever failed or was not tested is tested again at each start."""
     path = record_of(tested)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(tested, indent=1, sort_keys=True), PUBLIC)
-
-
-TEXT = (1,) * 16  # for a student
-
-
-@torch.inference_mode()
-def warm_up(policies: PolicySet, states: torch.Tensor) -> None:
-    """Run all `policies` on rows of `states` [max requests, hidden size] and drop the decisions."""
-    if policies.reads(ProbeInput.PROMPT):
-        starts = torch.arange(len(states), device=states.device)
-        for residual in None, states:
-            for carried in None, torch.zeros_like(states, dtype=torch.float32):
-                pool(states, residual, starts, starts + 1, carried)
-    for rows in rows_to_compile_for(len(states)):
-        hidden = states[:rows]
-        threshold_rows = torch.zeros(rows, dtype=torch.int64, device=states.device)
-        subsets = torch.full_like(threshold_rows, ALL)
-        for policy in policies.policies:
-            memory = None
-            for exit_index, read in enumerate(policy.probe_inputs):
-                pooled = read is ProbeInput.PROMPT
-                state = torch.cat([hidden, hidden], 1).float() if pooled else hidden
-                texts = [TEXT] * rows if read is ProbeInput.TEXT else ()
-                lens = np.ones(rows, dtype=np.int64)
-                if read is ProbeInput.OWN_STATES:
-                    state = policy.probes[exit_index].project(hidden)
-                undecided = UndecidedRows(state, threshold_rows, memory, subsets, texts, lens)
-                memory = policy.decide(exit_index, undecided).memory

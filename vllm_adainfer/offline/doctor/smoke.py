@@ -12,7 +12,7 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.served_schema import served_schema
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
-from vllm_adainfer.offline.doctor.finding import Finding, fail, ok
+from vllm_adainfer.offline.doctor.finding import Finding, fail, ok, skip
 from vllm_adainfer.offline.evaluation.measure import run
 from vllm_adainfer.offline.evaluation.requests import (
     engine_settings,
@@ -56,7 +56,8 @@ def examine_engine(model: Model, artifact: str, config: ArtifactConfig) -> Itera
     try:
         yield _model_class(engine)
         if current_platform.is_cuda_alike():
-            yield self_test_found(stats(engine)["failed_parts"])
+            counted = stats(engine)
+            yield self_test_found(counted["failed_parts"], counted["not_tested"])
         asked = [
             request_params(config, None, extra, schema=schema) for extra in (None, {EXIT_ARG: 0})
         ]
@@ -100,13 +101,16 @@ def exits_found(early: Run, full: Run, depth: int) -> Finding:
     )
 
 
-def self_test_found(failed_parts: list[str]) -> Finding:
+def self_test_found(failed_parts: list[str], not_tested: str) -> Finding:
     """Whether fast paths were right on this device, see `engine/self_test`."""
+    untested = f"; layers not tested: {not_tested}" if not_tested else ""
     if failed_parts:
         return fail(
             f"self-test: {', '.join(failed_parts)} gave wrong results on this device and are off; "
-            "answers are right, but slower: please report this with the engine's log"
+            f"answers are right, but slower{untested}: please report this with the engine's log"
         )
+    if not_tested:
+        return skip(f"self-test: not tested: {not_tested}")
     return ok("self-test: kernels, exits and graphs match the plain reference on this device")
 
 
