@@ -60,3 +60,25 @@ def test_graphs_find_the_states_between_segments_where_they_were_captured(mode):
         assert torch.equal(result.per_layer.squeeze(1), expected.float())
     addresses = {states.data_ptr() for states in seen}
     assert len(addresses) == 2 if mode == CUDAGraphMode.PIECEWISE else len(addresses) > 2
+
+
+def test_graphs_also_find_states_that_came_from_elsewhere_with_padding_behind_them():
+    """Rows that are left of a batch, and copies by which a recording times layers again."""
+    seen: list[Tensor] = []
+    stack = stack_of(seen)
+    mode = SimpleNamespace(cudagraph_runtime_mode=CUDAGraphMode.PIECEWISE)
+    with override_forward_context(mode):
+        pass_of(stack, 8)
+        after = stack.run(0, torch.arange(8), HiddenStates(torch.arange(8)))
+        after = stack.run(1, torch.arange(8), after)
+        left = after.rows(torch.tensor([1, 4, 6]))
+        stack.fixed_states.put_positions(torch.tensor([1, 4, 6]))
+        again = stack.run(2, torch.arange(3), left.clone())
+        assert torch.equal(again.hidden, left.hidden + 1)
+        assert stack.fixed_states.size_for(3) == 8
+        padded = stack.run(2, torch.arange(3), stack.fixed_states.put(left, 8))
+    assert padded.num_rows == 8
+    assert torch.equal(padded.hidden[:3], left.hidden + 1)
+    assert len({states.data_ptr() for states in seen}) == 2
+    assert stack.fixed_states.positions_of(3).tolist() == [1, 4, 6]
+    assert stack.fixed_states.size_for(9) is None

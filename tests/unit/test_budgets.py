@@ -31,7 +31,9 @@ from benchmarks.common.budgets import (
 from benchmarks.common.launches import Launches, counted
 from tests import student
 from vllm_adainfer.artifact.fields import LabelBound
+from vllm_adainfer.engine.runner.adapters import StepAdapters
 from vllm_adainfer.engine.runner.build_loop import compaction_cost_of
+from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
 from vllm_adainfer.exits.loop.step import RecordedRequests
 from vllm_adainfer.exits.recording.recorder import CHUNK, served_recorder
@@ -161,6 +163,24 @@ def test_a_branch_sends_where_prompts_lie_and_waits_for_nothing():
     with counted() as device:
         encoder.read(rows, lens)
     assert (device.pageable, device.reads, device.uploads) == (0, 0, 3)
+
+
+def test_adapters_are_mapped_again_only_where_the_rows_have_changed():
+    """Each new mapping costs vLLM's GPU layers a wait of their own; equal ones are skipped."""
+    mapped: list[Any] = []
+
+    def set_active(active: set[Any], mapping: Any) -> None:
+        if not mapped or mapped[-1] != mapping:  # as vLLM's manager does
+            mapped.append(mapping)
+
+    adapters = StepAdapters(SimpleNamespace(set_active_adapters=set_active), [None] * 3)
+    layout = RowLayout(np.array([5, 1, 3]), np.array([7, 8, 30]))
+    left, _ = layout.regroup(np.array([0]))
+    for rows, segments in ((layout, 3), (left, 2)):
+        use = adapters.of_rows(rows)
+        for _ in range(segments):
+            use()
+    assert [len(mapping.index_mapping) for mapping in mapped] == [9, 4]
 
 
 @pytest.mark.parametrize(("width", "cost"), [(1000, 12_500), (20_000, 31)])

@@ -141,6 +141,7 @@ class Stack:
         replays = get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
         fixed, is_last = self.fixed_states, index == len(self.segments) - 1
         if replays and index > 0:
+            states = fixed.put(states, states.num_rows)
             positions = fixed.positions_of(states.num_rows)
         hidden, residual, per_layer = self.segments[index](positions, *states.parts)
         after = HiddenStates(hidden, residual, states.per_layer if per_layer is None else per_layer)
