@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.gpu_designs import CONTEXT, DESIGNS, LEAVE_AT, POINTS
+from benchmarks.gpu_designs import BUILT, CONTEXT, DESIGNS, LEAVE_AT, POINTS
 from vllm_adainfer.offline.facts.document import markdown_grid
 
 Case = dict[str, dict[str, float | None]]  # of stock and of each design, see `gpu_designs.py`
 EVEN = "breaks even at"
 NAMES = [design.name for design in DESIGNS]
-OF_DECODING = [name for name in NAMES if name != "d"]  # d differs from c for prompts only
-OF_PROMPTS = [name for name in NAMES if name != "b"]  # b differs from a for decode steps only
 # At 64 rows in the desk check: stock; asked, none leaves; with exits.
 CHECKED = (
     ("llama-1b", "decode", "1.65", "2.6-3.2", "2.0-2.6"),
@@ -36,10 +34,10 @@ def tables(report: dict[str, Any]) -> str:
             lambda case: [
                 _time(case["stock"]["none"]),
                 *(
-                    _time(case["a"][column])
+                    _time(case[BUILT.name][column])
                     for column in ("nobody may exit", "none", "all", "half")
                 ),
-                _share(case["a"][EVEN]),
+                _share(case[BUILT.name][EVEN]),
             ],
         ),
         none=_by_design(report, "none"),
@@ -47,8 +45,8 @@ def tables(report: dict[str, Any]) -> str:
         half=_by_design(report, "half"),
         even=_decoding(
             report,
-            OF_DECODING,
-            lambda case: [_share(case[name][EVEN]) for name in OF_DECODING],
+            NAMES,
+            lambda case: [_share(case[name][EVEN]) for name in NAMES],
         ),
         prompts=_prompts(report["prompts"]),
         checked=_checked(report),
@@ -82,10 +80,10 @@ def _decoding(
 def _by_design(report: dict[str, Any], column: str) -> str:
     return _decoding(
         report,
-        ["stock", *OF_DECODING],
+        ["stock", *NAMES],
         lambda case: [
             _time(case["stock"]["none"]),
-            *(_time(case[name][column]) for name in OF_DECODING),
+            *(_time(case[name][column]) for name in NAMES),
         ],
     )
 
@@ -95,10 +93,10 @@ def _prompts(cases: dict[str, dict[str, Any]]) -> str:
     for model, shapes in cases.items():
         for shape, case in shapes.items():
             stock = case["stock"]["none"]
-            exits = [case[name]["fifths"] for name in OF_PROMPTS]
+            exits = [case[name]["fifths"] for name in NAMES]
             shown = [f"{_time(seconds)} ({stock / seconds:.2f}x)" for seconds in exits]
             rows.append([model, shape, _time(stock), _time(case["a"]["none"]), *shown])
-    return markdown_grid(["model", "prompts", "stock", "a, none leaves", *OF_PROMPTS], rows)
+    return markdown_grid(["model", "prompts", "stock", "a, none leaves", *NAMES], rows)
 
 
 def _checked(report: dict[str, Any]) -> str:
@@ -120,11 +118,11 @@ def _slower(models: dict[str, dict[str, Case]]) -> str:
     rows = [
         [model, times, _time(case["stock"]["none"])]
         + [_time(case["a"][column]) for column in ("none", "all")]
-        + [_share(case[name][EVEN]) for name in OF_DECODING]
+        + [_share(case[name][EVEN]) for name in NAMES]
         for model, cases in models.items()
         for times, case in cases.items()
     ]
-    columns = ["stock", "a, none leaves", "a, all leave", *OF_DECODING]
+    columns = ["stock", "a, none leaves", "a, all leave", *NAMES]
     return markdown_grid(["model", "host's times", *columns], rows)
 
 
@@ -143,7 +141,7 @@ TEXT = """# What exits should cost and save on an H100
 runs ahead of the device by a step, as with vLLM's asynchronous scheduling, so in stock its work is
 hidden behind a slower device. A read within a step takes that away.
 
-## Decode steps today, milliseconds
+## Decode steps as they are, milliseconds
 
 {context} tokens of context, label heads at {points} exit points, a fifth of the layers apart. "All
 leave" and "half leave": together, at exit point {leave_at} after three fifths of the layers; the
@@ -154,15 +152,18 @@ before exits pay, where in some steps all leave there and in the others nobody.
 
 ## Designs
 
-- a: today's. Each exit point asks, and the host reads the answer.
-- b: a decode step asks at one exit point only, here where requests leave.
-- c: b, with readout and threshold in the tail of the segment's graph. The host polls pinned memory,
-  and has meanwhile prepared the case that nobody leaves, and described and staged the next step.
-- d: c, and after a cut prompts continue in static buffers, padded to a captured size, so that
-  piecewise graphs are replayed if few enough rows are left.
-- e: graphs that branch by the flags on the device, without a read. Then a decode step is cut short
+- a: as it was. Each exit point asks, and the host waits for a copy to memory that is not pinned.
+- b: as it is. A decode step asks at one exit point only, here where requests leave, and the host
+  waits for pinned memory. After a cut, prompts go on in static buffers, padded to a captured size,
+  so that piecewise graphs are replayed if few enough rows are left.
+- c: b, with readout and threshold in the tail of the segment's graph. While the host waits, it has
+  prepared the case that nobody leaves, and described and staged the next step.
+- d: graphs that branch by the flags on the device, without a read. Then a decode step is cut short
   only if all leave. An outlook: for prompts it assumes that the device can choose their number.
-- f: d, and vLLM's scheduler works in another process, as with several ranks.
+- e: c, and vLLM's scheduler works in another process, as with several ranks.
+
+Where exits do not pay, as on 1B, b asks in one of 128 steps only: then a step takes what it takes
+where nobody may exit. The tables show steps that do ask.
 
 ### Decode steps where none leaves, milliseconds
 

@@ -202,8 +202,11 @@ class ExitLoop(Loop):
 
         A decode step asks once if all of its policies may be asked anywhere.
         """
-        times, owners = self._decode_times, np.unique(self._owners[step.may_leave()])
-        if times is None or not owners.size or (step.layout.query_lens > 1).any():
+        times = self._decode_times
+        if times is None or (step.layout.query_lens > 1).any():
+            return None
+        owners = np.unique(self._owners[step.may_leave()])
+        if not owners.size:
             return None
         if not all(self.policies.policies[owner].any_exit_point for owner in owners.tolist()):
             return None
