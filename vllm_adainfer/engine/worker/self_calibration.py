@@ -31,7 +31,7 @@ from vllm_adainfer.transfers import HostCopy
 logger = get_logger(__name__)
 
 TIMED_ROWS = TRIES[0] // 2  # of a kind, after which the layers' speed is known
-TIMED_STEPS = 4  # likewise: after a restart, the rows are there before any step
+TIMED_STEPS = 16  # likewise: after a restart, the rows are there before any step
 MOST_WAITING = 4096  # rows that may wait for the disk; further ones are lost
 TICK_SECONDS = 1.0
 STATUS_SECONDS = 60.0  # between the lines about a kind among the events
