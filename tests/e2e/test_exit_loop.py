@@ -18,12 +18,13 @@ from vllm import SamplingParams
 from tests.e2e.asking import greedy
 from tests.e2e.asking import tokens as tokens_of
 from tests.e2e.oracle import continuation, same, token_after
-from tests.e2e.patterns import Request, drive
+from tests.e2e.patterns import Request, drive, wrong
 from tests.e2e.scripted import EXIT_AT, FULL, drawn, parts, scripted
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, FROM_ZERO, LAYERS
 from vllm_adainfer.engine.compat.attention import NO_SLOT
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
+from vllm_adainfer.exits.loop.schedule import DecodeTimes
 
 POINTS = {"engine": EXIT_POINTS, "small": FROM_ZERO}  # of the shared engines
 
@@ -237,3 +238,20 @@ def test_the_worker_on_a_cpu_keeps_the_memory_that_it_has_freed(engine):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.zeros(1 << 24)  # 64 MiB
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100
+
+
+def test_decode_steps_that_ask_at_one_exit_point_reproduce_the_oracle(engine, reference):
+    """As on a GPU: all would be settled at the second one, which steps find out by asking."""
+    loop = parts(engine)[0].loop
+    prompts = prompts_of([5, 20, 9], seed=9)
+    with drawn(engine, draw=lambda *_: 1) as ran, pytest.MonkeyPatch.context() as patch:
+        loop.policies.policies[0].any_exit_point = True
+        times = DecodeTimes(layer=1e-3, rows=240, question=1e-5, between=0.0)
+        patch.setattr(loop, "_decode_times", times)
+        loop._schedules.clear()
+        pattern = drive(engine, [Request(prompt, max_tokens=20, seed=0) for prompt in prompts])
+        loop._schedules.clear()
+    assert wrong(reference, pattern, ran) == []
+    depths = [part.layers for own in ran.values() for part in own if part.rows == 1]
+    assert {LAYERS, EXIT_POINTS[1]} == {*depths}, "asked at the others, nobody was settled"
+    assert depths.count(EXIT_POINTS[1]) > 0.7 * len(depths)

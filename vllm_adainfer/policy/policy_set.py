@@ -76,6 +76,11 @@ class PolicySet:
         """[names], whether the answers of each policy do, see `ExitPolicy`."""
         return np.array([*(policy.answers_stand for policy in self.policies), False])
 
+    @cached_property
+    def any_exit_point(self) -> Bools:
+        """[names], whether each policy may be asked at any exit point, see `ExitPolicy`."""
+        return np.array([*(policy.any_exit_point for policy in self.policies), False])
+
     def reads(self, probe_input: ProbeInput) -> bool:
         """Whether any policy reads this of a request."""
         return any(probe_input in policy.probe_inputs for policy in self.policies)

@@ -205,10 +205,8 @@ class ExitLoop(Loop):
         times = self._decode_times
         if times is None or (step.layout.query_lens > 1).any():
             return None
-        owners = np.unique(self._owners[step.may_leave()])
-        if not owners.size:
-            return None
-        if not all(self.policies.policies[owner].any_exit_point for owner in owners.tolist()):
+        owners = self._owners[step.may_leave()]
+        if not owners.size or not self.policies.any_exit_point[owners].all():
             return None
         owner, depth = int(owners[0]), self._shape.depth
         if owner not in self._schedules:
