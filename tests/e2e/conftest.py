@@ -40,7 +40,9 @@ def tested(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """An engine, by the name of its fixture, which later tests find as it was."""
     llm = request.getfixturevalue(request.param)
     model, _, _ = parts(llm)
-    graphs = model.graphs
+    graphs, core = model.graphs, llm.llm_engine.engine_core.engine_core
+    while core.scheduler.has_requests():  # that have ended, which a worker hears with the next step
+        core.step_fn()
     monkeypatch.setattr(adainfer_kernels.backend, "_auto_is_torch", False)
     yield llm
     model.graphs, model.exits_off, model.execution = graphs, False, Execution.SEGMENT_GRAPHS
