@@ -3,10 +3,10 @@ r"""Predicts the cost and savings of exits on an H100, before anyone has measure
     .venv/bin/python benchmarks/gpu_model.py
 
 A model, not a measurement: a simulation of two queues, host and device (`gpu_queue.py`), of steps
-as they were, are and might become (`gpu_designs.py`). Layers take what their shapes and the data sheet
-say; launches, copies and reads of our own code are counted on this machine, and its Python is timed
-here. All that is assumed is in `gpu_costs.py`. The first measured run is to be compared with this,
-and users see for which models exits cannot pay.
+as they were, are and might become (`gpu_designs.py`). Layers take what their shapes and the data
+sheet say; launches, copies and reads of our own code are counted on this machine, and its Python is
+timed here. All that is assumed is in `gpu_costs.py`. The first measured run is to be compared with
+this, and users see for which models exits cannot pay.
 """
 
 from __future__ import annotations

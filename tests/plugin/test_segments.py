@@ -37,7 +37,7 @@ def stack_of(seen: list[Tensor]) -> Stack:
         states = ids.unsqueeze(1).repeat(1, 4).float()
         return states, None, states.unsqueeze(1).clone()
 
-    return Stack((first, segment, segment, segment), None, SHAPE, FixedStates((8,)))
+    return Stack((first, segment, segment, segment), None, SHAPE, FixedStates(8))
 
 
 def pass_of(stack: Stack, rows: int) -> HiddenStates:
@@ -75,10 +75,20 @@ def test_graphs_also_find_states_that_came_from_elsewhere_with_padding_behind_th
         stack.fixed_states.put_positions(torch.tensor([1, 4, 6]))
         again = stack.run(2, torch.arange(3), left.clone())
         assert torch.equal(again.hidden, left.hidden + 1)
-        assert stack.fixed_states.size_for(3) == 8
         padded = stack.run(2, torch.arange(3), stack.fixed_states.put(left, 8))
     assert padded.num_rows == 8
     assert torch.equal(padded.hidden[:3], left.hidden + 1)
     assert len({states.data_ptr() for states in seen}) == 2
     assert stack.fixed_states.positions_of(3).tolist() == [1, 4, 6]
-    assert stack.fixed_states.size_for(9) is None
+
+
+@pytest.mark.parametrize("mode", [CUDAGraphMode.PIECEWISE, CUDAGraphMode.NONE])
+def test_only_sizes_that_passes_without_requests_have_captured_are_replayed(mode):
+    stack = stack_of([])
+    with override_forward_context(SimpleNamespace(cudagraph_runtime_mode=mode)):
+        for rows in (8, 4):
+            stack.run_all(torch.arange(rows), torch.arange(rows), with_last_kv=True)
+        stack.run_all(torch.arange(6), torch.arange(6))  # a step in which exits are off
+    captured = mode == CUDAGraphMode.PIECEWISE
+    sizes = [stack.fixed_states.size_for(rows) for rows in (1, 4, 5, 8, 9)]
+    assert sizes == ([4, 4, 8, 8, None] if captured else [None] * 5)

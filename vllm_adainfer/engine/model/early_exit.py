@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.model_executor.models.interfaces import is_hybrid
 
@@ -76,12 +76,8 @@ class EarlyExit(ModelHead):
         self.artifacts = served_artifacts(vllm_config, settings)
         self.engine_options = options
         self._dtype = vllm_config.model_config.dtype
-        compilation = vllm_config.compilation_config
-        self.compacts_in_graphs = (
-            compilation.cudagraph_mode == CUDAGraphMode.PIECEWISE
-            and vllm_config.lora_config is None
-            and not vllm_config.model_config.is_moe
-        )
+        is_moe, has_adapters = vllm_config.model_config.is_moe, vllm_config.lora_config is not None
+        self.compacts_in_graphs = not (is_moe or has_adapters)
         self._started_with = WeightsFingerprint(self._dtype)
         self._text_config = vllm_config.model_config.hf_text_config
 

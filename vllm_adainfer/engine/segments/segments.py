@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,21 +81,20 @@ class FixedStates:
     (`models/deepseek_v41/nvidia/decoder_replay_cudagraph.py`).
 
     Attributes:
-        sizes: the numbers of rows that vLLM captures, ascending; empty without graphs.
+        captured: the numbers of rows that there are graphs for.
 
     """
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        """Allocate lazily, for the largest of `sizes`."""
-        self.sizes = sorted(sizes)
-        self._rows = max(sizes, default=0)
-        self._memory = StateMemory(self._rows)
+    def __init__(self, rows: int) -> None:
+        """Allocate lazily for up to `rows` rows, the largest batch that vLLM captures."""
+        self.captured: set[int] = set()
+        self._rows = rows
+        self._memory = StateMemory(rows)
         self._positions: Tensor | None = None
 
     def size_for(self, rows: int) -> int | None:
         """The smallest captured size for so many rows; None if there is none."""
-        place = bisect_left(self.sizes, rows)
-        return self.sizes[place] if place < len(self.sizes) else None
+        return min((size for size in self.captured if size >= rows), default=None)
 
     def put(self, states: HiddenStates, rows: int) -> HiddenStates:
         """`states` there, unless they are; with padding up to `rows`."""
@@ -174,9 +172,14 @@ class Stack:
         """All layers for all rows, [rows, head size].
 
         `with_last_kv`: also run `last_kv`, as in passes without requests, in which vLLM profiles
-        and captures piecewise graphs.
+        and captures piecewise graphs. Only sizes that it has captured there may be replayed for
+        other rows: vLLM 0.32 would capture another one in the middle of a step, and a capture
+        computes nothing.
         """
         states = HiddenStates(ids)
+        mode = get_forward_context().cudagraph_runtime_mode
+        if with_last_kv and mode == CUDAGraphMode.PIECEWISE:
+            self.fixed_states.captured.add(states.num_rows)
         for index in range(len(self.segments) - 1):
             states = self.run(index, positions, states)
         if with_last_kv and self.last_kv is not None:  # on a copy, which may be overwritten
@@ -275,6 +278,6 @@ def build_stack(
         projection, kv_class = decoder.kv_projection(layers[-1]), last_kv_class(depth)
         with compile_cache_folder(kv_class.__name__), set_current_vllm_config(config):
             last_kv = kv_class(vllm_config=config, projection=projection)
-    sizes = vllm_config.compilation_config.cudagraph_capture_sizes or ()
+    captured_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     shape = StackShape([last - first for first, last in spans], head_size, own_kv_layers)
-    return Stack(tuple(segments), last_kv, shape, FixedStates(sizes))
+    return Stack(tuple(segments), last_kv, shape, FixedStates(captured_rows))

@@ -33,9 +33,11 @@ class AdaInferGPUWorker(ExitWorker, WarmedUp, Worker):
 
     @override
     def determine_available_memory(self) -> int:
-        """Drop our graphs too: vLLM captures graphs here only to measure their memory."""
+        """Forget graphs: vLLM captures some here only to measure their memory, and drops them."""
         available: int = super().determine_available_memory()
-        self.model_runner.model.graphs = None
+        model = self.model_runner.model
+        model.graphs = None
+        model.stack.fixed_states.captured.clear()
         return available
 
     @override
