@@ -83,9 +83,9 @@ class RowRecorder:
         for name, part in {**dict(zip(names, states, strict=True)), **others}.items():
             self._parts.setdefault(name, []).append(part)
 
-    def take(self) -> dict[str, HostCopy]:
-        """Return all rows in order, on their way to the host, and start over."""
-        taken = {name: HostCopy(torch.cat(parts)) for name, parts in self._parts.items()}
+    def take(self) -> dict[str, Tensor]:
+        """Return all rows in order, where they were added, and start over."""
+        taken = {name: torch.cat(parts) for name, parts in self._parts.items()}
         self._parts = {}
         return taken
 
@@ -110,7 +110,7 @@ def served_recorder(layers: Sequence[int], put: ChunkReader) -> StateKeeper:
         computed, subset = map(torch.from_numpy, (requests.computed, requests.subsets))
         rows.add(layers, states, computed=computed, subset=subset, **named)
         if len(kinds) >= CHUNK:
-            put(kinds, rows.take())
+            put(kinds, {name: HostCopy(one) for name, one in rows.take().items()})
             kinds = []
 
     return keep
@@ -172,4 +172,4 @@ class Recorder:
         sums = {} if self._lens is None else self._lens.take()
         if self.files is not None:
             sums |= self.files.take()
-        return {name: copy.tensor() for name, copy in self._rows.take().items()}, sums
+        return {name: rows.cpu() for name, rows in self._rows.take().items()}, sums
