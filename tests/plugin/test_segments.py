@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -92,3 +93,12 @@ def test_only_sizes_that_passes_without_requests_have_captured_are_replayed(mode
     captured = mode == CUDAGraphMode.PIECEWISE
     sizes = [stack.fixed_states.size_for(rows) for rows in (1, 4, 5, 8, 9)]
     assert sizes == ([4, 4, 8, 8, None] if captured else [None] * 5)
+
+
+@pytest.mark.parametrize("moved", ["hidden", "residual"])
+def test_states_of_which_one_part_lies_elsewhere_are_put_there_whole(moved):
+    """Kernels of norms add to the residual in place: one part may stay where it was."""
+    fixed = FixedStates(8)
+    inside = fixed.put(HiddenStates(torch.zeros(8, 4), torch.zeros(8, 4)), 8)
+    fixed.put(replace(inside, **{moved: torch.ones(8, 4)}), 8)
+    assert inside.hidden.sum() + inside.residual.sum() == 8 * 4

@@ -38,7 +38,6 @@ YOUNG_SECONDS = 3600.0  # for which a kind has its place for sure
 LOOK_SECONDS = 1.0  # between two looks at who might lose its place
 OFTENER = 2  # so many times as often comes a kind that takes another one's place
 
-
 # By kind of a step: how many requests earn budget, and how many of them may be decided.
 Decided: TypeAlias = Mapping[str, tuple[int, int]]
 
@@ -213,8 +212,7 @@ class AdmittedKinds:
     def step_ended(self, step: Decided, misses: Mapping[str, int]) -> None:
         """Enter a step into the ledgers; `misses` are the changed answers by policy."""
         for name, (requests, decided) in step.items():
-            if (kind := self.kinds.get(name)) is not None:
-                self._add(kind, requests, decided, misses.get(name, 0))
+            self._add(self.kinds[name], requests, decided, misses.get(name, 0))
 
     def save(self, is_last: bool = False) -> None:
         """Write the ledgers that have changed; `is_last`: no step will follow."""

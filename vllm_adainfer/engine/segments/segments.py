@@ -97,9 +97,10 @@ class FixedStates:
         return min((size for size in self.captured if size >= rows), default=None)
 
     def put(self, states: HiddenStates, rows: int) -> HiddenStates:
-        """`states` there, unless they are; with padding up to `rows`."""
+        """`states` there, unless all parts of them are; with padding up to `rows`."""
         memory = self._memory.like(states)
-        if states.hidden.data_ptr() != memory.hidden.data_ptr():
+        here, there = ([p.data_ptr() for p in s.parts if p is not None] for s in (states, memory))
+        if here != there:
             memory.put(states, slice(0, states.num_rows))
         return memory.rows(slice(0, rows))
 

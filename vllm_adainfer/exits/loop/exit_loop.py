@@ -165,7 +165,7 @@ class ExitLoop(Loop):
                 break
             forward.record()
             # Who was not asked at one exit point is asked at no later one: what a policy promises
-            # is the answer of the first that settles a request.
+            # is the answer of the first that settles a request. With a schedule, that of any.
             if schedule is not None:
                 asks = segment == only
             asks = asks and step.is_open and self._may_pay(segment, forward)
