@@ -27,8 +27,13 @@ def shares_of(stock: float, ours: float, rows: int) -> str:
 
 
 def mean_interval(values: Floats) -> Interval:
-    """Student's interval of the mean of independent values."""
+    """Student's interval of the mean of independent values, which are at most 1.
+
+    Of equal values that of a share which is them once more, as rows not seen may have others.
+    """
     count = len(values)
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0] + (1 - values[0]) * clopper_pearson(0, count)[1])
     reach = float(-t.ppf(TAIL, count - 1) * np.std(values, ddof=1) / count**0.5)
     middle = float(np.mean(values))
     return middle - reach, middle + reach

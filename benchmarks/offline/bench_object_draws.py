@@ -32,20 +32,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 import numpy as np
 import typer
 
-from benchmarks.common.intervals import share_of
 from benchmarks.common.report_files import write_report
 from benchmarks.offline.bench_structured import own_caches
+from benchmarks.offline.draws import cells, of_draw
 from benchmarks.offline.structured_requests import lines_of
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.outputs import Objects
-from vllm_adainfer.offline.calibration.calibrate import calibration_of
-from vllm_adainfer.offline.calibration.certify.path import held_out_path
-from vllm_adainfer.offline.calibration.data.split import Split
-from vllm_adainfer.offline.calibration.enough_rows import split_of
 from vllm_adainfer.offline.calibration.fit.choose import candidate_layers
-from vllm_adainfer.offline.calibration.fit.exits import judge
 from vllm_adainfer.offline.calibration.fit.guesser import fit_guesser
-from vllm_adainfer.offline.calibration.fit_policy import fit_policy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
 from vllm_adainfer.offline.calibration.record.collect import Plan
@@ -54,7 +48,6 @@ from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.reports.shares import clopper_pearson
 from vllm_adainfer.policy.guesser import Guesser
 
 TEACHING = 500  # rows that guesses are learnt from
@@ -78,10 +71,10 @@ def main(
     for place, example in enumerate(prompts.examples):
         seen.setdefault(tuple(example.token_ids), place)
     pool = np.array([place for place in seen.values() if place >= TEACHING])
-    found = [
-        of_draw(request, prompts, recording, np.random.default_rng(draw).permutation(pool), rows)
-        for draw in progress(range(draws), desc="draws", unit="draw")
-    ]
+    found = []
+    for draw in progress(range(draws), desc="draws", unit="draw"):
+        order = np.random.default_rng(draw).permutation(pool)
+        found.append(of_draw(request, prompts, recording, order[:rows], order[rows:]))
     report = {
         "model": Path(model).name,
         "schema": schema,
@@ -116,56 +109,9 @@ def recorded(request: CalibrationRequest, prompts: Prompts) -> tuple[Prompts, Ro
     return replace(prompts, output=guesser.objects, guesser=guesser), rows
 
 
-def of_draw(
-    request: CalibrationRequest, prompts: Prompts, rows: Rows, order: Ints, count: int
-) -> dict[str, Any]:
-    """A policy made of the first `count` prompts of `order`, and its risk on the others."""
-    halves = split_of(np.arange(count), request.options)
-    groups = np.arange(len(prompts.examples))
-    split = Split(order[halves.fit], order[halves.certify], groups)
-    calibration = calibration_of(request, replace(prompts, split=split), rows)
-    policy = fit_policy(calibration, request.probe)
-    target = policy.calibration.target  # heads of prompts, or of last tokens
-    epsilon, unseen = request.options.epsilon, rows.of(order[count:])
-    if epsilon not in policy.points:
-        return {"unseen": len(unseen), "changed": 0, "layers_saved": 0.0}
-    exits = [
-        replace(
-            one,
-            held_out=judge(one.probe, one.layer, rows, unseen, target).scored(one.classifier),
-        )
-        for one in policy.exits
-    ]
-    threshold = policy.points[epsilon].threshold
-    [point] = held_out_path(exits, rows.model.depth, [threshold])
-    return {
-        "unseen": len(unseen),
-        "changed": int(point.losses.sum()),
-        "layers_saved": point.layers_saved,
-    }
-
-
 def table(report: Mapping[str, Any]) -> str:
     """Markdown: a row for the schema."""
-    draws, epsilon = report["draws"], report["epsilon"]
-    shares = [one["changed"] / one["unseen"] for one in draws]
-    above = sum(share > epsilon for share in shares)
-    clearly = sum(clopper_pearson(one["changed"], one["unseen"])[0] > epsilon for one in draws)
-    return markdown_table(
-        [
-            {
-                "objects": report["schema"],
-                "policies": f"{len(draws)}, of {report['rows']} rows each",
-                "unseen rows": f"{draws[0]['unseen']}",
-                "promised": f"{epsilon:.1%} at {1 - report['delta']:.0%}",
-                "objects that changed, mean (most)": f"{np.mean(shares):.2%} ({max(shares):.2%})",
-                "policies above the bound (95 %)": share_of(above / len(draws), len(draws)),
-                "clearly above": f"{clearly}",
-                "layers saved, mean": f"{np.mean([one['layers_saved'] for one in draws]):.1%}",
-            }
-        ],
-        text_columns=2,
-    )
+    return markdown_table([{"objects": report["schema"], **cells(report)}], text_columns=2)
 
 
 if __name__ == "__main__":

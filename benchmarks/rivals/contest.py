@@ -141,7 +141,8 @@ class Contest:
         model = task.recording.model
         costs = cost.Costs(model.depth, model.layer_seconds, model.cut_seconds, {}, model.depth)
         with self._row("adainfer") as row:
-            found = methods.adainfer(calibration.split, options, costs, part)
+            labels = calibration.target.label_ids
+            found = methods.adainfer(calibration.split, options, costs, part, labels)
             row |= task.tests.outcome(found["adainfer"])
         with self._row("calm") as row:
             row |= task.tests.outcome(found["calm"])

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from benchmarks.common.decisions import LETTERS, YES_OR_NO
 from benchmarks.rivals.judged import Unseen
+from benchmarks.suite.tasks import load_suite
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.offline.calibration.calibrate import record_prompts
 from vllm_adainfer.offline.calibration.data.examples import Example
@@ -17,15 +20,25 @@ from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts, rig
 from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 
+QUESTIONS = "questions"  # the folder of the eight
 CUT_SHARE = 1 / 3  # of the model's layers
 
 
 def sample(data: Path, output: Path, count: int) -> int:
-    """Write so many random rows of `data`, or all; returns how many."""
-    lines = [line for line in data.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """Write so many random rows of the files in a folder, or all; returns how many."""
+    files = sorted(data.glob("*.jsonl"))
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     chosen = np.random.default_rng(0).permutation(len(lines))[:count]
     output.write_text("".join(f"{lines[place]}\n" for place in chosen), encoding="utf-8")
     return len(chosen)
+
+
+def form_of(task: str) -> tuple[str, dict[str, Any]]:
+    """The title of a task, and what a `CalibrationRequest` says of its rows."""
+    if task == QUESTIONS:
+        return "eight questions", {"label_pool": (*LETTERS, *YES_OR_NO)}
+    [found] = load_suite().select([task])
+    return found.title, {"template": found.template, "labels": (*found.labels.values(),)}
 
 
 @dataclass(frozen=True)

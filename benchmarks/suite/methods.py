@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.common.intervals import mean_interval
 from vllm_adainfer.arrays import Ints
@@ -125,19 +126,20 @@ def static_truncation(layers_run: float, target: Target, test: TestPart, costs: 
 
 
 def adainfer(
-    split: Split, options: PolicyOptions, costs: Costs, test: TestPart
+    split: Split, options: PolicyOptions, costs: Costs, test: TestPart, label_ids: Tensor | None
 ) -> dict[str, Outcome | None]:
-    """AdaInfer's features (the full LM head after every layer) with three exit rules.
+    """AdaInfer's features (the model's own head after every layer) with three exit rules.
 
     ``adainfer`` is the paper's rule: exit where the SVM says settled. ``adainfer_certified``
     certifies a threshold on the SVM's log-odds, as our policy does, and ``calm`` (arXiv 2207.07061)
-    one on the gap itself.
+    one on the gap itself. Their early answers are among `label_ids`, as everyone's are; None where
+    any token may be the answer.
     """
     recording, bound = test.recording, Bound.promised(options)
-    whole_head = Target("logit-lens", None)
+    own_head = Target("logit-lens", label_ids)
     after_each = [layer for layer in recording.states if layer > 0]
     own = replace(options, classifier="svm")
-    exits = fit_exits(Calibration(recording, whole_head, split, own), after_each)
+    exits = fit_exits(Calibration(recording, own_head, split, own), after_each)
     if not exits:
         return dict.fromkeys(("adainfer", "adainfer_certified", "calm"))
     states = next(iter(recording.states.values()))
@@ -145,7 +147,7 @@ def adainfer(
     probe = probe_seconds(exits[0].probe, asked, clock_of(recording.model))
     costs = replace(costs, probe={exit.layer: probe for exit in exits})
     layers = [exit.layer for exit in exits]
-    scored = [test.scored(exit, whole_head) for exit in exits]
+    scored = [test.scored(exit, own_head) for exit in exits]
 
     def certified(exits: list[FittedExit], scored: Sequence[Scored]) -> Outcome | None:
         path = held_out_path(exits, costs.depth, threshold_grid(exits))

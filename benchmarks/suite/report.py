@@ -15,7 +15,7 @@ from vllm_adainfer.offline.reports.speedup import Speedup
 SUITE = "adainfer"
 METHODS = {
     "static_truncation": "static truncation at equal depth",
-    "adainfer": "AdaInfer as published",
+    "adainfer": "AdaInfer's rule (no bound)",
     "adainfer_certified": "AdaInfer's features, certified",
     "calm": "CALM threshold, certified",
     "ours": "vllm-adainfer",

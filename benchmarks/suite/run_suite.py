@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the checkout
 
@@ -44,15 +44,12 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifa
 from vllm_adainfer.offline.evaluation.evaluate import check_file
 from vllm_adainfer.offline.evaluation.measure import measure
 from vllm_adainfer.offline.evaluation.rounds import ROUNDS
-from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run, Times
+from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Measured, Run
+from vllm_adainfer.offline.evaluation.same_pass import SamePass, compare_in_same_pass
 from vllm_adainfer.offline.evaluation.sequences import compare
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.promise.accuracy import is_right
-
-if TYPE_CHECKING:
-    pass
-
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -201,7 +198,9 @@ def _outcomes(policy: FittedPolicy, test: methods.TestPart) -> dict[str, Any]:
     layers_run = costs.depth if ours is None else ours.layers_run
     outcomes = {
         "static_truncation": methods.static_truncation(layers_run, calibration.target, test, costs),
-        **methods.adainfer(calibration.split, calibration.options, costs, test),
+        **methods.adainfer(
+            calibration.split, calibration.options, costs, test, calibration.target.label_ids
+        ),
         "ours": ours,
     }
     return {name: outcome and asdict(outcome) for name, outcome in outcomes.items()}
@@ -227,25 +226,28 @@ def _measure(
     try:
         for data, row in progress(worth, desc="measure", unit="task"):
             artifact = str(directory / data.task.name)
+            config = load_artifact_config(artifact)
+            same_pass = compare_in_same_pass(model, artifact, config, data.test, [epsilon])
             ours = start_engine(model, data.test, {"artifact": artifact})
             try:
                 epsilons = [NEVER_EXIT, epsilon]
-                config = load_artifact_config(artifact)
                 found = measure(stock, ours, data.test, config, epsilons, repeat)
             finally:
                 stop_engine(ours)
-            row["measured"] = _measured(*found, data, epsilon)
+            row["measured"] = _measured(found, data, epsilon, same_pass[epsilon])
     finally:
         stop_engine(stock)
 
 
-def _measured(passes: Rounds, times: Times, data: TaskData, epsilon: float) -> dict[str, Any]:
-    """What the one pass has answered, and how fast stock vLLM and ours were in turn."""
-    [(stock, by_epsilon)] = passes
+def _measured(
+    found: Measured, data: TaskData, epsilon: float, same_pass: SamePass
+) -> dict[str, Any]:
+    """What the passes have answered, and how fast stock vLLM and ours were in turn."""
+    [(stock, by_epsilon)], times, again = found
     never, ours, n = by_epsilon[NEVER_EXIT], by_epsilon[epsilon], len(data.test)
 
-    def differing(run: Run, other: Run) -> float:
-        return float(compare(run.texts, other.texts)["disagreement"])
+    def differing(texts: Sequence[list[int]], other: Sequence[list[int]]) -> float:
+        return float(compare(texts, other)["disagreement"])
 
     def accuracy(run: Run) -> float:
         hits = (text[0] in right for text, right in zip(run.texts, data.answers, strict=True))
@@ -255,8 +257,10 @@ def _measured(passes: Rounds, times: Times, data: TaskData, epsilon: float) -> d
         **times.speedup(epsilon).entries("speedup"),
         **times.speedup(NEVER_EXIT).entries("never_exit"),
         "layers_saved": ours.layers_saved,
-        "disagreement": differing(ours, never),
-        "disagreement_with_stock": differing(ours, stock),
+        "disagreement": same_pass.share,
+        "disagreement_between_passes": differing(ours.texts, never.texts),
+        "disagreement_with_stock": differing(ours.texts, stock.texts),
+        "rounding": differing(again, stock.texts),
         "accuracy": accuracy(ours),
         "stock_accuracy": accuracy(stock),
         "stock_requests_per_second": times.per_second(None),

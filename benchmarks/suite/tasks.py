@@ -133,7 +133,7 @@ def load_task(
         AdaInferError: files, fields or labels are missing or wrong, or no prompt fits.
 
     """
-    train_rows, test_rows = _read(task, data_dir, "train"), _read(task, data_dir, "test")
+    train_rows, test_rows = rows_of(task, data_dir, "train"), rows_of(task, data_dir, "test")
     shot_rows = _choose_shots(task, train_rows, task.shots if shots is None else shots)
     prefix = "".join(
         f"{_prompt(task, row)} {_accepted(task, row)[0]}{task.separator}" for row in shot_rows
@@ -159,7 +159,8 @@ def load_task(
     )
 
 
-def _read(task: Task, data_dir: Path | None, part: Part) -> list[Row]:
+def rows_of(task: Task, data_dir: Path | None, part: Part) -> list[Row]:
+    """Read one part of a task's data; see `load_task`."""
     if data_dir is None:
         return hub_rows(task.hub, part, task.answer)
     path = data_dir / task.name / f"{part}.jsonl"

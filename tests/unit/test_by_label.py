@@ -92,3 +92,16 @@ def test_what_changes_is_held_against_what_is_promised(tiny_model, epsilon, said
     assert bad["verdicts"] == {"recall": f"{said} the bound of {epsilon:.1%}"}
     assert good["verdicts"] == {"precision": f"{said} the bound of {epsilon:.1%}"}
     assert facts_of_labels([bad, good])[0].rows[0]["promised"] == f"recall {said.split()[0]}"
+
+
+def test_a_verdict_is_about_the_same_pass_where_that_was_compared(tiny_model):
+    bounds = promised("recall", "bad", 0.01), promised("precision", "good", 0.01)
+    config = config_with(tiny_model, label_bounds=bounds)
+    examples = [Example("here", "", [1], None)] * ROWS
+    ids = [[one.token_id] for one in config.labels]
+    early, full = ([ids[one] for one in ones] for ones in (EARLY, FULL))
+    counted = {"recall of bad": (150, 1), "precision of good": (0, 0)}
+    bad, good = label_rows(config, examples, np.arange(ROWS), early, full, counted)
+    assert bad["verdicts"] == {"recall": "within the bound of 1.0%"}
+    assert bad["recall"] < 0.95  # between two passes
+    assert good["verdicts"] == {"precision": "above the bound of 1.0%"}

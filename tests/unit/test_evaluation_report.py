@@ -13,6 +13,7 @@ from tests.tiny import LAYERS, tiny_config
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.evaluation.report import build_report, summary_line
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run, Times
+from vllm_adainfer.offline.evaluation.same_pass import SamePass
 from vllm_adainfer.offline.facts.document import as_text
 from vllm_adainfer.offline.reports.evaluation_facts import evaluation_facts
 
@@ -100,6 +101,23 @@ def test_a_round_is_reported_at_the_artifacts_own_epsilon(report):
         "speedup 2.00x, layers saved 33 %, disagreement 25.0 % (95 %: 0.6 to 80.6 %), compatible "
         "with the bound of 5.0 %"
     )
+
+
+def test_the_bound_is_held_against_early_answers_in_the_same_pass(tiny_model):
+    config, data = tiny_config(tiny_model), Path("c.jsonl")
+    passes, same = [one_round(5, {2: 2, LAYERS: 2})], {STRICT: SamePass(4, 1), OURS: SamePass(4, 0)}
+    again = [[1], [1], [3], [2]]  # of stock vLLM, in other batches
+    found = build_report(data.name, data, config, EXAMPLES, share_of_1, passes, None, same, again)
+    assert (found["disagreement"], found["disagreement_95"]) == (0, exact(0))
+    assert (found["disagreement_between_passes"], found["rounding"]) == (0.25, 0.25)
+    assert found["disagreement_between_passes_95"] == found["rounding_95"] == exact(1)
+    strict, ours = found["levels"]
+    assert (strict["disagreement"], strict["disagreement_95"]) == (0.25, exact(1))
+    assert strict["disagreement_between_passes"] == 0
+    assert [one["verdict"].split()[0] for one in (strict, ours)] == ["compatible", "within"]
+    assert "stock against itself 25.0 %" in summary_line(found)
+    told = as_text(evaluation_facts(found))
+    assert "Two passes of stock vLLM differ in 25.0% (0.6 to 80.6%)" in told
 
 
 def test_every_level_has_a_row_of_its_own_run(report):

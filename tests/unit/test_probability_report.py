@@ -134,10 +134,11 @@ def test_both_engines_get_the_same_requests_and_every_run_keeps_what_it_read(
     monkeypatch.setattr("vllm_adainfer.offline.evaluation.measure.stats", lambda _: counted)
     config = promising(tiny_model)
     stock, ours = Engine(config), Engine(config)
-    passes, times = measure(stock, ours, EXAMPLES, config, [NEVER_EXIT, OURS], 2)
+    passes, times, again = measure(stock, ours, EXAMPLES, config, [NEVER_EXIT, OURS], 2)
     [(baseline, by_epsilon)] = passes
     ids = list(config.label_ids)
     assert {tuple(params.logprob_token_ids) for params in stock.asked + ours.asked} == {tuple(ids)}
+    assert again == baseline.texts
     for found in baseline, *by_epsilon.values():
         assert found.logprobs is not None
         assert found.logprobs.shape == (4, 2)

@@ -109,7 +109,7 @@ def test_adainfer_leaves_by_its_rules_and_pays_for_a_head_at_every_layer(monkeyp
     test = methods.TestPart(recording, TESTS, RIGHT)
     costs = Costs(DEPTH, 1e-3, 1e-6, {}, DEPTH)
     monkeypatch.setattr(methods, "probe_seconds", lambda *_: 5e-3)
-    found = methods.adainfer(SPLIT, options, costs, test)
+    found = methods.adainfer(SPLIT, options, costs, test, None)
     assert found.keys() == {"adainfer", "adainfer_certified", "calm"}
 
     paid = replace(costs, probe=dict.fromkeys(LAYERS, 5e-3))

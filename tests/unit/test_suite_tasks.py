@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import string
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,8 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.suite.fine_tune import lessons_of
+from benchmarks.common.decisions import QUESTIONS
+from benchmarks.suite.fine_tune import asked_once, part_rows
 from benchmarks.suite.hub import hub_rows
 from benchmarks.suite.tasks import Task, TaskData, load_suite, load_task
 from vllm_adainfer.errors import AdaInferError
@@ -71,16 +73,30 @@ def made_rows(task: Task, count: int) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_fine_tuning_learns_from_no_row_that_the_suite_calibrates_on(load, tokenizer, tmp_path):
+def test_a_fine_tuning_keeps_the_rows_that_it_does_not_learn(load, tokenizer, tmp_path):
     [task] = SUITE.select(["sst2"])
     rows = [{"text": " ".join(["bees"] * n), "label": "positive"} for n in range(1, 41)]
-    calibrated = load("sst2", rows, max_train=25)
-    lessons = lessons_of(task, tmp_path, tokenizer, kept=25, rows=10)
-    learnt = {tuple(prompt) for prompt, _ in lessons}
-    assert len(learnt) == 10
-    assert learnt.isdisjoint(tuple(example.token_ids) for example in calibrated.train)
+    load("sst2", rows)
+    parted = part_rows(task, tmp_path, tokenizer, kept=25, rows=10)
+    assert [len(some) for some in (parted.lessons, parted.learnt, parted.kept)] == [10, 10, 30]
+    told_apart = sorted([*parted.learnt, *parted.kept], key=lambda row: len(row["text"]))
+    assert told_apart == rows
+    assert len(part_rows(task, tmp_path, tokenizer, kept=25, rows=50).lessons) == 15
     with pytest.raises(AdaInferError, match="only 40 training rows: lower --kept"):
-        lessons_of(task, tmp_path, tokenizer, kept=40, rows=10)
+        part_rows(task, tmp_path, tokenizer, kept=40, rows=10)
+
+
+def test_a_text_is_asked_one_question_with_its_right_reply_among_those_named(tokenizer):
+    rows = {
+        task.name: made_rows(task, 4 * len(QUESTIONS[task.name]))
+        for task in SUITE.tasks
+        if task.name in QUESTIONS
+    }
+    lines = asked_once(rows, tokenizer)
+    names = [line["custom_id"].rpartition("/")[0] for line in lines]
+    assert Counter(names) == {f"{t}/{one.name}": 4 for t, some in QUESTIONS.items() for one in some}
+    assert len({line["custom_id"] for line in lines}) == len(lines)
+    assert all(line["label"] in line["body"]["logprob_token_ids"] for line in lines)
 
 
 @pytest.mark.parametrize("task", SUITE.tasks, ids=NAMES)

@@ -56,15 +56,22 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    """The git commit of this package, with ``-dirty`` if there are changes; None outside git."""
+    """The git commit of this package; with ``-dirty`` if there are changes, new files among them.
+
+    None outside git.
+    """
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        return _git("describe", "--always") + "-dirty" * bool(_git("status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):
         return None
-    return described.stdout.strip()
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()

@@ -11,10 +11,12 @@ from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.outputs import NO_OBJECT, Objects
 from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.evaluation.same_pass import Counts
 from vllm_adainfer.offline.evaluation.sequences import Tokens
-from vllm_adainfer.offline.reports.shares import Share, verdict
+from vllm_adainfer.offline.reports.shares import Share, clopper_pearson, verdict
 
 OTHER = -1  # an answer that is no label
+NOT_COUNTED: Mapping[str, Counts] = {}
 
 
 def label_rows(
@@ -23,11 +25,13 @@ def label_rows(
     groups: Ints,
     early: Sequence[Tokens],
     full: Sequence[Tokens],
+    counted: Mapping[str, Counts] = NOT_COUNTED,
 ) -> list[dict[str, Any]]:
     """A row for each label that full depth, an early answer or the data names.
 
     A share has its 95 % interval under the same name with ``_95``, and is None without rows.
-    `groups` [prompts] are independent.
+    `groups` [prompts] are independent. `counted` are the labels of a `SamePass`, which verdicts are
+    about; without it, they are about the two passes `early` and `full`.
 
     Returns:
         for each label ``label``; ``full_depth`` and ``answered``, how many prompts full depth and
@@ -37,7 +41,7 @@ def label_rows(
 
     """
     if config.objects is not None:
-        return _value_rows(config, config.objects, groups, early, full)
+        return _value_rows(config, config.objects, groups, early, full, counted)
     names, columns = _columns(config)
     ours, deep = (
         np.array([columns.get(tuple(text), OTHER) for text in texts]) for texts in (early, full)
@@ -59,7 +63,7 @@ def label_rows(
                 **_share("true_recall", answered, is_right, groups),
                 **_share("true_precision", is_right, answered, groups),
             }
-        row["verdicts"] = _verdicts(config, name, row)
+        row["verdicts"] = _verdicts(config, name, row, counted)
         if (answered | wanted_by | is_right).any():
             rows.append(row)
     return rows
@@ -85,6 +89,7 @@ def _value_rows(
     groups: Ints,
     early: Sequence[Tokens],
     full: Sequence[Tokens],
+    counted: Mapping[str, Counts],
 ) -> list[dict[str, Any]]:
     """`label_rows` of objects, whose labels are the values of their fields."""
     ours, deep, rows = _values(objects, early), _values(objects, full), []
@@ -92,7 +97,7 @@ def _value_rows(
         field, place = objects.at(label.name)
         answered, wanted_by = ours[field] == place, deep[field] == place
         row = _against_full_depth(label.name, answered, wanted_by, groups)
-        row["verdicts"] = _verdicts(config, label.name, row)
+        row["verdicts"] = _verdicts(config, label.name, row, counted)
         if (answered | wanted_by).any():
             rows.append(row)
     return rows
@@ -135,11 +140,19 @@ def _share(name: str, hits: Bools, among: Bools, groups: Ints) -> dict[str, Any]
     return {name: share.value, f"{name}_95": share.interval}
 
 
-def _verdicts(config: ArtifactConfig, label: str, row: Mapping[str, Any]) -> dict[str, str]:
+def _verdicts(
+    config: ArtifactConfig, label: str, row: Mapping[str, Any], counted: Mapping[str, Counts]
+) -> dict[str, str]:
     """Whether what changes is within what is promised of a label, by the kind of promise."""
     found: dict[str, str] = {}
     for promise in config.label_bounds:
-        if promise.label == label and row[promise.kind] is not None:
+        if promise.label != label:
+            continue
+        compared, changes = counted.get(f"{promise.kind} of {label}", (0, 0))
+        if compared:
+            interval = clopper_pearson(changes, compared)
+            found[promise.kind] = verdict(changes / compared, interval, promise.epsilon)
+        elif row[promise.kind] is not None:
             low, high = row[f"{promise.kind}_95"]
             changed = 1 - row[promise.kind]
             found[promise.kind] = verdict(changed, (1 - high, 1 - low), promise.epsilon)

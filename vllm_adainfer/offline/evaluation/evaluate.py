@@ -24,6 +24,7 @@ from vllm_adainfer.offline.evaluation.report import build_report, write_whole
 from vllm_adainfer.offline.evaluation.requests import engine_settings, most_tokens
 from vllm_adainfer.offline.evaluation.rounds import ROUNDS
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
+from vllm_adainfer.offline.evaluation.same_pass import compare_in_same_pass
 from vllm_adainfer.offline.evaluation.sequences import compare, rescore
 from vllm_adainfer.offline.pretrained import load_model
 from vllm_adainfer.offline.reports.contents import evaluation_page
@@ -82,6 +83,11 @@ def evaluate(
     )
     epsilons = [NEVER_EXIT, *(level.epsilon for level in config.levels)]
     settings = {**engine_settings(config), **loaded.engine_settings}
+    lora = loaded.lora_request
+    # Ours first, so that an artifact for other weights is refused before stock vLLM compiles.
+    same_pass = compare_in_same_pass(
+        loaded.path, artifact, config, examples, epsilons[1:], count, lora, **loaded.engine_settings
+    )
     with ExitStack() as stack:
 
         def start(switch: dict[str, Any] | None) -> LLM:
@@ -89,17 +95,26 @@ def evaluate(
             stack.callback(stop_engine, engine)
             return engine
 
-        # Ours first, so that an artifact for other weights is refused before stock vLLM compiles.
         ours, stock = start({"artifact": artifact}), start(None)
-        lora = loaded.lora_request
-        rounds, times = measure(stock, ours, examples, config, epsilons, repeat, count, lora)
+        measured = measure(stock, ours, examples, config, epsilons, repeat, count, lora)
+        rounds = measured.passes
         texts = {}
         if count > 1:
             scorer = stock if loaded.adapter is None else None  # see `serves_prompt_logprobs`
             compared = _compare_texts(scorer, examples, rounds[0], config.epsilon)
             texts = {"max_tokens": count, "texts": compared}
     right_in = partial(right_answers, examples, config, loaded.tokenizer, count)
-    found = build_report(artifact, data, config, examples, right_in, rounds, times) | texts
+    found = texts | build_report(
+        artifact,
+        data,
+        config,
+        examples,
+        right_in,
+        rounds,
+        measured.times,
+        same_pass,
+        measured.again,
+    )
     if report is not None:
         write_whole(report, json.dumps(found, indent=2) + "\n")
     if html is not None:

@@ -17,7 +17,7 @@ from vllm_adainfer.offline.evaluation.requests import (
     value_logprobs,
 )
 from vllm_adainfer.offline.evaluation.rounds import slice_of, turns
-from vllm_adainfer.offline.evaluation.run import Rounds, Run, Times
+from vllm_adainfer.offline.evaluation.run import Measured, Run, Times
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.settings.request import EPSILON_ARG
 from vllm_adainfer.stats import stats
@@ -38,11 +38,12 @@ def measure(
     rounds: int,
     max_tokens: int = 1,
     adapter: LoRARequest | None = None,
-) -> tuple[Rounds, Times]:
+) -> Measured:
     """Warm up, run all prompts once on each side, then time sides in turn, in short rounds.
 
-    The sides are stock vLLM, and ours at each epsilon. Each of `rounds` takes a third of the
-    prompts, the same for all sides, see `slice_of`.
+    The sides are stock vLLM, and ours at each epsilon. Stock vLLM runs all prompts once more, the
+    last one first, so that other batches round. Each of `rounds` takes a third of the prompts, the
+    same for all sides, see `slice_of`.
 
     Both engines were started with the `engine_settings` of `config`, the artifact's, which
     determines what the requests ask for.
@@ -61,12 +62,13 @@ def measure(
     once(None, examples[:WARM_UP])
     once(epsilons[-1], examples[:WARM_UP])
     answers = {side: once(side, examples) for side in progress(sides, desc="answers", unit="run")}
+    again = once(None, examples[::-1]).texts[::-1]
     seconds: dict[float | None, list[float]] = {side: [] for side in sides}
     for number, side in turns(sides, rounds):
         seconds[side].append(once(side, slice_of(examples, number, WARM_UP)).seconds)
     requests = [len(slice_of(examples, number, WARM_UP)) for number in range(rounds)]
     by_epsilon = {epsilon: answers[epsilon] for epsilon in epsilons}
-    return [(answers[None], by_epsilon)], Times(seconds, requests)
+    return Measured([(answers[None], by_epsilon)], Times(seconds, requests), again)
 
 
 def run(

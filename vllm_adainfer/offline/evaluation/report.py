@@ -22,6 +22,7 @@ from vllm_adainfer.offline.evaluation.by_field import probability_rows
 from vllm_adainfer.offline.evaluation.by_label import field_rows, label_rows
 from vllm_adainfer.offline.evaluation.promised import bounded_rows, default_level, promised_rows
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run, Times
+from vllm_adainfer.offline.evaluation.same_pass import Counts, SamePass
 from vllm_adainfer.offline.evaluation.sequences import Tokens, differing
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.reports.shares import (
@@ -34,6 +35,7 @@ from vllm_adainfer.offline.reports.shares import (
 from vllm_adainfer.offline.reports.speedup import Speedup
 from vllm_adainfer.promise.kinds import PROMISES
 
+NOT_COMPARED: Mapping[float, SamePass] = {}
 RightIn = Callable[[Sequence[Tokens]], Sequence[bool] | None]
 
 
@@ -45,18 +47,28 @@ def build_report(
     right_in: RightIn,
     rounds: Rounds,
     times: Times | None = None,
+    same_pass: Mapping[float, SamePass] = NOT_COMPARED,
+    again: Sequence[Tokens] = (),
 ) -> dict[str, Any]:
     """The JSON report. What has a 95 % interval has it under the same name with ``_95``.
 
     It has the last parts of the paths `artifact` and `data`. `right_in` says which answers are
     right, and returns None without labels. Without `times`, those of the passes count.
+
+    The share that a bound is about (``disagreement``, or ``wrong`` of a promise that has a section)
+    is that of `same_pass`, by epsilon; the share that differs between two passes has its name with
+    ``_between_passes``. Without `same_pass`, two passes are compared, and rounding counts. `again`
+    are stock vLLM's answers in other batches: ``rounding`` is the share of them that differ.
     """
-    measured = _Measured(config, examples, right_in, rounds, times or Times.of(rounds))
+    measured = _Measured(
+        config, examples, right_in, rounds, times or Times.of(rounds), same_pass, again
+    )
     never = measured.at(NEVER_EXIT)
     levels = [measured.level(level.epsilon) for level in config.levels]
     promised = promised_rows(config, examples, measured.groups, rounds)
     name = config.promise.measured
     for row, risk in zip(levels, bounded_rows(promised) or levels, strict=True):
+        measured.compare_in_same_pass(risk, row["epsilon"])
         if name in risk:
             row["verdict"] = verdict(risk[name], risk[f"{name}_95"], row["epsilon"])
     [default] = [row for row in levels if row["epsilon"] == config.epsilon]
@@ -69,6 +81,7 @@ def build_report(
         "delta": config.delta,
         "layers_total": config.layers,
         "stock": measured.engine(measured.stock, None),
+        **measured.rounding(),
         **default,
         # Full depth in segments: what the plugin costs, and how often rounding changes an answer.
         "never_exit": {
@@ -97,6 +110,8 @@ class _Measured:
     right_in: RightIn
     rounds: Rounds
     times: Times
+    same_pass: Mapping[float, SamePass]
+    again: Sequence[Tokens]
 
     @property
     def stock(self) -> list[Run]:
@@ -136,6 +151,26 @@ class _Measured:
         )
         return {name: value, f"{name}_95": interval}
 
+    def rounding(self) -> dict[str, Any]:
+        """The share of stock vLLM's answers that differ in other batches."""
+        if not self.again:
+            return {}
+        share = differing(self.again, self.stock[0].texts, self.groups)
+        return {"rounding": share.value, "rounding_95": share.interval}
+
+    def compare_in_same_pass(self, row: dict[str, Any], epsilon: float) -> None:
+        """Put the share that differs in the same pass before that between two passes."""
+        if epsilon not in self.same_pass:
+            return
+        name, found = "wrong" if self.config.promise.section else "disagreement", self.same_pass
+        row[f"{name}_between_passes"] = row[name]
+        row[f"{name}_between_passes_95"] = row[f"{name}_95"]
+        # Groups are as alike as their answers in two passes are.
+        passes = self.at(epsilon)[0].texts, self.at(NEVER_EXIT)[0].texts
+        rows = differing(*passes, self.groups).effective_rows
+        row[name] = found[epsilon].share
+        row[f"{name}_95"] = clopper_pearson(row[name] * rows, rows)
+
     def level(self, epsilon: float) -> dict[str, Any]:
         """The measurements at one epsilon."""
         runs = self.at(epsilon)
@@ -158,7 +193,7 @@ class _Measured:
             **self.disagreement("disagreement_with_stock", runs, self.stock),
             **self._accuracy_lost(runs[0]),
             **self._by_field(runs),
-            **self._by_label(runs[0]),
+            **self._by_label(runs[0], self.same_pass[epsilon].labels if self.same_pass else {}),
             "efficiency": speedup.value * (1 - saved),
             "adainfer": {
                 **self.engine(runs, epsilon),
@@ -195,12 +230,12 @@ class _Measured:
         rows = [{**row, **more} for row, more in zip(rows, of_values, strict=True)]
         return {"text_differs": value, "text_differs_95": interval, "by_field": rows}
 
-    def _by_label(self, run: Run) -> dict[str, Any]:
+    def _by_label(self, run: Run, counted: Mapping[str, Counts]) -> dict[str, Any]:
         """The rows about single labels, of one round; nothing for a policy without labels."""
         if not self.config.labels or self.config.score_head == "sigmoids":
             return {}
         full = self.at(NEVER_EXIT)[0]
-        rows = label_rows(self.config, self.examples, self.groups, run.texts, full.texts)
+        rows = label_rows(self.config, self.examples, self.groups, run.texts, full.texts, counted)
         return {"by_label": rows}
 
     def _right(self, run: Run) -> Floats | None:
@@ -218,6 +253,8 @@ def summary_line(report: Mapping[str, Any]) -> str:
     if "accuracy_lost" in report:
         shares.append(f"accuracy lost {share_in(report, 'accuracy_lost')}")
     result = report.get("verdict", f"bound {report['epsilon']:.1%} on the accuracy lost")
+    if "rounding" in report:
+        shares.append(f"stock against itself {share_in(report, 'rounding')}")
     line = (
         f"speedup {Speedup.read(report, 'speedup').text}, layers saved "
         f"{report['layers_saved']:.0%}, "

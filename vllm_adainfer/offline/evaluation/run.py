@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -112,3 +112,18 @@ class Times:
     def speedup(self, epsilon: float) -> Speedup:
         """Ours at `epsilon` over stock vLLM."""
         return Speedup.of(self.seconds[None], self.seconds[epsilon])
+
+
+class Measured(NamedTuple):
+    """What `measure` found.
+
+    Attributes:
+        passes: all prompts on each side.
+        times: of rounds in turn.
+        again: the answers of stock vLLM in another pass, in other batches.
+
+    """
+
+    passes: Rounds
+    times: Times
+    again: Sequence[list[int]]

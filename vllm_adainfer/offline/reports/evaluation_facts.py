@@ -48,11 +48,25 @@ def evaluation_facts(report: Mapping[str, Any]) -> list[Block]:
         ),
         Table([*map(level_facts, report["levels"]), _never_exit(report["never_exit"])]),
         f"Never exit: {costs}, and how often their rounding changes an answer.",
+        *_rounding(report),
         *told_of_noise(report),
         f"Requests by layers run: {exits}",
         "In brackets: 95 % intervals, for prompts like these. Measured: the share is within the "
         "bound, compatible with it (the interval includes the bound) or above it.",
         *(one for name, facts in about.items() if report.get(name) for one in facts(report[name])),
+    ]
+
+
+def _rounding(report: Row) -> list[str]:
+    """What shares compare, and how often rounding alone changes an answer."""
+    if "rounding" not in report:
+        return []
+    told = f"Two passes of stock vLLM differ in {share_in(report, 'rounding')} of the answers."
+    if "queries" in report:
+        return [f"Shares compare two passes, and rounding counts. {told}"]
+    return [
+        "The share that a bound is about compares early answers with full depth in the same pass. "
+        f"All others compare two passes, and rounding counts. {told}"
     ]
 
 

@@ -1,0 +1,150 @@
+"""Measure again what pages quote, part by part; or say which parts are older than the code.
+
+    .venv/bin/python benchmarks/run_parts.py measure --data-dir DATA [--only demo,rivals-cr]
+    .venv/bin/python benchmarks/run_parts.py check [--strict]
+
+`measure` runs the parts whose figures are stale, one after the other, each for at most an hour.
+What is done is not done again, so it may be stopped at any time. Results gather in
+``.cache/results``, because the tree must have no changes: `keep` copies them to
+``benchmarks/results``, and writes the pages.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # imports start at the checkout
+
+import typer
+
+from benchmarks.parts import RESULTS, ROOT, Manifest, Part, git, load_manifest, why_stale
+from vllm_adainfer.cli.app import errors_as_sentences
+from vllm_adainfer.cli.arguments import names_of
+from vllm_adainfer.errors import AdaInferError
+
+CACHE = ROOT / ".cache/results"
+LONGEST = 3600  # seconds of a part
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+@app.command()
+@errors_as_sentences
+def measure(
+    data_dir: Annotated[Path, typer.Option(help="TASK/train.jsonl and test.jsonl of each task.")],
+    only: Annotated[str, typer.Option(help="Comma-separated parts; by default all.")] = "",
+    minutes: Annotated[float, typer.Option(help="Begin nothing new after so many.")] = 1e9,
+) -> None:
+    """Run the parts whose figures are older than the code."""
+    manifest = load_manifest()
+    check_clean()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    started, failed = time.monotonic(), []
+    for part in selected(manifest, names_of(only)):
+        newest = CACHE if part.report_in(CACHE) is not None else RESULTS
+        reason = why_stale(part, manifest, newest)
+        if reason is None:
+            typer.echo(f"{part.name}: is of today's code")
+            continue
+        if time.monotonic() - started > 60 * minutes:
+            typer.echo(f"{part.name}: {reason}; there is no time left for it")
+            continue
+        typer.echo(f"{part.name}: {reason}; {part.minutes} minutes", nl=False)
+        begun = time.monotonic()
+        if not run_part(part, manifest, data_dir.absolute()):
+            failed.append(part.name)
+        typer.echo(
+            f" -> {'failed after ' * (part.name in failed)}{(time.monotonic() - begun) / 60:.0f}"
+        )
+    if failed:
+        raise AdaInferError(f"{', '.join(failed)} failed: read {CACHE.relative_to(ROOT)}/NAME.log")
+
+
+@app.command()
+@errors_as_sentences
+def keep() -> None:
+    """Copy what was measured to the results, and write the pages that quote it."""
+    for file in sorted(CACHE.iterdir()):
+        if file.suffix in (".json", ".md", ".png"):
+            shutil.copyfile(file, RESULTS / file.name)
+    subprocess.run([sys.executable, str(ROOT / "benchmarks/readme_table.py")], check=True)
+
+
+@app.command()
+@errors_as_sentences
+def check(
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if one is older.")] = False,
+) -> None:
+    """Say which quoted figures are older than the code that they are about."""
+    manifest = load_manifest()
+    stale = {part.name: reason for part in manifest.parts if (reason := why_stale(part, manifest))}
+    if not stale:
+        return
+    told = f"{len(stale)} of {len(manifest.parts)} quoted results are older than the code"
+    if strict:
+        lines = "".join(f"\n  {name} {reason}" for name, reason in stale.items())
+        raise AdaInferError(f"{told}: run `make results`.{lines}")
+    typer.echo(f"warning: {told} ({', '.join(stale)}): `make results` measures them again")
+
+
+def selected(manifest: Manifest, names: tuple[str, ...]) -> list[Part]:
+    """The parts of these names, all by default; an AdaInferError if one is unknown."""
+    known = {part.name: part for part in manifest.parts}
+    for name in names:
+        if name not in known:
+            raise AdaInferError(f"there is no part {name!r}: choose among {', '.join(known)}")
+    return [known[name] for name in names or known]
+
+
+def check_clean() -> None:
+    """Check that the commit says which code runs; an AdaInferError if it does not."""
+    if git("status", "--porcelain") != "":
+        raise AdaInferError("there are changes that no commit has: commit them, then measure")
+
+
+def run_part(part: Part, manifest: Manifest, data: Path) -> bool:
+    """Run the commands of a part, after those of its models; returns whether all went well."""
+    output = CACHE / f"{part.result}.json"
+    if not output.is_file() and part.entry and (RESULTS / output.name).is_file():
+        shutil.copyfile(RESULTS / output.name, output)  # with the entries of other parts
+    models = CACHE / "models"
+    commands = [
+        one.command
+        for one in manifest.models
+        if not (models / one.name).is_dir() and any(one.path in line for line in part.commands)
+    ]
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))),
+        "DATA": str(data),
+        "MODELS": str(models),
+        "WORK": str(CACHE / "work"),
+        "OUTPUT": str(output),
+    }
+    with (CACHE / f"{part.name}.log").open("w", encoding="utf-8") as log:
+        for command in (*commands, *part.commands):
+            try:
+                done = subprocess.run(
+                    ["bash", "-c", command],
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    timeout=LONGEST,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired:
+                return False
+            if done.returncode:
+                return False
+    return True
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,111 @@
+"""Early answers beside full depth in the same pass, where a promise is made.
+
+Between two passes rounding changes answers, too, as their batches differ. So an engine of its own
+runs every prompt to full depth as a shadow request, and compares what exits would have answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
+from vllm_adainfer.offline.evaluation.measure import run
+from vllm_adainfer.offline.evaluation.requests import (
+    engine_settings,
+    most_tokens,
+    request_params,
+)
+from vllm_adainfer.offline.progress import progress
+from vllm_adainfer.promise.promise import Unit
+from vllm_adainfer.settings.request import EPSILON_ARG, EXIT_ARG
+from vllm_adainfer.stats import stats
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+Counts = tuple[int, int]  # compared, and of those changed
+
+
+@dataclass(frozen=True)
+class SamePass:
+    """The comparisons at one epsilon.
+
+    Attributes:
+        compared: early answers that were compared; of texts, their tokens.
+        broken: those of them that break the promise.
+        labels: the same of each promise about one label, by its name, such as "recall of unsafe".
+
+    """
+
+    compared: int
+    broken: int
+    labels: Mapping[str, Counts] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """The share that breaks the promise."""
+        return self.broken / max(self.compared, 1)
+
+    def since(self, before: SamePass) -> SamePass:
+        """Those that have come since."""
+        labels = {
+            name: (compared - before.labels[name][0], changed - before.labels[name][1])
+            for name, (compared, changed) in self.labels.items()
+        }
+        return SamePass(self.compared - before.compared, self.broken - before.broken, labels)
+
+
+def compare_in_same_pass(
+    model: str,
+    artifact: str,
+    config: ArtifactConfig,
+    examples: Sequence[Example],
+    epsilons: Sequence[float],
+    max_tokens: int = 1,
+    adapter: LoRARequest | None = None,
+    **settings: Any,
+) -> dict[float, SamePass]:
+    """The comparisons at each epsilon, by an engine that stops afterwards.
+
+    `settings` are further arguments of `vllm.LLM`. Empty for promises about queries: which requests
+    are the documents of one is known in a server alone.
+    """
+    if config.promise.unit is Unit.QUERY:
+        return {}
+    settings = {**engine_settings(config), **settings}
+    switch = {"artifact": artifact, "shadow_rate": 1}
+    engine = start_engine(model, examples, switch, most_tokens(config, max_tokens), **settings)
+    found = {}
+    try:
+        for epsilon in progress(epsilons, desc="early beside full depth", unit="run"):
+            params = [
+                request_params(config, one.labels, {EPSILON_ARG: epsilon}, max_tokens, one.schema)
+                for one in examples
+            ]
+            before = _counted(engine, epsilon)
+            run(engine, examples, params, config, False, adapter)
+            # Texts count once the engine has heard that they ended, which is in the next step.
+            last = request_params(
+                config, examples[0].labels, {EXIT_ARG: 0}, max_tokens, examples[0].schema
+            )
+            run(engine, examples[:1], [last], config, False, adapter)
+            after = _counted(engine, epsilon)
+            found[epsilon] = after.since(before)
+    finally:
+        stop_engine(engine)
+    return found
+
+
+def _counted(engine: LLM, epsilon: float) -> SamePass:
+    """What the engine has compared since it started."""
+    by_epsilon: Any = stats(engine)["shadow"]
+    checks = by_epsilon[epsilon]
+    labels = {
+        name: (one["checked"], one["disagreed"]) for name, one in checks.get("labels", {}).items()
+    }
+    return SamePass(checks["checked"], checks["disagreed"], labels)
