@@ -15,7 +15,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope
   --junitxml .cache/$@.xml
 CASES := not full
 
-.PHONY: demo test test-full test-v1 test-v2 check docs docs-check vllm-names slowest dist wheel release gpu gpu-kernels gpu-dry setup clean
+.PHONY: demo test test-full test-v1 test-v2 check results docs docs-check vllm-names slowest dist wheel release gpu gpu-kernels gpu-dry setup clean
 .NOTPARALLEL:
 
 demo: setup
@@ -40,6 +40,13 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python benchmarks/run_parts.py check
+
+# Measures again what README and docs quote and the code has outgrown, in parts of at most an hour; it
+# may be stopped and goes on later. DATA is a folder of TASK/train.jsonl and TASK/test.jsonl, PARTS
+# names some of benchmarks/parts.toml. `benchmarks/run_parts.py keep` then writes results and pages.
+results: setup
+	$(BIN)/python benchmarks/run_parts.py measure --data-dir "$(DATA)" --only "$(PARTS)"
 
 # The site, in .site; a dead link or a page that no other leads to is an error.
 docs: export NO_MKDOCS_2_WARNING := 1
@@ -69,8 +76,10 @@ dist: wheel
 	$(SERVE_DEMO)
 
 # The same with the newest libraries that the wheel allows, in an empty environment, as a user installs
-# it (15 minutes); then the notes, the commit and the tag of a release. Nothing is uploaded.
+# it (15 minutes); then the notes, the commit and the tag of a release. Nothing is uploaded. It fails
+# if a quoted figure is older than the code that it is about.
 release: wheel
+	$(BIN)/python benchmarks/run_parts.py check --strict
 	python3 -m venv .cache/dist
 	bash tools/install.sh .cache/dist "$$(ls dist/*.whl)[cpu,demo]" pandas
 	$(SERVE_DEMO)

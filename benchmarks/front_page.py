@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.intervals import share_of, shares_of
+from benchmarks.parts import CHANGED
+from benchmarks.rivals.report import mark
 from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.reports.shares import clopper_pearson, share_in, spelled, verdict
 from vllm_adainfer.offline.reports.speedup import Speedup
@@ -26,17 +29,18 @@ def headlines() -> str:
     """The results of README: a row per workload and processor, then a server's latency."""
     rows = [
         *(of_suite_task(task) for task in load("suite_fine_tuned")["tasks"]),
-        of_policy("trained_probes", "SST-2"),
         of_evaluation("sst2_six_shot", "SST-2, 6-shot, SmolLM2-135M-Instruct"),
         of_evaluation("demo", DEMO),
         of_evaluation("demo_amx", DEMO),
     ]
     columns = [
         "workload",
-        "processor, two cores",
+        "measured",
         "speed-up (95 %)",
+        "never exiting (95 %)",
         "layers saved (95 %)",
         "answers that differ (95 %)",
+        "two passes of stock differ (95 %)",
         "accuracy, stock / ours (95 %)",
     ]
     return f"{markdown_grid(columns, rows, text_columns=2)}\n\n{latency()}"
@@ -45,39 +49,54 @@ def headlines() -> str:
 def of_evaluation(name: str, title: str) -> list[str]:
     """A report of `vllm-adainfer evaluate`."""
     report = load(name)
-    accuracies = {"stock_accuracy": report["stock"]["accuracy"], **report["adainfer"]}
-    run = report | accuracies | speedup_of(report).entries("speedup")
-    cells = row(title, report, run, report["n"], report["disagreement"])
-    return [title, "AMX", *cells[2:]] if name.endswith("amx") else cells
+    run = {
+        "stock_accuracy": report["stock"]["accuracy"],
+        **report["adainfer"],
+        **report,
+        **speedup_of(report).entries("speedup"),
+        **never_exit(report).entries("never_exit"),
+    }
+    return row(title, report, run, report["n"])
+
+
+def never_exit(report: Mapping[str, Any]) -> Speedup:
+    """That of never exiting; see `speedup_of`."""
+    return Speedup.read(report["never_exit"], "speedup")
 
 
 def of_suite_task(task: dict[str, Any]) -> list[str]:
     """A task of the model that `fine_tune.py` makes."""
-    run, title = task["measured"], f"{task['title']}, {FINE_TUNED}"
-    return row(title, load("suite_fine_tuned"), run, task["test"], run["disagreement"])
+    title = f"{task['title']}, {FINE_TUNED}"
+    return row(title, load("suite_fine_tuned"), task["measured"], task["test"])
 
 
-def of_policy(name: str, task: str) -> list[str]:
-    """The first policy of those of a task that ran in turn, calibrated on the fewest prompts."""
-    reports = [one for one in load(name) if one["task"] == task and one["slow"] == 1]
-    report = min(reports, key=lambda one: int(one["prompts"]))
-    run, *_ = report["policies"]
-    rows = report["test"]
-    return row(f"{task}, zero-shot, another fine-tuning", report, run, rows, run["changed"] / rows)
-
-
-def row(
-    title: str, report: dict[str, Any], run: dict[str, Any], rows: int, changed: float
-) -> list[str]:
-    """The cells of a run on so many rows, of whose answers a share has changed."""
+def row(title: str, report: dict[str, Any], run: Mapping[str, Any], rows: int) -> list[str]:
+    """The cells of a run on so many rows."""
+    rounding = share_of(run["rounding"], rows) if "rounding" in run else "not measured"
     return [
         title,
-        processor(report),
+        when(report),
         Speedup.read(run, "speedup").bold,
+        Speedup.read(run, "never_exit").text,
         share_of(run["layers_saved"], rows, 0),
-        of_bound(changed, rows, report["epsilon"]),
+        of_bound(run["disagreement"], rows, report["epsilon"]),
+        rounding,
         shares_of(run["stock_accuracy"], run["accuracy"], rows),
     ]
+
+
+def when(report: Mapping[str, Any]) -> str:
+    """The processor, the day and the commit of a measurement."""
+    day = datetime.fromisoformat(report["provenance"]["time"])
+    return f"{processor(report)}, {day:%-d %B}, {commit(report['provenance']['git'])}"
+
+
+def commit(git: str | None) -> str:
+    """A commit, as `git describe` has named it."""
+    if git is None:
+        return "unknown"
+    name = git.removesuffix(CHANGED)
+    return f"`{name}`" if name == git else f"`{name}` with changes"
 
 
 def speedup_of(report: Mapping[str, Any]) -> Speedup:
@@ -89,7 +108,7 @@ def speedup_of(report: Mapping[str, Any]) -> Speedup:
     )
 
 
-def processor(report: dict[str, Any]) -> str:
+def processor(report: Mapping[str, Any]) -> str:
     """A processor in short."""
     name = str(report["provenance"]["cpu"])
     if "AMX" in name:
@@ -107,14 +126,23 @@ def latency() -> str:
     """The tail of a server's latency below and at its limit."""
     report = load("serve")
     told = []
-    for row in (row for row in report["rates"] if row["rate"] in (20.0, "inf")):
-        stock, ours = (row[name]["p99_e2el_ms"] for name in ("stock", "adainfer"))
-        sent = "all at once" if row["rate"] == "inf" else f"{row['rate']:g} a second"
-        told.append(f"{ours:.0f} ms instead of {stock:.0f} ms with requests sent {sent}")
+    for one in (one for one in report["rates"] if one["rate"] in (20.0, "inf")):
+        stock, ours = (p99_of(one[name]) for name in ("stock", "adainfer"))
+        sent = "all at once" if one["rate"] == "inf" else f"{one['rate']:g} a second"
+        told.append(f"{ours} instead of {stock} with requests sent {sent}")
+    sent = report["requests"] * report["rounds"]
     return (
-        f"A server's p99 latency (SST-2, {FINE_TUNED}, EPYC): {', and '.join(told)} "
-        "([more](docs/results.md))."
+        f"A server's p99 latency (SST-2, {report['model']}, {when(report)}; {sent} requests each): "
+        f"{', and '.join(told)} ([more](docs/results.md))."
     )
+
+
+def p99_of(server: Mapping[str, Any]) -> str:
+    """The p99 of all requests of a server, with its interval; of an older report, of each run."""
+    if "pooled_p99" not in server:
+        return f"{server['p99_e2el_ms']:.0f} ms"
+    low, high = server["pooled_p99_95"]
+    return f"{server['pooled_p99']:.0f} ms ({low:.0f} to {high:.0f})"
 
 
 def compared() -> str:
@@ -122,10 +150,10 @@ def compared() -> str:
     rows = []
     for report in load("rivals"):
         found = {one["name"]: one for one in report["rows"] if one["prompts"] == report["timed"]}
-        cells = [report["task"]]
+        cells = [f"{report['task']}, {report['timed']} prompts"]
         for name in ("student", "exits", "both"):
             spared = share_in(found[name], "spared") if found[name]["spared"] else "nothing"
-            cells.append(f"{spared}, {speed(report, name)}")
+            cells.append(f"{spared}, {speed(report, name)}{mark(found[name], report)}")
         rows.append(cells)
     columns = [
         "task",

@@ -17,6 +17,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vllm_adainfer.offline.provenance import provenance
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 MANIFEST = ROOT / "benchmarks/parts.toml"
@@ -28,10 +30,12 @@ class Part(BaseModel):
 
     Attributes:
         result: the name of its file in ``results``.
-        entry: the keys of the report in that file, if it holds several; or its name in it.
-        commands: run one after the other by bash, from the checkout.
+        entry: which of several reports in that file: what it says of itself, or its names in it.
+        commands: run one after the other by bash, from the checkout; none for one that is made by
+            hand, as `by_hand` says.
         about: names in ``rooms``: the code that the figures are about, beside its own scripts.
         minutes: how long it takes about, on two cores of an EPYC.
+        processor: a word in the name of the processor that it is for; others keep what there is.
 
     """
 
@@ -39,22 +43,30 @@ class Part(BaseModel):
 
     name: str
     result: str
-    entry: Mapping[str, str | int] | str = ""
-    commands: tuple[str, ...] = Field(min_length=1)
+    entry: tuple[str, ...] | Mapping[str, str | int] = ()
+    commands: tuple[str, ...] = ()
     about: tuple[str, ...] = Field(min_length=1)
     minutes: int = Field(gt=0, le=60)
+    by_hand: str = ""
+    processor: str = ""
 
-    def report_in(self, folder: Path) -> Mapping[str, Any] | None:
-        """Its report among the results of a folder; None if there is none."""
+    @property
+    def is_for_others(self) -> bool:
+        """Whether its figures are those of another kind of processor."""
+        return self.processor not in provenance()["cpu"]
+
+    def provenances_in(self, folder: Path) -> list[Mapping[str, Any]]:
+        """Those of its reports among the results of a folder; none where there is no report."""
         file = folder / f"{self.result}.json"
-        if not file.is_file():
-            return None
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(self.entry, str):
-            return found.get(self.entry) if self.entry else found
-        wanted = self.entry.items()
-        several = (one for one in found if all(one.get(key) == value for key, value in wanted))
-        return next(several, None)
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if isinstance(self.entry, tuple):
+            for name in self.entry:
+                found = None if found is None else found.get(name)
+        elif found is not None:
+            wanted = self.entry.items()
+            found = [one for one in found if all(one.get(key) == value for key, value in wanted)]
+        several = [found] if isinstance(found, dict) else found or []
+        return [one.get("provenance", one) for one in several]
 
 
 class Model(BaseModel):
@@ -93,17 +105,22 @@ def load_manifest() -> Manifest:
 
 def why_stale(part: Part, manifest: Manifest, folder: Path = RESULTS) -> str | None:
     """Why the figures of a part in a folder are not those of today's code; None if they are."""
-    report = part.report_in(folder)
-    if report is None:
+    commits = dict.fromkeys(one["git"] for one in part.provenances_in(folder))
+    if not commits:
         return "was never measured"
-    commit = report["provenance"]["git"]
+    paths = manifest.paths_of(part)
+    return next((reason for one in commits if (reason := why_old(one, paths))), None)
+
+
+def why_old(commit: str | None, paths: Sequence[str]) -> str | None:
+    """Why a commit has not today's code in some paths; None if it has."""
     if commit is None:
         return "names no commit"
     if commit.endswith(CHANGED):
         return f"was measured with changes to {commit.removesuffix(CHANGED)} that no commit has"
     if git("rev-parse", "--quiet", "--verify", f"{commit}^{{commit}}") is None:
         return f"was measured at {commit}, which this clone does not have"
-    changed = next(changed_files(commit, manifest.paths_of(part)), None)
+    changed = next(changed_files(commit, paths), None)
     return None if changed is None else f"was measured at {commit}, and {changed} has changed"
 
 

@@ -9,6 +9,11 @@ SENTENCES = {
     "trained_probes": "A student (MiniLM, 22 M parameters) before the first layer, and branches, "
     "each in its policy even where it costs more time than it saves "
     "([how](../benchmarks/README.md)):",
+    "coverage": "Policies made of other rows each time, by `calibrate`'s own steps at epsilon 0.02 "
+    "and delta 0.1, and judged by the same unseen prompts: the early answer against full depth in "
+    "the same pass ([how](../benchmarks/README.md)). So many unseen prompts measure a share within "
+    "a per cent or so: a policy just below the bound may be counted as above it, or the reverse. "
+    "*Clearly above* are those whose 95 % interval is.",
     "rerank": "A [reranker](rerankers.md) over `/rerank`, beside stock vLLM. It is a toy: "
     "SmolLM2-135M, trained for 20 minutes on 1,200 questions of BoolQ and SQuAD. It reorders what "
     "TF-IDF finds among 968 passages, cut to 64 words. *Lost one* is what the first policy "

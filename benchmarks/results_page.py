@@ -26,13 +26,13 @@ def results_page() -> str:
 def sections() -> list[list[str]]:
     """Each section with its heading, its tables, and where and when these were measured."""
     return [
-        section("One label", workloads(), "sst2_zero_shot", "sst2_six_shot", "demo", "demo_amx"),
+        section("One label", workloads(), "sst2_six_shot", "demo", "demo_amx"),
         section(None, suite_table("suite_fine_tuned"), "suite_fine_tuned"),
-        section(None, suite_table("suite_smollm2_tasks"), "suite_smollm2_tasks"),
         section(
             "The paper's suite", suite_table("suite_smollm2_instruct"), "suite_smollm2_instruct"
         ),
         section(None, suite_table("suite_smollm2_squad"), "suite_smollm2_squad"),
+        section("How often a bound is broken", quoted("coverage"), "coverage"),
         section("A server's latency", latency("serve"), "serve"),
         section("Choices", choices_table(), "choices_exits"),
         section("Structured answers", quoted("structured"), "structured"),

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from benchmarks.common.intervals import share_of
-from benchmarks.front_page import load, processor, speedup_of
+from benchmarks.front_page import commit, load, processor, speedup_of
 from benchmarks.serving import serve_report
 from benchmarks.serving.auto_report import RECENT
 from vllm_adainfer.offline.facts.document import markdown_grid
@@ -16,7 +16,6 @@ from vllm_adainfer.offline.reports.shares import share_in
 from vllm_adainfer.offline.reports.speedup import Speedup
 
 LATEST = 8  # blocks of a server that calibrates itself
-CHANGED = "-dirty"  # how git marks a commit with changes that were not committed
 
 
 def summary() -> str:
@@ -202,14 +201,6 @@ def measured(*names: str) -> str:
         f"*Measured: {' and '.join(places)}, vLLM {', '.join(versions)}, {when}, "
         f"{'commits' if len(commits) > 1 else 'commit'} {', '.join(commits)}.*"
     )
-
-
-def commit(git: str | None) -> str:
-    """A commit, as `git describe` has named it."""
-    if git is None:
-        return "unknown"
-    name = git.removesuffix(CHANGED)
-    return f"`{name}`" if name == git else f"`{name}` with changes"
 
 
 def provenances(report: Any) -> Iterable[Mapping[str, Any]]:

@@ -46,10 +46,13 @@ def measure(
     CACHE.mkdir(parents=True, exist_ok=True)
     started, failed = time.monotonic(), []
     for part in selected(manifest, names_of(only)):
-        newest = CACHE if part.report_in(CACHE) is not None else RESULTS
+        newest = CACHE if part.provenances_in(CACHE) else RESULTS
         reason = why_stale(part, manifest, newest)
         if reason is None:
             typer.echo(f"{part.name}: is of today's code")
+            continue
+        if part.by_hand or part.is_for_others:
+            typer.echo(f"{part.name}: {reason}; {part.by_hand or f'needs {part.processor}'}")
             continue
         if time.monotonic() - started > 60 * minutes:
             typer.echo(f"{part.name}: {reason}; there is no time left for it")
@@ -82,10 +85,11 @@ def check(
 ) -> None:
     """Say which quoted figures are older than the code that they are about."""
     manifest = load_manifest()
-    stale = {part.name: reason for part in manifest.parts if (reason := why_stale(part, manifest))}
+    parts = [part for part in manifest.parts if not part.is_for_others]
+    stale = {part.name: reason for part in parts if (reason := why_stale(part, manifest))}
     if not stale:
         return
-    told = f"{len(stale)} of {len(manifest.parts)} quoted results are older than the code"
+    told = f"{len(stale)} of {len(parts)} quoted results are older than the code"
     if strict:
         lines = "".join(f"\n  {name} {reason}" for name, reason in stale.items())
         raise AdaInferError(f"{told}: run `make results`.{lines}")

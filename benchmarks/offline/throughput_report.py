@@ -114,13 +114,15 @@ def plot(report: Mapping[str, Any]) -> bytes:
             label=name,
         )
     suites = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("suite_*.json"))]
-    real = [task["measured"] for suite in suites for task in suite["tasks"] if task["measured"]]
-    axes.plot(
-        [run["layers_saved"] for run in real],
-        [run["speedup"] for run in real],
-        "k*",
-        label="calibrated policies, real tasks",
-    )
+    for cpu in dict.fromkeys(suite["provenance"]["cpu"] for suite in suites):
+        own = [suite for suite in suites if suite["provenance"]["cpu"] == cpu]
+        real = [task["measured"] for suite in own for task in suite["tasks"] if task["measured"]]
+        axes.plot(
+            [run["layers_saved"] for run in real],
+            [run["speedup"] for run in real],
+            "k*",
+            label=f"calibrated policies, real tasks, {cpu}",
+        )
     axes.axhline(1, color="grey", linewidth=0.5)
     axes.set_xlabel("fraction of token-layers skipped")
     axes.set_ylabel("speed-up over stock vLLM")

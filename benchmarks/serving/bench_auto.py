@@ -100,7 +100,7 @@ def main(
     report = read_json(output) or {"traffic": {}}
     report["provenance"] = provenance()  # of the latest
     report["traffic"][title] = {
-        "git": report["provenance"]["git"],
+        "provenance": report["provenance"],
         "model": Path(model).name,
         "requests": len(lines),
         "block": block,

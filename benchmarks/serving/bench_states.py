@@ -8,7 +8,8 @@ sends several questions about a state as simultaneous requests that share a pref
 benchmark. Each state is asked about twice with the same questions: when it is new, and again when
 its prefix may be cached. A stock server and ours run side by side and take turns at each state.
 
-The benchmark fails if a request fails or does not get exactly one answer.
+Ours and stock's answers are compared, and stock's when the state is new with those again, which
+rounding alone changes. The benchmark fails if a request fails or does not get exactly one answer.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
@@ -27,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 import typer
 from tqdm import tqdm
 
+from benchmarks.common.intervals import share_of
 from benchmarks.common.report_files import write_report
 from benchmarks.common.server import Server, let_others_rest
 from benchmarks.serving.label_requests import post
@@ -130,26 +133,42 @@ def cell(
     count: int,
     states: int,
 ) -> dict[str, Any]:
-    """Seconds per state, new and again, by server, after `WARM_UP` untimed states."""
+    """Seconds per state, new and again, by server, after `WARM_UP` untimed states; and answers.
+
+    ``differ`` counts answers of ours that are not stock's, of so many ``answers``; ``rounding``
+    those of stock's to a state again that are not its first ones.
+    """
     seconds: dict[str, dict[str, list[float]]] = {
         name: {"new": [], "again": []} for name in servers
     }
+    changed: Counter[str] = Counter(differ=0, answers=0, rounding=0)
     for server in servers.values():
         post(server, "/reset_prefix_cache")
     for number in range(-WARM_UP, states):
         bodies = questions(next(texts), count, tokenizer, key)
         order = list(servers) if number % 2 else list(servers)[::-1]
+        answers: dict[tuple[str, str], list[str]] = {}
         for name in order:
             let_others_rest()
             for touch in "new", "again":
-                spent = ask(servers[name], bodies)
+                spent, answers[name, touch] = ask(servers[name], bodies)
                 if number >= 0:
                     seconds[name][touch].append(spent)
-    return {"state_tokens": length, "questions": count, "seconds": seconds}
+        if number >= 0:
+            for touch in "new", "again":
+                changed["differ"] += differing(answers[OURS, touch], answers[STOCK, touch])
+            changed["answers"] += 2 * count
+            changed["rounding"] += differing(answers[STOCK, "again"], answers[STOCK, "new"])
+    return {"state_tokens": length, "questions": count, "seconds": seconds, **changed}
 
 
-def ask(server: Server, bodies: Sequence[dict[str, Any]]) -> float:
-    """Seconds until all questions, sent together, are answered."""
+def differing(some: Sequence[str], others: Sequence[str]) -> int:
+    """How many answers differ."""
+    return sum(one != other for one, other in zip(some, others, strict=True))
+
+
+def ask(server: Server, bodies: Sequence[dict[str, Any]]) -> tuple[float, list[str]]:
+    """Seconds until all questions, sent together, are answered; and the answers."""
     start = time.perf_counter()
     with ThreadPoolExecutor(len(bodies)) as pool:
         answers = list(pool.map(lambda body: post(server, "/v1/chat/completions", body), bodies))
@@ -157,7 +176,7 @@ def ask(server: Server, bodies: Sequence[dict[str, Any]]) -> float:
     strange = [answer for answer in answers if len(answer["choices"]) != 1]
     if strange:
         raise RuntimeError(f"not one answer: {strange[0]}")
-    return spent
+    return spent, [answer["choices"][0]["message"]["content"] for answer in answers]
 
 
 def table(report: dict[str, Any]) -> str:
@@ -171,8 +190,12 @@ def table(report: dict[str, Any]) -> str:
                 f"{1000 * statistics.median(stock):.0f} / {1000 * statistics.median(ours):.0f}",
                 Speedup.of(stock, ours).bold,
             ]
+        answers = one["answers"]
+        cells.append(share_of(one["differ"] / answers, answers))
+        cells.append(share_of(2 * one["rounding"] / answers, answers // 2))
         rows.append(cells)
     columns = ["tokens of the state", "questions", "new, ms", "", "again, ms", ""]
+    columns += ["answers other than stock's (95 %)", "stock's own, again (95 %)"]
     return markdown_grid(columns, rows, text_columns=0) + "\n"
 
 
