@@ -14,14 +14,16 @@ from benchmarks.rivals.task import Task
 from vllm_adainfer.offline.calibration.record.collect import greedy
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
-from vllm_adainfer.offline.evaluation.rounds import ROUNDS, in_rounds
+from vllm_adainfer.offline.evaluation.rounds import in_rounds
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
+from vllm_adainfer.offline.reports.speedup import LEAST_ROUNDS
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 
 AT_ONCE, ALONE = 300, 100  # prompts to time together, and one at a time
+ROUNDS = LEAST_ROUNDS  # of nine ways to answer, which take their time
 WARM_UP = 32
 
 
