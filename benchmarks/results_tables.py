@@ -57,7 +57,7 @@ def workloads() -> list[str]:
 
 
 def suite_table(name: str) -> list[str]:
-    """A suite's measurements, next to AdaInfer's own rule."""
+    """A suite's measurements, next to AdaInfer as published."""
     report = load(name)
     rows = []
     for task in report["tasks"]:

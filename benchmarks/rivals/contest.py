@@ -140,13 +140,13 @@ class Contest:
         part = methods.TestPart(task.recording, task.tests.rows, [*right, *task.tests.rights])
         model = task.recording.model
         costs = cost.Costs(model.depth, model.layer_seconds, model.cut_seconds, {}, model.depth)
-        with self._row("adainfer") as row:
-            labels = calibration.target.label_ids
-            found = methods.adainfer(calibration.split, options, costs, part, labels)
-            row |= task.tests.outcome(found["adainfer"])
-        with self._row("calm") as row:
-            row |= task.tests.outcome(found["calm"])
-        self.rows[-1]["seconds"] = self.rows[-2]["seconds"]  # both were fitted at once
+        start = time.perf_counter()
+        labels = calibration.target.label_ids
+        found = methods.adainfer(calibration.split, options, costs, part, labels)
+        seconds = time.perf_counter() - start
+        for name in ("adainfer", "adainfer_labels", "calm"):
+            with self._row(name) as row:
+                row |= {"seconds": seconds, **task.tests.outcome(found[name])}  # fitted at once
 
     def _ours(self, calibration: Calibration, prompts: Prompts) -> None:
         epsilon, tests = calibration.options.epsilon, self.task.tests

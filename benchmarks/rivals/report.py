@@ -17,7 +17,8 @@ TITLES = {
     "student": "MiniLM, fine-tuned",
     "cut": "first third of the layers, fine-tuned",
     "static": "static truncation",
-    "adainfer": "AdaInfer's rule (no bound)",
+    "adainfer": "AdaInfer as published (no bound)",
+    "adainfer_labels": "AdaInfer's rule among the labels (no bound)",
     "calm": "CALM",
     "exits": "**exits (ours)**",
     "both": "**MiniLM, fine-tuned, then exits (ours)**",
@@ -36,7 +37,7 @@ def _shares(report: Mapping[str, Any]) -> str:
     for name, title in TITLES.items():
         for row in (row for row in report["rows"] if row["name"] == name):
             # A classifier needs the answers alone, exits the states as well.
-            recorded = name in ("exits", "both", "static", "adainfer", "calm")
+            recorded = name in ("exits", "both", "static", "adainfer", "adainfer_labels", "calm")
             each = report["recording_seconds"] if recorded else 1 / rate
             minutes = (row["seconds"] + row["prompts"] * each) / 60
             rows.append(

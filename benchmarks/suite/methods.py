@@ -130,11 +130,23 @@ def adainfer(
 ) -> dict[str, Outcome | None]:
     """AdaInfer's features (the model's own head after every layer) with three exit rules.
 
-    ``adainfer`` is the paper's rule: exit where the SVM says settled. ``adainfer_certified``
+    ``adainfer`` is the paper's rule: exit where the SVM says settled; any token may be the answer.
+    ``adainfer_labels`` is the same among `label_ids`, which everyone's answers are; None without.
+    Where a constant answer is often right, its SVM says settled at once. ``adainfer_certified``
     certifies a threshold on the SVM's log-odds, as our policy does, and ``calm`` (arXiv 2207.07061)
-    one on the gap itself. Their early answers are among `label_ids`, as everyone's are; None where
-    any token may be the answer.
+    one on the gap itself, both among the labels if there are some.
     """
+    of_any = _by_own_head(split, options, costs, test, None)
+    if label_ids is None:
+        return {**of_any, "adainfer_labels": None}
+    of_labels = _by_own_head(split, options, costs, test, label_ids)
+    return {**of_labels, "adainfer": of_any["adainfer"], "adainfer_labels": of_labels["adainfer"]}
+
+
+def _by_own_head(
+    split: Split, options: PolicyOptions, costs: Costs, test: TestPart, label_ids: Tensor | None
+) -> dict[str, Outcome | None]:
+    """The three rules with the model's own head, read for `label_ids` or for all tokens."""
     recording, bound = test.recording, Bound.promised(options)
     own_head = Target("logit-lens", label_ids)
     after_each = [layer for layer in recording.states if layer > 0]

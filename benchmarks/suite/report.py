@@ -15,7 +15,8 @@ from vllm_adainfer.offline.reports.speedup import Speedup
 SUITE = "adainfer"
 METHODS = {
     "static_truncation": "static truncation at equal depth",
-    "adainfer": "AdaInfer's rule (no bound)",
+    "adainfer": "AdaInfer as published (no bound)",
+    "adainfer_labels": "AdaInfer's rule among the labels (no bound)",
     "adainfer_certified": "AdaInfer's features, certified",
     "calm": "CALM threshold, certified",
     "ours": "vllm-adainfer",

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.full  # a benchmark
 TEMPLATE = "Review: {text}\nSentiment:"  # the suite's, of SST-2
 WORDS = ("negative", "positive")
 EPSILON, TRAIN, TEST = 0.2, 240, 60
-METHODS = {"static_truncation", "adainfer", "adainfer_certified", "calm", "ours"}
+METHODS = {"static_truncation", "adainfer", "adainfer_labels", "adainfer_certified", "calm", "ours"}
 
 RUN = """
 from pathlib import Path
@@ -120,5 +120,5 @@ def test_a_task_at_chance_is_marked_and_left_out_of_the_means(report):
 
 def test_the_table_lies_beside_the_report(written):
     table = written.with_suffix(".md").read_text()
-    for name in ("SST-2", "SQuAD", "AdaInfer's rule", "static truncation", "at chance"):
+    for name in ("SST-2", "SQuAD", "AdaInfer as published", "static truncation", "at chance"):
         assert name in table

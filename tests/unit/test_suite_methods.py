@@ -110,7 +110,8 @@ def test_adainfer_leaves_by_its_rules_and_pays_for_a_head_at_every_layer(monkeyp
     costs = Costs(DEPTH, 1e-3, 1e-6, {}, DEPTH)
     monkeypatch.setattr(methods, "probe_seconds", lambda *_: 5e-3)
     found = methods.adainfer(SPLIT, options, costs, test, None)
-    assert found.keys() == {"adainfer", "adainfer_certified", "calm"}
+    assert found.keys() == {"adainfer", "adainfer_labels", "adainfer_certified", "calm"}
+    assert found["adainfer_labels"] is None
 
     paid = replace(costs, probe=dict.fromkeys(LAYERS, 5e-3))
     head = Target("logit-lens", None)
@@ -128,6 +129,16 @@ def test_adainfer_leaves_by_its_rules_and_pays_for_a_head_at_every_layer(monkeyp
         classifiers = [exit.classifier for exit in exits]
         expected = by_prompt(recording, exits, classifiers, point.threshold, paid)
         assert flat(found[name]) == expected
+
+
+def test_other_methods_answer_among_the_labels_too(recording, test):
+    costs = Costs(DEPTH, 1e-3, 1e-6, {}, DEPTH)
+    options = PolicyOptions(epsilon=EPSILON)
+    of_any = methods.adainfer(SPLIT, options, costs, test, None)
+    of_labels = methods.adainfer(SPLIT, options, costs, test, LABEL_IDS)
+    assert of_labels["adainfer"].accuracy == of_any["adainfer"].accuracy
+    assert of_labels["adainfer_labels"].accuracy >= of_any["adainfer"].accuracy
+    assert of_labels["calm"] is not None
 
 
 def test_means_are_over_tasks_above_chance_that_have_an_outcome():
