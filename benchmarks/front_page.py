@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.intervals import share_of, shares_of
+from benchmarks.common.intervals import control, share_of, shares_of
 from benchmarks.parts import CHANGED
 from benchmarks.rivals.report import mark
 from vllm_adainfer.offline.facts.document import markdown_grid
@@ -77,7 +77,7 @@ def row(title: str, report: dict[str, Any], run: Mapping[str, Any], rows: int) -
         title,
         when(report),
         Speedup.read(run, "speedup").bold,
-        Speedup.read(run, "never_exit").text,
+        control(Speedup.read(run, "never_exit")),
         share_of(run["layers_saved"], rows, 0),
         of_bound(run["disagreement"], rows, report["epsilon"]),
         rounding,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.common.intervals import share_of, shares_of
+from benchmarks.common.intervals import control, share_of, shares_of
 from benchmarks.front_page import load, of_bound, speedup_of
 from benchmarks.results_summary import middle, ratio_of
 from vllm_adainfer.offline.facts.document import markdown_grid, markdown_table
@@ -38,7 +38,7 @@ def workloads() -> list[str]:
                 "stock, requests/s": f"{stock['requests_per_second']:.1f}",
                 "ours, requests/s": f"{ours['requests_per_second']:.1f}",
                 "speed-up (95 %)": speedup_of(report).bold,
-                "never exiting": Speedup.read(report["never_exit"], "speedup").text,
+                "never exiting": control(Speedup.read(report["never_exit"], "speedup")),
                 "layers saved (95 %)": share_of(report["layers_saved"], report["n"], 0),
                 "disagreement (95 %)": of_bound(
                     report["disagreement"], report["n"], report["epsilon"]
@@ -108,7 +108,7 @@ def suite_table(name: str) -> list[str]:
 
 def never_exiting(run: Mapping[str, Any]) -> str:
     """The speed of never exiting, which older suites have not measured."""
-    return Speedup.read(run, "never_exit").text if "never_exit" in run else "not measured"
+    return control(Speedup.read(run, "never_exit")) if "never_exit" in run else "not measured"
 
 
 def choices_table() -> list[str]:

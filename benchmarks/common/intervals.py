@@ -10,6 +10,9 @@ from scipy.stats import t
 
 from vllm_adainfer.arrays import Floats
 from vllm_adainfer.offline.reports.shares import TAIL, Interval, clopper_pearson, spelled
+from vllm_adainfer.offline.reports.speedup import Speedup
+
+OFF = 0.05  # a control further than this from 1 says that the host, not exits, moved the ratios
 
 
 def share_of(value: float, rows: int, digits: int = 1) -> str:
@@ -24,6 +27,11 @@ def share_of(value: float, rows: int, digits: int = 1) -> str:
 def shares_of(stock: float, ours: float, rows: int) -> str:
     """The shares of stock vLLM and of ours on the same rows."""
     return f"{share_of(stock, rows)} / {share_of(ours, rows)}"
+
+
+def control(never: Speedup) -> str:
+    """The speed of never exiting, which saves next to nothing: what else moved the ratios."""
+    return never.text + ", **off**" * (abs(never.value - 1) > OFF)
 
 
 def mean_interval(values: Floats) -> Interval:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 
 import typer
 
-from benchmarks.common.intervals import bounded, share_of, shares_of
+from benchmarks.common.intervals import bounded, control, share_of, shares_of
 from benchmarks.common.report_files import write_report
 from benchmarks.front_page import speedup_of
 from benchmarks.offline.small_models import (
@@ -116,7 +116,7 @@ def table(reports: dict[str, Any]) -> str:
                 "layers saved (95 %)": share_of(report["layers_saved"], n, 0),
                 "disagreement (95 %)": bounded(report["disagreement"], report),
                 "speed-up (95 %)": speedup_of(report).bold,
-                "never exiting (95 %)": Speedup.read(report["never_exit"], "speedup").text,
+                "never exiting (95 %)": control(Speedup.read(report["never_exit"], "speedup")),
             }
         )
     return markdown_table(rows) + "\n"

@@ -24,7 +24,7 @@ import numpy as np
 import typer
 from tqdm import tqdm
 
-from benchmarks.common.intervals import bounded, share_of, shares_of
+from benchmarks.common.intervals import bounded, control, share_of, shares_of
 from benchmarks.common.report_files import write_report
 from benchmarks.front_page import speedup_of
 from vllm_adainfer.artifact.files import load_details
@@ -128,7 +128,7 @@ def tables(reports: Sequence[dict[str, Any]]) -> str:
                 "promise": report["promise"],
                 "layers saved (95 %)": share_of(report["layers_saved"], report["n"], 0),
                 "speed-up (95 %)": speedup_of(report).bold,
-                "never exiting (95 %)": Speedup.read(report["never_exit"], "speedup").text,
+                "never exiting (95 %)": control(Speedup.read(report["never_exit"], "speedup")),
                 "accuracy, stock / ours (95 %)": shares_of(
                     report["stock"]["accuracy"], report["adainfer"]["accuracy"], report["n"]
                 ),

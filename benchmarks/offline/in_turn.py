@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.common.intervals import control
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.requested import Form, Output
 from vllm_adainfer.offline.calibration.data.examples import Example
@@ -162,7 +163,7 @@ def speed_cells(one: Mapping[str, Any]) -> dict[str, str]:
     efficiency = speedup.times(1 - one["layers_saved"])
     return {
         "speed-up (95 %)": speedup.bold,
-        "never exiting (95 %)": Speedup.read(one, "never_exit").text,
+        "never exiting (95 %)": control(Speedup.read(one, "never_exit")),
         "efficiency (95 %)": f"{efficiency.value:.2f} {efficiency.around}",
     }
 

@@ -7,7 +7,7 @@ runs every prompt to full depth as a shadow request, and compares what exits wou
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
@@ -36,7 +36,8 @@ class SamePass:
     """The comparisons at one epsilon.
 
     Attributes:
-        compared: early answers that were compared; of texts, their tokens.
+        compared: answers; of texts, their tokens. One that nothing could decide early, such as that
+            of a prompt which was split between steps, counts as unchanged.
         broken: those of them that break the promise.
         labels: the same of each promise about one label, by its name, such as "recall of unsafe".
 
@@ -95,7 +96,8 @@ def compare_in_same_pass(
             )
             run(engine, examples[:1], [last], config, False, adapter)
             after = _counted(engine, epsilon)
-            found[epsilon] = after.since(before)
+            own = after.since(before)
+            found[epsilon] = replace(own, compared=max(own.compared, len(examples)))
     finally:
         stop_engine(engine)
     return found
