@@ -29,7 +29,6 @@ def headlines() -> str:
     """The results of README: a row per workload and processor, then a server's latency."""
     rows = [
         *(of_suite_task(task) for task in load("suite_fine_tuned")["tasks"]),
-        of_evaluation("sst2_six_shot", "SST-2, 6-shot, SmolLM2-135M-Instruct"),
         of_evaluation("demo", DEMO),
         of_evaluation("demo_amx", DEMO),
     ]

@@ -60,14 +60,17 @@ def cells(report: Mapping[str, Any]) -> dict[str, str]:
     """The columns of a table about the ``draws`` of a report, of so many ``rows`` each."""
     draws, epsilon = report["draws"], report["epsilon"]
     shares = [one["changed"] / one["unseen"] for one in draws]
-    above = sum(share > epsilon for share in shares)
+    unseen, above = draws[0]["unseen"], sum(share > epsilon for share in shares)
     clearly = sum(clopper_pearson(one["changed"], one["unseen"])[0] > epsilon for one in draws)
     return {
         "policies": f"{len(draws)}, of {report['rows']} rows each",
-        "unseen rows": f"{draws[0]['unseen']}",
-        "promised": f"{epsilon:.1%} at {1 - report['delta']:.0%}",
-        "answers that changed, mean (most)": f"{np.mean(shares):.2%} ({max(shares):.2%})",
+        "unseen rows": f"{unseen}",
+        "promised": f"bound {epsilon:.1%}, confidence {1 - report['delta']:.0%}",
+        "answers that changed, mean (95 %)": share_of(float(np.mean(shares)), unseen),
+        "most (95 %)": share_of(max(shares), unseen),
         "policies above the bound (95 %)": share_of(above / len(draws), len(draws)),
         "clearly above": f"{clearly}",
-        "layers saved, mean": f"{np.mean([one['layers_saved'] for one in draws]):.1%}",
+        "layers saved, mean (95 %)": share_of(
+            float(np.mean([one["layers_saved"] for one in draws])), unseen
+        ),
     }
