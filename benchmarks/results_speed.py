@@ -87,11 +87,12 @@ def generation_table() -> list[str]:
 def startup_line() -> list[str]:
     """Time and memory of an engine's start, and how all engines of these tables ran."""
     ratios = load("startup")["ratios"]
+    cold, warm = (Speedup.read(ratios, f"{state}_seconds") for state in ("cold", "warm"))
     versions = load("throughput")["provenance"]["versions"]
     return [
         "An engine with four exit points (six segments) relative to stock: cold start "
-        f"{ratios['cold_seconds']:.2f}x, start with compiled code in the cache "
-        f"{ratios['warm_seconds']:.2f}x, memory {ratios['bytes']:.3f}x. All engines: torch "
+        f"{cold.text}, start with compiled code in the cache {warm.text}, memory "
+        f"{Speedup.read(ratios, 'bytes').value:.3f}x. All engines: torch "
         f"{versions['torch']}, compiled, bfloat16, vLLM's default CPU settings (one core computes, "
         "one serves), unless a table says otherwise.",
     ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -104,9 +104,10 @@ def left_out(
         split = replace(split, fit=fit, certify=certify)
         policy = fit_policy(replace(calibration, split=split), request.probe)
         point = policy.points.get(request.options.epsilon)
-        row: dict[str, Any] = {"question": str(name), "risk": None, "layers_saved": None}
+        own = recording.of(np.flatnonzero(names == name))
+        row: dict[str, Any] = {"question": str(name), "prompts": len(own)}
+        row |= {"risk": None, "layers_saved": None}
         if point is not None:
-            own = recording.of(np.flatnonzero(names == name))
             scored = [
                 judge(
                     one.probe, one.layer, recording, own, calibration.target, calibration.right
@@ -146,18 +147,20 @@ def tables(reports: Sequence[dict[str, Any]]) -> str:
         for report in reports:
             [seen] = [row for row in report["questions"] if row["question"] == name]
             [unseen] = [row for row in report["left_out"] if row["question"] == name]
-            count = seen["prompts"]
-            cells += [
-                "no policy"
-                if one["risk"] is None
-                else f"{share_of(one['layers_saved'], count, 0)}, {share_of(one['risk'], count)}"
-                for one in (seen, unseen)
-            ]
+            cells += [_outcome(seen), _outcome(unseen)]
         rows.append(cells)
     columns = ["question"]
     for report in reports:
         columns += [f"{report['promise']}: saved, wrong (95 %)", "left out of calibration"]
     return f"{head}\n\n{markdown_grid(columns, rows, text_columns=1)}\n"
+
+
+def _outcome(row: Mapping[str, Any]) -> str:
+    """The layers that a question's prompts save, and its wrong answers."""
+    if row["risk"] is None:
+        return "no policy"
+    count = row["prompts"]
+    return f"{share_of(row['layers_saved'], count, 0)}, {share_of(row['risk'], count)}"
 
 
 def wrong(report: dict[str, Any]) -> float:

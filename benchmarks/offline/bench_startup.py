@@ -2,13 +2,14 @@
 
     .venv/bin/python benchmarks/offline/bench_startup.py --model .demo/SmolLM2-135M-Instruct
 
-Stock vLLM and a scripted engine with four exit points (six compiled segments) start one after the
-other: first with an empty compile cache, then with the cache those starts filled.
+Stock vLLM and a scripted engine with four exit points (six compiled segments) start in turn: each
+with an empty compile cache, then with the cache that this start has filled.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -23,12 +24,15 @@ import typer
 from benchmarks.common.report_files import write_report
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
+from vllm_adainfer.offline.evaluation.rounds import turns
 from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.offline.reports.speedup import Speedup
 
 MAX_LENGTH = 1024
 STOCK, FOUR = "stock", "four exit points"
+ROUNDS = 3  # starts of each in turn, with nothing compiled and then compiled
 
 
 def main(
@@ -42,16 +46,23 @@ def main(
         FOUR: {"exit_script": [depth * part // 5 for part in range(1, 5)]},
     }
     start(model, None)  # warms the page cache
-    found: dict[str, dict[str, float]] = {name: {} for name in plans}
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["VLLM_CACHE_ROOT"] = cache
-        for state in ("cold", "warm"):
-            for name, adainfer in plans.items():
-                found[name][f"{state}_seconds"], found[name]["bytes"] = start(model, adainfer)
+    found: dict[str, dict[str, list[float]]] = {
+        name: {key: [] for key in ("cold_seconds", "warm_seconds", "bytes")} for name in plans
+    }
+    for _, name in turns([*plans], ROUNDS):
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["VLLM_CACHE_ROOT"] = cache
+            for state in ("cold", "warm"):
+                seconds, used = start(model, plans[name])
+                found[name][f"{state}_seconds"].append(seconds)
+            found[name]["bytes"].append(used)
+    ratios: dict[str, Any] = {}
+    for key, ours in found[FOUR].items():
+        ratios |= Speedup.of(ours, found[STOCK][key]).entries(key)
     report = {
         "model": Path(model).name,
         "engines": found,
-        "ratios": {key: found[FOUR][key] / found[STOCK][key] for key in found[STOCK]},
+        "ratios": ratios,
         "provenance": provenance(),
     }
     write_report(output, report, table(report))
@@ -71,26 +82,24 @@ def start(model: str, adainfer: dict[str, Any] | None) -> tuple[float, int]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown: a row per engine, then the ratios."""
+    """Markdown: a row per engine with medians, then the ratios of pairs of starts."""
+    columns = {
+        "start, nothing compiled, s": ("cold_seconds", 1, 1),
+        "start, compiled before, s": ("warm_seconds", 1, 1),
+        "memory, MiB": ("bytes", 2**20, 0),
+    }
     rows = [
         {
             "engine": name,
-            "start, nothing compiled, s": f"{engine['cold_seconds']:.1f}",
-            "start, compiled before, s": f"{engine['warm_seconds']:.1f}",
-            "memory, MiB": f"{engine['bytes'] / 2**20:.0f}",
+            **{
+                title: f"{statistics.median(engine[key]) / unit:.{digits}f}"
+                for title, (key, unit, digits) in columns.items()
+            },
         }
         for name, engine in report["engines"].items()
     ]
-    ratios = report["ratios"]
-    rows.append(
-        {
-            "engine": "ratio",
-            "start, nothing compiled, s": f"{ratios['cold_seconds']:.2f}",
-            "start, compiled before, s": f"{ratios['warm_seconds']:.2f}",
-            "memory, MiB": f"{ratios['bytes']:.3f}",
-        }
-    )
-
+    ratios = {title: Speedup.read(report["ratios"], key) for title, (key, *_) in columns.items()}
+    rows.append({"engine": "ratio", **{title: one.text for title, one in ratios.items()}})
     return markdown_table(rows) + "\n"
 
 
