@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -298,3 +299,8 @@ def test_the_command_prints_a_line_a_check_and_its_exit_code_says_whether_one_fa
     off = "FAIL  VLLM_ADAINFER=0 makes every engine run stock vLLM: unset it"
     assert (off in result.stdout) == bool(code)
     assert set(states) <= {"ok  ", "FAIL", "skip"}
+    as_json = CliRunner().invoke(app, ["doctor", "--json"])
+    found = json.loads(as_json.stdout)
+    assert (as_json.exit_code, found["ok"]) == (code, not code)
+    lines = [f"{one['state']:4}  {one['sentence']}" for one in found["checks"]]
+    assert [line.replace("FAIL", "fail") for line in result.stdout.splitlines()] == lines

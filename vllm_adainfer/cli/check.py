@@ -72,17 +72,23 @@ def doctor(
     auto: Annotated[
         str | None, typer.Option(help="Directory of a server that calibrates itself.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, at the end.")] = False,
 ) -> None:
     """Check installation, artifact and model, one line per check; exit with 1 if one failed."""
     from vllm_adainfer.offline.adapter import read_adapter
     from vllm_adainfer.offline.doctor.checks import examine
 
-    failed = False
+    found = []
     overrides = overrides_of(hf_overrides)
     findings = examine(model, artifact, read_adapter(lora), overrides)
     for finding in chain(findings, _of_auto(auto)):
-        typer.echo(finding)
-        failed = failed or finding.failed
+        found.append(finding)
+        if not as_json:
+            typer.echo(finding)
+    failed = any(finding.failed for finding in found)
+    if as_json:
+        checks = [finding.as_dict() for finding in found]
+        typer.echo(json.dumps({"ok": not failed, "checks": checks}, indent=2))
     if failed:
         raise typer.Exit(1)
 

@@ -22,6 +22,10 @@ class Finding:
         """Whether the check failed."""
         return self.state == "FAIL"
 
+    def as_dict(self) -> dict[str, str]:
+        """Its ``state`` (``ok``, ``fail`` or ``skip``) and ``sentence``."""
+        return {"state": self.state.lower(), "sentence": self.sentence}
+
     def __str__(self) -> str:
         """The line to print."""
         return f"{self.state:4}  {self.sentence}"
