@@ -227,10 +227,10 @@ def _measure(
         for data, row in progress(worth, desc="measure", unit="task"):
             artifact = str(directory / data.task.name)
             config = load_artifact_config(artifact)
-            same_pass = compare_in_same_pass(model, artifact, config, data.test, [epsilon])
-            ours = start_engine(model, data.test, {"artifact": artifact})
+            ours = start_engine(model, data.test, {"artifact": artifact, "compare": True})
             try:
                 epsilons = [NEVER_EXIT, epsilon]
+                same_pass = compare_in_same_pass(ours, data.test, config, [epsilon])
                 found = measure(stock, ours, data.test, config, epsilons, repeat)
             finally:
                 stop_engine(ours)

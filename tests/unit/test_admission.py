@@ -28,6 +28,7 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.policy.script import SCRIPT_LABELS
 from vllm_adainfer.settings.engine import Settings
+from vllm_adainfer.settings.instruments import COMPARE_ARG
 
 SCORED = "prompt_logprob_token_ids"
 DEFAULT = 1  # the tiny artifact's default epsilon, 0.05, is the second of its levels
@@ -359,6 +360,16 @@ def test_the_shadow_rate_is_the_share_of_requests_that_are_watched(admission, ra
     ids = [str(number) for number in range(10_000)]
     watched = sum(map(admission(shadow_rate=rate).arrival.is_shadow, ids))
     assert abs(watched - rate * len(ids)) <= 3 * (rate * (1 - rate) * len(ids)) ** 0.5
+
+
+@pytest.mark.parametrize("compare", [True, False])
+def test_a_request_is_compared_at_its_own_wish_only_where_the_switch_says_so(
+    admission, label_ids, compare
+):
+    params = label_request(label_ids, extra_args={COMPARE_ARG: True})
+    arrival = admission(compare=compare).arrival
+    assert arrival.resolve("id", params).is_shadow == compare
+    assert not arrival.resolve("id", label_request(label_ids)).is_shadow
 
 
 def test_a_client_that_chooses_its_id_does_not_choose_who_is_watched(admission, monkeypatch):

@@ -268,6 +268,18 @@ def test_shadow_requests_are_counted_for_each_promise_settled_or_not(tiny_model)
 
 
 @KINDS
+def test_an_evaluation_counts_broken_promises_and_closes_nothing(tiny_model, caplog, kind):
+    config = config_with(tiny_model, label_bounds=(promised(kind, "good"),))
+    monitor = monitor_of(config, SETTINGS.model_copy(update={"compare": True}))
+    for _ in range(50):
+        shadowed(monitor, [0, 1] * 2, [1, 0] * 2)
+    assert not monitor.tightened.any()
+    [watch] = monitor.labels
+    assert (watch.readings()[0].checked, watch.readings()[0].disagreed) == (100, 100)
+    assert not caplog.records
+
+
+@KINDS
 def test_a_broken_promise_closes_its_level_though_epsilon_holds(tiny_model, caplog, kind):
     """Of 40 in 1,000 that are good, half are missed: 2 % of all answers change."""
     monitor = monitor_of(config_with(tiny_model, label_bounds=(promised(kind, "good"),)), SETTINGS)

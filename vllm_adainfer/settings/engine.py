@@ -221,7 +221,7 @@ class Settings(Switch, SwitchInstruments):
     @property
     def compares(self) -> bool:
         """Whether some requests run to full depth to compare both answers."""
-        return self.shadow_rate > 0 or self.calibrates_itself
+        return self.shadow_rate > 0 or self.calibrates_itself or self.compare
 
     @property
     def runs_stock(self) -> bool:

@@ -14,6 +14,7 @@ ROW_ARG = "adainfer_row"
 GUESS_ARG = "adainfer_guess"
 GUESS_ROWS_ARG = "adainfer_guess_rows"
 SCRIPT_ARG = "adainfer_exit"
+COMPARE_ARG = "adainfer_compare"
 
 
 class LensRecord(Strict):
@@ -44,6 +45,8 @@ class SwitchInstruments(BaseModel):
             and what is kept are the states at the rows that their fields are decided by.
         exit_script: instead of an artifact, exit points; a request leaves at the one that its
             ``adainfer_exit`` names, with a meaningless answer. Benchmarks and tests set it.
+        compare: whether requests with ``adainfer_compare`` are shadow requests. Nothing that they
+            find closes a level. `evaluate` sets it.
 
     """
 
@@ -53,6 +56,7 @@ class SwitchInstruments(BaseModel):
     record_states: StatesRecord | None = None
     record_objects: bool | None = None
     exit_script: tuple[int, ...] | None = None
+    compare: bool = False
 
 
 class RequestInstruments(BaseModel):
@@ -64,6 +68,7 @@ class RequestInstruments(BaseModel):
         adainfer_guess_rows: with a guess, how many rows each that is kept lies behind the prompt's
             last.
         adainfer_exit: under `exit_script`, the exit point at which to leave.
+        adainfer_compare: under `compare`, whether it runs to full depth, to compare both answers.
 
     """
 
@@ -71,3 +76,4 @@ class RequestInstruments(BaseModel):
     adainfer_guess: tuple[StrictInt, ...] | None = None
     adainfer_guess_rows: tuple[StrictInt, ...] | None = None
     adainfer_exit: int | None = Field(None, strict=True)
+    adainfer_compare: bool | None = None

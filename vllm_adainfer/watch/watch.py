@@ -132,7 +132,7 @@ class Watch:
         self.alpha, self.promise = alpha, promise
         self.epsilons = np.array(epsilons, dtype=np.float64)
         self.tightened: Bools = np.zeros(len(epsilons), dtype=np.bool_)
-        self._grouping = grouping
+        self._grouping, self._closes = grouping, closes
         self._levels = [Level(one, alpha, grouping, closes) for one in epsilons]
         self.queries = None if grouping.loses is None else Queries(grouping)
         self._units = Units(grouping) if self.queries is None else self.queries
@@ -143,7 +143,7 @@ class Watch:
         self.labels = []
         for promise, column in promises.items():
             bounds = [promise.epsilon] * len(self.epsilons)
-            watch = Watch(bounds, self.alpha, self._grouping, self.promise)
+            watch = Watch(bounds, self.alpha, self._grouping, self.promise, self._closes)
             watch.about, watch.tightened = (promise, column), self.tightened
             self.labels.append(watch)
 

@@ -82,7 +82,8 @@ class Arrival:
         # A kind may get a policy at any time.
         may_decide = kind is not None or self._policies.may_decide(request, adapter)
         is_choice = request.output is not None and request.output.form is Form.CHOICE
-        is_shadow = self.is_shadow(request_id)
+        asks = self._settings.compare and request.settings.adainfer_compare is True
+        is_shadow = asks or self.is_shadow(request_id)
         scripted = self._scripted_row(request)
         return request.changed(
             may_exit=self._may_exit(request, may_decide) or scripted != FULL_DEPTH,

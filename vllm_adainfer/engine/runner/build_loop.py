@@ -136,7 +136,8 @@ def monitor_of(config: ArtifactConfig, settings: Settings) -> Watch:
     epsilons = [level.epsilon for level in config.levels]
     if settings.calibrates_itself:  # each miss counts in its own step
         return Watch(epsilons, config.delta, closes=False)
-    watch = Watch(epsilons, config.delta, grouping_of(config), config.promise)
+    closes = not settings.compare
+    watch = Watch(epsilons, config.delta, grouping_of(config), config.promise, closes)
     columns = {label.name: column for column, label in enumerate(config.labels)}
     watch.watch_labels({one: columns[one.label] for one in config.label_bounds})
     return watch

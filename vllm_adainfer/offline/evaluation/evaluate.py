@@ -83,11 +83,6 @@ def evaluate(
     )
     epsilons = [NEVER_EXIT, *(level.epsilon for level in config.levels)]
     settings = {**engine_settings(config), **loaded.engine_settings}
-    lora = loaded.lora_request
-    # Ours first, so that an artifact for other weights is refused before stock vLLM compiles.
-    same_pass = compare_in_same_pass(
-        loaded.path, artifact, config, examples, epsilons[1:], count, lora, **loaded.engine_settings
-    )
     with ExitStack() as stack:
 
         def start(switch: dict[str, Any] | None) -> LLM:
@@ -95,7 +90,10 @@ def evaluate(
             stack.callback(stop_engine, engine)
             return engine
 
-        ours, stock = start({"artifact": artifact}), start(None)
+        # Ours first, so that an artifact for other weights is refused before stock vLLM compiles.
+        ours, stock = start({"artifact": artifact, "compare": True}), start(None)
+        lora = loaded.lora_request
+        same_pass = compare_in_same_pass(ours, examples, config, epsilons[1:], count, lora)
         measured = measure(stock, ours, examples, config, epsilons, repeat, count, lora)
         rounds = measured.passes
         texts = {}

@@ -1,7 +1,7 @@
 """Early answers beside full depth in the same pass, where a promise is made.
 
-Between two passes rounding changes answers, too, as their batches differ. So an engine of its own
-runs every prompt to full depth as a shadow request, and compares what exits would have answered.
+Between two passes rounding changes answers, too, as their batches differ. So every prompt runs to
+full depth once more as a shadow request, which compares what an exit would have answered.
 """
 
 from __future__ import annotations
@@ -12,15 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.evaluation.measure import run
-from vllm_adainfer.offline.evaluation.requests import (
-    engine_settings,
-    most_tokens,
-    request_params,
-)
+from vllm_adainfer.offline.evaluation.requests import request_params
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.promise.promise import Unit
+from vllm_adainfer.settings.instruments import COMPARE_ARG
 from vllm_adainfer.settings.request import EPSILON_ARG, EXIT_ARG
 from vllm_adainfer.stats import stats
 
@@ -62,44 +58,34 @@ class SamePass:
 
 
 def compare_in_same_pass(
-    model: str,
-    artifact: str,
-    config: ArtifactConfig,
+    engine: LLM,
     examples: Sequence[Example],
+    config: ArtifactConfig,
     epsilons: Sequence[float],
     max_tokens: int = 1,
     adapter: LoRARequest | None = None,
-    **settings: Any,
 ) -> dict[float, SamePass]:
-    """The comparisons at each epsilon, by an engine that stops afterwards.
+    """The comparisons at each epsilon, by an engine whose switch says ``compare``.
 
-    `settings` are further arguments of `vllm.LLM`. Empty for promises about queries: which requests
-    are the documents of one is known in a server alone.
+    Empty for promises about queries: which requests are the documents of one is known in a server
+    alone.
     """
     if config.promise.unit is Unit.QUERY:
         return {}
-    settings = {**engine_settings(config), **settings}
-    switch = {"artifact": artifact, "shadow_rate": 1}
-    engine = start_engine(model, examples, switch, most_tokens(config, max_tokens), **settings)
+
+    def ask(prompts: Sequence[Example], arguments: dict[str, Any]) -> None:
+        params = [
+            request_params(config, one.labels, arguments, max_tokens, one.schema) for one in prompts
+        ]
+        run(engine, prompts, params, config, False, adapter)
+
     found = {}
-    try:
-        for epsilon in progress(epsilons, desc="early beside full depth", unit="run"):
-            params = [
-                request_params(config, one.labels, {EPSILON_ARG: epsilon}, max_tokens, one.schema)
-                for one in examples
-            ]
-            before = _counted(engine, epsilon)
-            run(engine, examples, params, config, False, adapter)
-            # Texts count once the engine has heard that they ended, which is in the next step.
-            last = request_params(
-                config, examples[0].labels, {EXIT_ARG: 0}, max_tokens, examples[0].schema
-            )
-            run(engine, examples[:1], [last], config, False, adapter)
-            after = _counted(engine, epsilon)
-            own = after.since(before)
-            found[epsilon] = replace(own, compared=max(own.compared, len(examples)))
-    finally:
-        stop_engine(engine)
+    for epsilon in progress(epsilons, desc="early beside full depth", unit="run"):
+        before = _counted(engine, epsilon)
+        ask(examples, {EPSILON_ARG: epsilon, COMPARE_ARG: True})
+        ask(examples[:1], {EXIT_ARG: 0})  # texts count when the next step hears that they ended
+        own = _counted(engine, epsilon).since(before)
+        found[epsilon] = replace(own, compared=max(own.compared, len(examples)))
     return found
 
 
