@@ -129,19 +129,17 @@ def latency() -> str:
         stock, ours = (p99_of(one[name]) for name in ("stock", "adainfer"))
         sent = "all at once" if one["rate"] == "inf" else f"{one['rate']:g} a second"
         told.append(f"{ours} instead of {stock} with requests sent {sent}")
-    sent = report["requests"] * report["rounds"]
     return (
-        f"A server's p99 latency (SST-2, {report['model']}, {when(report)}; {sent} requests each): "
+        f"A server's p99 latency (SST-2, {report['model']}, {when(report)}; medians of "
+        f"{report['rounds']} rounds of {report['requests']} requests, and their range): "
         f"{', and '.join(told)} ([more](docs/results.md))."
     )
 
 
 def p99_of(server: Mapping[str, Any]) -> str:
-    """The p99 of all requests of a server, with its interval; of an older report, of each run."""
-    if "pooled_p99" not in server:
-        return f"{server['p99_e2el_ms']:.0f} ms"
-    low, high = server["pooled_p99_95"]
-    return f"{server['pooled_p99']:.0f} ms ({low:.0f} to {high:.0f})"
+    """The median p99 of a server's rounds, and their range."""
+    rounds = [run["p99_e2el_ms"] for run in server["runs"]]
+    return f"{server['p99_e2el_ms']:.0f} ms ({min(rounds):.0f} to {max(rounds):.0f})"
 
 
 def compared() -> str:

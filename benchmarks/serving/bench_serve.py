@@ -187,8 +187,7 @@ def one_run(
         raise RuntimeError("the prefix cache is in use by a server that should be idle")
     before = counters(server)
     result = send(server, load, rate, seed)
-    keys = *FIGURES, "latencies_ms", "duration", "completed", "failed"
-    run = {key: result[key] for key in keys}
+    run = {key: result[key] for key in (*FIGURES, "duration", "completed", "failed")}
     if ours:
         executed, skipped = counted(server, before, run["completed"])
         if not skipped:

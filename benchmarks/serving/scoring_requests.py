@@ -93,7 +93,6 @@ def bench(server: Server, load: Load, rate: float, seed: int) -> dict[str, Any]:
         "mean_e2el_ms": mean,
         "p50_e2el_ms": p50,
         "p99_e2el_ms": p99,
-        "latencies_ms": [1000 * one for one in sent.latencies],
         "duration": sent.seconds,
         "completed": len(examples),
         "failed": 0,

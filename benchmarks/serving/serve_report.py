@@ -7,9 +7,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from scipy.stats import quantile_test
-
 from benchmarks.common.intervals import share_of
 from benchmarks.common.report_files import as_png
 from vllm_adainfer.offline.facts.document import markdown_grid
@@ -29,32 +26,15 @@ FIGURES = (
 IN_TABLE = FIGURES[0], "mean_ttft_ms", "p50_e2el_ms", "p99_e2el_ms"
 
 
-def rate_row(rate: float, runs: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """The row for one rate: medians over rounds, the p99 of all their requests, and all rounds."""
+def rate_row(rate: float, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """The row for one rate: medians over rounds, and all rounds."""
     row: dict[str, Any] = {"rate": rate if math.isfinite(rate) else "inf"}
     for name, done in runs.items():
         medians = {key: statistics.median(run[key] for run in done) for key in FIGURES}
-        latencies = [one for run in done for one in run.pop("latencies_ms")]
-        pooled = tail_of(latencies)
-        row[name] = {
-            **medians,
-            **pooled,
-            "failed": sum(run["failed"] for run in done),
-            "runs": list(done),
-        }
+        row[name] = {**medians, "failed": sum(run["failed"] for run in done), "runs": list(done)}
     saved = statistics.median(run["layers_saved"] for run in runs[OURS])
     row[OURS]["layers_saved"] = saved
     return row
-
-
-def tail_of(latencies: Sequence[float]) -> dict[str, Any]:
-    """The p99 of all requests, and its 95 % interval by order statistics, in their own unit.
-
-    Requests of one run share queues, so the interval is narrower than it should be.
-    """
-    found = quantile_test(latencies, p=0.99).confidence_interval(0.95)
-    value = float(np.quantile(latencies, 0.99))
-    return {"pooled": len(latencies), "pooled_p99": value, "pooled_p99_95": [*map(float, found)]}
 
 
 def ratio_of(row: Mapping[str, Any], key: str) -> Speedup:

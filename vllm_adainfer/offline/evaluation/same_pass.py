@@ -7,7 +7,7 @@ full depth once more as a shadow request, which compares what an exit would have
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
@@ -32,8 +32,8 @@ class SamePass:
     """The comparisons at one epsilon.
 
     Attributes:
-        compared: answers; of texts, their tokens. One that nothing could decide early, such as that
-            of a prompt which was split between steps, counts as unchanged.
+        compared: answers; of texts, their tokens. Neither of a prompt that nothing could decide
+            early, such as one split between steps, nor of an object that full depth has not ended.
         broken: those of them that break the promise.
         labels: the same of each promise about one label, by its name, such as "recall of unsafe".
 
@@ -84,8 +84,7 @@ def compare_in_same_pass(
         before = _counted(engine, epsilon)
         ask(examples, {EPSILON_ARG: epsilon, COMPARE_ARG: True})
         ask(examples[:1], {EXIT_ARG: 0})  # texts count when the next step hears that they ended
-        own = _counted(engine, epsilon).since(before)
-        found[epsilon] = replace(own, compared=max(own.compared, len(examples)))
+        found[epsilon] = _counted(engine, epsilon).since(before)
     return found
 
 
