@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from benchmarks.common.intervals import control, share_of, shares_of
-from benchmarks.parts import CHANGED
+from benchmarks.parts import CHANGED, RESULTS
 from benchmarks.rivals.report import mark
 from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.reports.shares import clopper_pearson, share_in, spelled, verdict
 from vllm_adainfer.offline.reports.speedup import Speedup
 
-RESULTS = Path(__file__).parent / "results"
 DEMO = "8-shot reviews, SmolLM2-135M-Instruct (`make demo`)"
 FINE_TUNED = "zero-shot, fine-tuned SmolLM2-135M"
 

@@ -131,7 +131,7 @@ def _names_changed(commit: str) -> Sequence[str]:
 
 
 def changed_files(commit: str, paths: Sequence[str]) -> Iterator[str]:
-    """Those of the `paths` whose code differs from that of a commit; new files are others' code."""
+    """Those of the `paths` whose code differs from that of a commit, new files among them."""
     for name in _names_changed(commit):
         if not any(name == path or name.startswith(f"{path}/") for path in paths):
             continue

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -46,8 +48,7 @@ def measure(
     CACHE.mkdir(parents=True, exist_ok=True)
     started, failed = time.monotonic(), []
     for part in selected(manifest, names_of(only)):
-        newest = CACHE if part.provenances_in(CACHE) else RESULTS
-        reason = why_stale(part, manifest, newest)
+        reason = why_stale(part, manifest) and why_stale(part, manifest, CACHE)
         if reason is None:
             typer.echo(f"{part.name}: is of today's code")
             continue
@@ -71,11 +72,12 @@ def measure(
 @app.command()
 @errors_as_sentences
 def keep() -> None:
-    """Copy what was measured to the results, and write the pages that quote it."""
+    """Copy what was measured to the results, draw the figure, and write the pages that quote it."""
     for file in sorted(CACHE.iterdir()):
         if file.suffix in (".json", ".md", ".png"):
             shutil.copyfile(file, RESULTS / file.name)
-    subprocess.run([sys.executable, str(ROOT / "benchmarks/readme_table.py")], check=True)
+    for script in "offline/throughput_report.py", "readme_table.py":
+        subprocess.run([sys.executable, str(ROOT / "benchmarks" / script)], check=True)
 
 
 @app.command()
@@ -131,23 +133,33 @@ def run_part(part: Part, manifest: Manifest, data: Path) -> bool:
         "WORK": str(CACHE / "work"),
         "OUTPUT": str(output),
     }
+    (CACHE / "work").mkdir(exist_ok=True)
+    ends = time.monotonic() + LONGEST
     with (CACHE / f"{part.name}.log").open("w", encoding="utf-8") as log:
         for command in (*commands, *part.commands):
+            running = subprocess.Popen(
+                ["bash", "-c", command],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             try:
-                done = subprocess.run(
-                    ["bash", "-c", command],
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    timeout=LONGEST,
-                    check=False,
-                )
+                if running.wait(max(0.0, ends - time.monotonic())):
+                    return False
             except subprocess.TimeoutExpired:
                 return False
-            if done.returncode:
-                return False
+            finally:
+                end_session(running)
     return True
+
+
+def end_session(started: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of the processes that a command has started, engines among them."""
+    with suppress(ProcessLookupError):
+        os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
 
 
 if __name__ == "__main__":

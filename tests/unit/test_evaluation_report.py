@@ -120,6 +120,20 @@ def test_the_bound_is_held_against_early_answers_in_the_same_pass(tiny_model):
     assert "Two passes of stock vLLM differ in 25.0% (0.6 to 80.6%)" in told
 
 
+@pytest.mark.parametrize("compared", [0, 2])
+def test_answers_that_were_not_compared_tell_nothing(tiny_model, compared):
+    config, data = tiny_config(tiny_model), Path("c.jsonl")
+    passes, same = [one_round(5, {2: 2, LAYERS: 2})], {STRICT: SamePass(4, 0)}
+    same[OURS] = SamePass(compared, 0)
+    found = build_report(data.name, data, config, EXAMPLES, share_of_1, passes, None, same)
+    if compared:
+        assert (found["disagreement"], found["compared"]) == (0, 2)
+        assert found["disagreement_95"] == exact(0, of=2)
+    else:
+        assert found["disagreement"] == 0.25  # between two passes
+        assert "disagreement_between_passes" not in found
+
+
 def test_every_level_has_a_row_of_its_own_run(report):
     strict, ours = report(one_round(5, {2: 2, LAYERS: 2}))["levels"]
     assert strict == {

@@ -110,8 +110,21 @@ def test_a_part_runs_with_its_models_and_keeps_its_output(monkeypatch, tmp_path)
     assert run_parts.run_part(part, manifest, tmp_path)
     assert (tmp_path / "speed.json").is_file()
     assert (tmp_path / "speed.log").read_text() == "made\n"
+    assert (tmp_path / "work").is_dir()
     failing = part.model_copy(update={"commands": ("exit 3",)})
     assert not run_parts.run_part(failing, manifest, tmp_path)
+
+
+def test_a_part_that_takes_too_long_ends_with_all_that_it_has_started(monkeypatch, tmp_path):
+    monkeypatch.setattr(run_parts, "CACHE", tmp_path)
+    monkeypatch.setattr(run_parts, "LONGEST", 0.5)
+    slow = PART.model_copy(
+        update={"commands": ('(sleep 60; echo late) & echo $! > "$OUTPUT"; wait',)}
+    )
+    assert not run_parts.run_part(slow, MANIFEST_OF_PART, tmp_path)
+    child = (tmp_path / "speed.json").read_text().strip()
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 @pytest.mark.parametrize("part", MANIFEST.parts, ids=lambda part: part.name)

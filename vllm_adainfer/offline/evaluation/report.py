@@ -159,17 +159,23 @@ class _Measured:
         return {"rounding": share.value, "rounding_95": share.interval}
 
     def compare_in_same_pass(self, row: dict[str, Any], epsilon: float) -> None:
-        """Put the share that differs in the same pass before that between two passes."""
-        if epsilon not in self.same_pass:
+        """Put the share that differs in the same pass before that between two passes.
+
+        ``compared`` is of how many answers; of none, the share between two passes stays.
+        """
+        found = self.same_pass.get(epsilon)
+        if found is None or not found.compared:
             return
-        name, found = "wrong" if self.config.promise.section else "disagreement", self.same_pass
+        name = "wrong" if self.config.promise.section else "disagreement"
         row[f"{name}_between_passes"] = row[name]
         row[f"{name}_between_passes_95"] = row[f"{name}_95"]
         # Groups are as alike as their answers in two passes are.
         passes = self.at(epsilon)[0].texts, self.at(NEVER_EXIT)[0].texts
-        rows = differing(*passes, self.groups).effective_rows
-        row[name] = found[epsilon].share
+        between = differing(*passes, self.groups)
+        rows = between.effective_rows * min(1, found.compared / float(between.rows.sum()))
+        row[name] = found.share
         row[f"{name}_95"] = clopper_pearson(row[name] * rows, rows)
+        row["compared"] = found.compared
 
     def level(self, epsilon: float) -> dict[str, Any]:
         """The measurements at one epsilon."""

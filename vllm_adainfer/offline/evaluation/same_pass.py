@@ -45,8 +45,8 @@ class SamePass:
 
     @property
     def share(self) -> float:
-        """The share that breaks the promise."""
-        return self.broken / max(self.compared, 1)
+        """The share that breaks the promise; there must be answers that were compared."""
+        return self.broken / self.compared
 
     def since(self, before: SamePass) -> SamePass:
         """Those that have come since."""
