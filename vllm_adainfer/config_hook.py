@@ -8,6 +8,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_adainfer.engine.compat.processes import end_with_starter
 from vllm_adainfer.engine.compat.stats import use_stat_loggers
+from vllm_adainfer.engine.startup.bundled_policy import use_bundled_policy
 from vllm_adainfer.engine.startup.configure import configure, configure_scheduler
 from vllm_adainfer.frontend.request_check import use_check
 from vllm_adainfer.frontend.stat_logger import WithExitStats
@@ -29,6 +30,7 @@ class ConfigHook(VerifyAndUpdateConfig):
         With ``--api-server-count``, it runs in each of these.
         """
         super().verify_and_update_config(vllm_config)
+        use_bundled_policy(vllm_config)
         settings = read_settings(vllm_config.additional_config)
         if settings is None:
             return

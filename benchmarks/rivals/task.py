@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common.decisions import LETTERS, YES_OR_NO
 from benchmarks.rivals.judged import Unseen
 from benchmarks.suite.tasks import load_suite
 from vllm_adainfer.arrays import Ints
@@ -36,7 +35,7 @@ def sample(data: Path, output: Path, count: int) -> int:
 def form_of(task: str) -> tuple[str, dict[str, Any]]:
     """The title of a task, and what a `CalibrationRequest` says of its rows."""
     if task == QUESTIONS:
-        return "eight questions", {"label_pool": (*LETTERS, *YES_OR_NO)}
+        return "eight questions", {"label_pool": ("letters", "yes-no")}
     [found] = load_suite().select([task])
     return found.title, {"template": found.template, "labels": (*found.labels.values(),)}
 

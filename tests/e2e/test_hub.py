@@ -14,11 +14,18 @@ from huggingface_hub import ModelCard
 from tests.hub import Hub, hub
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.artifact.source import FILES
+from vllm_adainfer.offline.calibration.write.card import SERVE
 
 DIGEST = (
     "-c",
     "import sys; from vllm_adainfer.artifact.files import load_artifact; "
     "print(load_artifact(sys.argv[1]).digest)",
+)
+
+SERVED = (
+    "-c",
+    "import sys; from vllm_adainfer.offline.launch import serve_arguments; "
+    "print(serve_arguments(sys.argv[1:], [], None)[0])",
 )
 
 
@@ -60,6 +67,8 @@ def test_what_is_pushed_is_what_is_served(command, tiny_policy):
         for served in ("org/mood", source):
             code, found = command(server, served, program=DIGEST)
             assert (code, found.strip()) == (0, load_artifact(str(tiny_policy)).digest)
+            assert command(server, served, program=SERVED) == (0, "org/m\n")
+        assert command(server, "org/other", program=SERVED) == (0, "org/other\n")
 
 
 def test_the_card_names_a_model_of_the_hub_or_none(tmp_path):
@@ -70,10 +79,11 @@ def test_the_card_names_a_model_of_the_hub_or_none(tmp_path):
         ("tiny-llama", "org/m", "org/m"),
         ("org/base", "", "org/base"),
     ]:
-        card = f"---\nbase_model: {named}\ntags: [vllm]\n---\n\n# Policy\n"
-        found = ModelCard(card_for_hub(card, asked).decode())
+        card = f"---\nbase_model: {named}\ntags: [vllm]\n---\n\n# Policy\n\n{SERVE}\n"
+        found = ModelCard(card_for_hub(card, asked, "org/mood").decode())
         assert (found.data.base_model, found.data.tags) == (kept, ["vllm"])
         assert "# Policy" in found.text
+        assert "vllm-adainfer serve org/mood" in found.text
 
 
 def test_what_cannot_be_pushed_is_refused_with_what_to_do(command, tiny_policy, tmp_path):

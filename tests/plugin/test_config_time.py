@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
@@ -114,6 +115,39 @@ def test_registering_again_changes_nothing():
     once = dict(model_hooks.MODELS_CONFIG_MAP)
     plugin.register()
     assert once == model_hooks.MODELS_CONFIG_MAP
+
+
+@pytest.mark.parametrize(
+    ("switch", "variables", "served"),
+    [
+        (None, {}, True),
+        ({"enabled": False}, {}, False),
+        ({"draft_structure": True}, {}, False),
+        (None, {"VLLM_ADAINFER": "0"}, False),
+    ],
+)
+def test_a_policy_beside_the_weights_is_served_without_a_flag(
+    tiny_model, tiny_policy, tmp_path, monkeypatch, switch, variables, served
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(tiny_policy, tmp_path / "adainfer")
+    config = engine_config(tmp_path, switch)
+    architectures = config.model_config.hf_config.architectures
+    assert (architectures == ["AdaInferLlamaForCausalLM"]) == served
+    named = config.additional_config.get("adainfer", {}).get("artifact")
+    assert named == (str(tmp_path / "adainfer") if served else None)
+
+
+def test_a_policy_beside_the_weights_that_does_not_fit_them_is_refused(
+    tiny_model, tiny_policy, tmp_path
+):
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(tiny_policy, tmp_path / "adainfer")
+    (tmp_path / "adainfer" / "policy.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no policy.safetensors"):
+        engine_config(tmp_path)
 
 
 OURS = "AdaInferLlamaForCausalLM", CPU_WORKER, SCHEDULER

@@ -34,6 +34,9 @@ DETAILS: dict[str, Any] = {
         {"layer": 3, "leaving": 0.5, "agreement": 0.95, "probe_bytes": 3 << 20, "probe_cost": 2.0},
     ],
     "agreement": {"2": 0.9, "4": 0.95},
+    "risk_curve": [
+        {"layers_saved": 0.02 * n, "risk": 0.001 * n, "bound": 0.002 * n} for n in range(20)
+    ],
     "provenance": {"versions": {"torch": "2"}, "cpu": "a CPU"},
 }
 PROBABILITY: dict[str, Any] = {"risk": "probability", "tolerance": 0.05}

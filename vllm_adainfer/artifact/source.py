@@ -16,6 +16,7 @@ CALIBRATION_FILE = "calibration.json"
 CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, POLICY_FILE, CALIBRATION_FILE, CARD_FILE)
 SERVED_FILES = (CONFIG_FILE, POLICY_FILE)
+FOLDER = "adainfer"  # of an artifact that is bundled with a model or adapter, in its directory
 # The encoder of a student, in the files in which transformers keeps one.
 STUDENT_CONFIG = "student/config.json"
 STUDENT_WEIGHTS = "student/model.safetensors"
@@ -61,6 +62,12 @@ def locate(source: str, names: tuple[str, ...] = SERVED_FILES) -> Path:
             ) from None
     check_files(source, directory, names)
     return directory
+
+
+def bundled(directory: str | Path) -> Path | None:
+    """The folder of the artifact bundled with a model or adapter; None without one."""
+    folder = Path(directory) / FOLDER
+    return folder if folder.is_dir() else None
 
 
 def check_files(source: str, directory: Path, names: tuple[str, ...]) -> None:

@@ -10,7 +10,8 @@ from vllm_adainfer.cli.app import app, errors_as_sentences
 from vllm_adainfer.errors import AdaInferError
 
 COMMANDS = {
-    "serve": "Serve MODEL with policies; all other arguments are those of vllm serve.",
+    "serve": "Serve MODEL with policies, or an artifact with its own model; all other arguments "
+    "are those of vllm serve.",
     "bench": "Run vllm bench, such as bench throughput --model MODEL, with policies.",
     "run-batch": "Run vllm run-batch with policies.",
 }
@@ -39,7 +40,7 @@ def launch(
     ] = None,
 ) -> None:
     """Run the command of vLLM that the user named."""
-    from vllm_adainfer.offline.launch import run_vllm, with_switch
+    from vllm_adainfer.offline.launch import run_vllm, serve_arguments, with_switch
 
     command, arguments = str(context.info_name), context.args
     if command == "bench" and arguments[:1] == ["serve"]:  # a client, without an engine
@@ -49,7 +50,8 @@ def launch(
                 "vllm-adainfer serve"
             )
     else:
-        arguments = with_switch(arguments, policy or [], epsilon, auto)
+        prepared = serve_arguments if command == "serve" else with_switch
+        arguments = prepared(arguments, policy or [], epsilon, auto)
     run_vllm([command, *arguments])
 
 

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from vllm_adainfer.artifact.files import load_artifact_config
+from vllm_adainfer.artifact.source import bundled
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.served_model import for_its_model
 from vllm_adainfer.settings.engine import CONFIG_KEY, DEFAULT_POLICY, read_settings
 
 FLAG = "--additional-config"
+POLICIES = "artifact", "auto"  # keys of the switch that say where policies come from
 
 
 def run_vllm(arguments: Sequence[str]) -> None:
@@ -26,18 +29,40 @@ def run_vllm(arguments: Sequence[str]) -> None:
     run_command(arguments)
 
 
-def with_switch(
+def serve_arguments(
     arguments: Sequence[str],
     policies: Sequence[str],
     epsilon: float | None,
     auto: str | None = None,
 ) -> list[str]:
+    """The arguments of ``vllm serve``, whose first may name an artifact in place of a model.
+
+    The artifact is then the first policy. A policy bundled with a model is served if no other is
+    given. The rest is as for `with_switch`.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        return with_switch(arguments, policies, epsilon, auto)
+    source, *given = arguments
+    for_model = for_its_model(source, given)
+    if for_model is not None:
+        return with_switch(for_model, [source, *policies], epsilon, auto)
+    return with_switch(arguments, policies, epsilon, auto, bundled(source))
+
+
+def with_switch(
+    arguments: Sequence[str],
+    policies: Sequence[str],
+    epsilon: float | None,
+    auto: str | None = None,
+    bundled_policy: Path | None = None,
+) -> list[str]:
     """`arguments` of a vLLM command, with the switch for `policies` in the additional config.
 
     Other keys of an additional config in `arguments` are kept, and of its ``auto``. A policy is a
     directory or hub id, or ``NAME=`` and one of these; `auto` is the directory of a server that
-    makes policies of its own traffic. An AdaInferError if arguments contradict each other, or an
-    artifact cannot be served.
+    makes policies of its own traffic; `bundled_policy` is served where no other is named.
+
+    An AdaInferError if arguments contradict each other, or an artifact cannot be served.
     """
     rest, additional = _without_additional_config(arguments)
     switch = dict(additional.get(CONFIG_KEY) or {})
@@ -55,6 +80,8 @@ def with_switch(
         if not isinstance(given, dict) or "directory" in given:
             raise AdaInferError(f"both --auto and {FLAG} name a directory: drop one of them")
         switch["auto"] = {**given, "directory": auto}
+    if bundled_policy is not None and auto is None and switch.keys().isdisjoint(POLICIES):
+        switch["artifact"] = str(bundled_policy)
     if epsilon is not None:
         switch["epsilon"] = epsilon
     additional[CONFIG_KEY] = switch

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.artifact.source import CARD_FILE, FILES, STUDENT_FILES
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.write.card import SERVE
+from vllm_adainfer.offline.served_model import HUB_ID
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 TRANSPORTS = ("httpx", "httpx2", "requests")  # what versions of huggingface_hub connect with
 
 
@@ -37,7 +37,9 @@ def push(directory: Path, repo: str, private: bool, base_model: str = "") -> str
     paths = [name for name in (*FILES, *STUDENT_FILES) if (directory / name).is_file()]
     content: dict[str, Path | bytes] = {name: directory / name for name in paths}
     if CARD_FILE in content:
-        content[CARD_FILE] = card_for_hub((directory / CARD_FILE).read_text(), base_model)
+        content[CARD_FILE] = card_for_hub(
+            (directory / CARD_FILE).read_text(encoding="utf-8"), base_model, repo
+        )
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
@@ -61,12 +63,15 @@ def push(directory: Path, repo: str, private: bool, base_model: str = "") -> str
     return f"{repo}@{commit.oid}"
 
 
-def card_for_hub(card: str, base_model: str) -> bytes:
-    """A model card whose base model is a hub id, or is not named: the hub takes no other."""
+def card_for_hub(card: str, base_model: str, repo: str) -> bytes:
+    """A model card whose commands name `repo`, and whose base model is a hub id or not named.
+
+    The hub takes no other base model.
+    """
     from huggingface_hub import ModelCard
 
     changed = ModelCard(card)
     named = base_model or changed.data.get("base_model")
     is_hub_id = isinstance(named, str) and HUB_ID.fullmatch(named)
     changed.data["base_model"] = named if is_hub_id else None
-    return str(changed).encode()
+    return str(changed).replace(SERVE, SERVE.replace("DIR", repo)).encode()

@@ -289,11 +289,16 @@ class Settings(Switch, SwitchInstruments):
         return self.exit_script or self.exit_points or ()
 
 
+def is_killed() -> bool:
+    """Whether the environment turns the plugin off."""
+    return os.environ.get(KILL_SWITCH) == "0"
+
+
 def read_settings(additional_config: Any) -> Settings | None:
     """The plugin's settings, if they are valid; None where stock vLLM is to run."""
     if not isinstance(additional_config, Mapping) or CONFIG_KEY not in additional_config:
         return None
-    if os.environ.get(KILL_SWITCH) == "0":
+    if is_killed():
         return None
     given = additional_config[CONFIG_KEY]
     if not isinstance(given, Mapping):

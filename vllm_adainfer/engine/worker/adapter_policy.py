@@ -10,6 +10,7 @@ from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import LAST_TOKEN
 from vllm_adainfer.artifact.fields import Adapter
 from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.artifact.source import bundled
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.compat.lora import adapter_directory
 from vllm_adainfer.engine.runner.adapters import fingerprint_of
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 logger = get_logger(__name__)
-
-FOLDER = "adainfer"  # in the adapter's directory
 
 
 def bundled_policy(served: ServedPolicies, adapter: LoRARequest) -> Built:
@@ -90,7 +89,6 @@ def _bundled_folder(adapter: LoRARequest) -> Path | None:
     Also None if the adapter cannot be found: vLLM then fails to load it, and says why.
     """
     try:
-        folder = adapter_directory(adapter.lora_path) / FOLDER
-        return folder if folder.is_dir() else None
+        return bundled(adapter_directory(adapter.lora_path))
     except OSError:
         return None

@@ -23,7 +23,7 @@ from vllm_adainfer.engine.classes import model_class_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.adapter import NamedAdapter, adapter_for
 from vllm_adainfer.offline.doctor.finding import Finding, fail, ok, skip
-from vllm_adainfer.settings.engine import KILL_SWITCH
+from vllm_adainfer.settings.engine import KILL_SWITCH, is_killed
 
 if TYPE_CHECKING:
     from vllm_adainfer.artifact.config import ArtifactConfig
@@ -131,7 +131,7 @@ def plugin_filter() -> Finding:
 
 def kill_switch() -> Finding:
     """Is the plugin turned off? ``VLLM_ADAINFER=0`` overrides ``additional_config``."""
-    if os.environ.get(KILL_SWITCH) == "0":
+    if is_killed():
         return fail(f"{KILL_SWITCH}=0 makes every engine run stock vLLM: unset it")
     return ok(f"{KILL_SWITCH}=0, which turns the plugin off, is not set")
 

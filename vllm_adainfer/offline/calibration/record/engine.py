@@ -34,7 +34,7 @@ def start_engine(
     max_tokens: int = 1,
     **settings: Any,
 ) -> LLM:
-    """Start an engine with the switch `adainfer`, or stock vLLM if that is None.
+    """Start an engine with the switch `adainfer`, or stock vLLM if that is None, or empty.
 
     The longest of `examples` and `max_tokens` set its maximum length; `settings` are further
     arguments of `vllm.LLM`.
@@ -60,7 +60,7 @@ def start_engine(
                 max_model_len=-(-(longest + max_tokens) // BLOCK) * BLOCK,
                 disable_log_stats=True,
                 language_model_only=True,  # of a multimodal model; others ignore it
-                additional_config={} if adainfer is None else {CONFIG_KEY: adainfer},
+                additional_config={CONFIG_KEY: adainfer or {"enabled": False}},
                 **{**SMALL, **settings},
             )
         except Exception as error:

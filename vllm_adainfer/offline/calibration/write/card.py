@@ -10,6 +10,9 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.offline.facts.artifact import artifact_facts
 from vllm_adainfer.offline.facts.document import Facts, Table, as_markdown
 
+SERVE = "vllm-adainfer serve DIR"  # `push` puts the artifact's id in place of DIR
+SHOWN_POINTS = 8  # of the risk curve
+
 
 def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
     """README.md of an artifact: front matter for the hub, then what the policy promises."""
@@ -22,11 +25,20 @@ def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
             "with the full model, if every row left there:",
             Table(_agreement(config, details), text_columns=1),
             *_students(details),
-            "`vllm-adainfer inspect DIR --html page.html` draws the risk and its bound against "
-            "layers saved.",
+            "## Curve",
+            "Layers saved, and what is changed, on the held-out rows, by the threshold of the "
+            "probes' scores. `vllm-adainfer inspect DIR --html page.html` draws it.",
+            Table(_curve(details)),
+            "## Limits",
+            "The bound is for prompts like those of the calibration. It says nothing about another "
+            "mixture of prompts, or about prompts that are written to deceive: serve with a "
+            "`shadow_rate` to watch it. Requests of another form run all layers. Other weights, "
+            "also another fine-tuning or quantisation of this model, are refused at start-up.",
             f"Made with {versions} on {provenance['cpu']}.",
         ]
     )
+    adapter = config.adapter
+    lora = "" if adapter is None else f" --enable-lora --lora-modules {adapter.name}=ADAPTER"
     return f"""---
 base_model: {config.base_model}
 library_name: vllm
@@ -35,10 +47,11 @@ tags: [vllm, early-exit, adainfer]
 
 # Early-exit policy for {config.base_model}
 
-Serve it with the plugin [vllm-adainfer](https://arxiv.org/abs/2403.02181):
+Serve the model with it by vLLM and its plugin vllm-adainfer, which implements
+[AdaInfer](https://arxiv.org/abs/2403.02181):
 
 ```
-vllm-adainfer serve MODEL --policy DIR
+{SERVE}{lora}
 ```
 {_request(details)}
 {content}
@@ -64,6 +77,21 @@ A request for `/v1/chat/completions` that it serves, with a prompt like those of
 {json.dumps(body, indent=2, ensure_ascii=False)}
 ```
 """
+
+
+def _curve(details: Mapping[str, Any]) -> list[Facts]:
+    """Points of the risk curve, evenly from the first to the last."""
+    points = details["risk_curve"]
+    count = min(len(points), SHOWN_POINTS)
+    places = [round(n * (len(points) - 1) / max(1, count - 1)) for n in range(count)]
+    return [
+        {
+            "layers saved": f"{points[place]['layers_saved']:.1%}",
+            "risk, held out": f"{points[place]['risk']:.2%}",
+            "upper bound": f"{points[place]['bound']:.2%}",
+        }
+        for place in places
+    ]
 
 
 def _students(details: Mapping[str, Any]) -> list[str | Table]:

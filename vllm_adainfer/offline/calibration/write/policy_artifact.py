@@ -40,10 +40,13 @@ def write_artifact(
 
     An AdaInferError if `directory` cannot be written.
     """
-    name = Path(model).name if Path(model).is_dir() else model
+    is_local = Path(model).is_dir()
+    name = Path(model).name if is_local else model
     config = policy_config(policy, name, hf_config, adapter)
     labels = [label.name for label in policy.calibration.labels]
-    details = {"template": template, "labels": labels, **policy_details(policy)}
+    place = str(Path(model).absolute()) if is_local else model
+    said = {"model": place, "template": template, "labels": labels}
+    details = {**said, **policy_details(policy)}
     if schema is not None:
         details["schema"] = schema
     encoder, tokenizer = None, ""
