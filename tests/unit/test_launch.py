@@ -15,6 +15,8 @@ from vllm_adainfer.cli import app
 from vllm_adainfer.engine.compat.command_line import run_command
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline import launch
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.record.engine import start_engine
 from vllm_adainfer.offline.launch import FLAG, serve_arguments, with_switch
 
 
@@ -243,3 +245,12 @@ def test_a_policy_for_an_adapter_asks_for_the_adapter(placed):
         serve_arguments([placed["LONE"]], [], None)
     served = serve_arguments([placed["LONE"], "--lora-modules", "mood=there"], [], None)
     assert served[:3] == ["org/base", "--lora-modules", "mood=there"]
+
+
+def test_the_stock_engine_of_a_comparison_ignores_a_policy_beside_the_weights(monkeypatch):
+    import vllm
+
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr(vllm, "LLM", lambda **settings: started.append(settings))
+    start_engine("MODEL", [Example("", "", [1, 2], None)])
+    assert started[0]["additional_config"] == {"adainfer": {"enabled": False}}
