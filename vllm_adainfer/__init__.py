@@ -2,6 +2,6 @@
 
 from vllm_adainfer.stats import stats
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["__version__", "stats"]
