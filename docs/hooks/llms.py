@@ -24,11 +24,11 @@ def on_post_build(*, config: MkDocsConfig) -> None:
     """Write the file: pages alone first, then section by section."""
     [nav] = _nav
     alone = [item for item in nav.items if isinstance(item, Page)]
-    sections = [item for item in nav.items if isinstance(item, Section)]
     parts = [f"# {config.site_name}", f"> {config.site_description}", _lines(alone)]
-    for section in sections:
-        own = [item for item in section.children if isinstance(item, Page)]
-        parts.append(f"## {section.title}\n\n{_lines(own)}")
+    for section in nav.items:
+        if isinstance(section, Section):
+            pages = [page for page in nav.pages if section in page.ancestors]
+            parts.append(f"## {section.title}\n\n{_lines(pages)}")
     Path(config.site_dir, "llms.txt").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
