@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from typer.testing import CliRunner
@@ -252,5 +253,6 @@ def test_the_stock_engine_of_a_comparison_ignores_a_policy_beside_the_weights(mo
 
     started: list[dict[str, Any]] = []
     monkeypatch.setattr(vllm, "LLM", lambda **settings: started.append(settings))
-    start_engine("MODEL", [Example("", "", [1, 2], None)])
+    with patch.dict(os.environ):  # it sets variables for the engine's processes
+        start_engine("MODEL", [Example("", "", [1, 2], None)])
     assert started[0]["additional_config"] == {"adainfer": {"enabled": False}}
