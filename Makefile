@@ -62,10 +62,12 @@ slowest: setup
 vllm-names: setup
 	$(BIN)/python docs/hooks/vllm_names.py $(SOURCES)
 
-# The commands of tutorial, README and gateways, one after the other, as they stand there (25 minutes).
+# The commands of tutorial, README, gateways and recipes, one after the other, as they stand there
+# (75 minutes).
 docs-check: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash docs/hooks/run_tutorial.sh
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash docs/hooks/run_gateways.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash docs/hooks/run_recipes.sh
 
 # A wheel, in dist, installed into an environment of its own that has the libraries of .venv. It runs
 # the demo there and serves its policy (10 minutes). Nothing is published.

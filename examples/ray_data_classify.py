@@ -36,7 +36,9 @@ def main(
     model: Annotated[str, typer.Option()],
     artifact: Annotated[Path, typer.Option(help="Calibrated with --labels.")],
     data: Annotated[Path, typer.Option(help="A file: JSON lines, or .parquet.")],
-    template: Annotated[str, typer.Option(help="Python format string over a row's fields.")],
+    template: Annotated[
+        str, typer.Option(help="Python format string over a row's fields, or @FILE.")
+    ],
     output: Annotated[Path, typer.Option(help="A folder that does not exist yet.")],
     replicas: Annotated[int, typer.Option()] = 2,
     cpus: Annotated[float, typer.Option(help="CPUs per replica.")] = 1.0,
@@ -46,6 +48,8 @@ def main(
     """Write the rows with answers; print rows/s and, if they have a `label`, the accuracy."""
     if output.exists():
         raise typer.BadParameter(f"{output} exists already: choose another --output")
+    if template.startswith("@"):  # a file keeps the line break at its end, $(cat FILE) does not
+        template = Path(template[1:]).read_text()
     labels = json.loads((artifact / "config.json").read_text())["labels"]
     names = {label["token_id"]: label["name"] for label in labels}
     sampling = {"temperature": 0.0, "max_tokens": 1, "allowed_token_ids": list(names)}
