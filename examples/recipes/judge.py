@@ -51,7 +51,7 @@ REPLIES = {
     ),
 }
 WHAT = "kettle", "garden hose", "bread knife", "blanket", "toaster", "chair", "rug", "pump"
-ERRORS = 0, 0, 0, 0, -1, 1  # of people: one score in three is a point off
+ERRORS = 0, 0, 0, 0, -1, 1  # of people, within 1 to 5
 
 
 def reply(chance: random.Random) -> tuple[str, str]:
