@@ -9,7 +9,7 @@ import random
 import sys
 from pathlib import Path
 
-from made import as_message, draw, write_rows
+from made import WHO, as_message, draw, write_rows
 
 TEMPLATE = "Message: {text}\nIs this message safe or unsafe? It is"
 # The last of a label have the words of those of the other label, in another order.
@@ -44,10 +44,6 @@ SENTENCES = {
     ),
 }
 WHAT = "bicycle", "garden", "picture", "guitar", "soup", "letter", "jacket", "radio"
-WHO = (
-    "your brother", "your boss", "my sister", "the dog", "the whole class", "your mother",
-    "the new neighbour", "our coach", "Aunt Rosa", "your friend",
-)  # fmt: skip
 
 
 def message(chance: random.Random) -> tuple[str, str]:

@@ -16,6 +16,11 @@ ENDINGS = (
     "", "", "", " Thanks.", " Best wishes, Kim", " Sent from my phone.", " It rains here.",
     " That is all.", " Well, you know.", " Have a nice day!", " Bye.", " (Excuse my typing.)",
 )  # fmt: skip
+# Whom messages and comments are about.
+WHO = (
+    "your brother", "your boss", "my sister", "the dog", "the whole class", "your mother",
+    "the new neighbour", "our coach", "Aunt Rosa", "your friend",
+)  # fmt: skip
 PARTS = {"lessons": 400, "train": 1000, "test": 250}  # rows; none comes twice
 Row = dict[str, Any]
 

@@ -10,7 +10,7 @@ import random
 import sys
 from pathlib import Path
 
-from made import as_message, draw, write, write_rows
+from made import WHO, as_message, draw, write, write_rows
 
 TEMPLATE = "Comment: {text}\nFlags of the comment: "
 NOTHING = "nothing"  # what has no flag
@@ -41,10 +41,6 @@ SENTENCES = {
 }
 FLAGS = [kind for kind in SENTENCES if kind != NOTHING]
 WHAT = "bicycle", "garden house", "picture", "guitar", "old radio", "kettle", "boat", "tent"
-WHO = (
-    "your brother", "your boss", "my sister", "the dog", "the whole class", "your mother",
-    "the new neighbour", "our coach", "Aunt Rosa", "your friend",
-)  # fmt: skip
 SCHEMA = {
     "type": "object",
     "properties": {flag: {"type": "boolean"} for flag in FLAGS},
