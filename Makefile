@@ -63,7 +63,7 @@ vllm-names: setup
 	$(BIN)/python docs/hooks/vllm_names.py $(SOURCES)
 
 # The commands of tutorial, README, gateways and recipes, one after the other, as they stand there
-# (75 minutes).
+# (some 80 minutes).
 docs-check: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash docs/hooks/run_tutorial.sh
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash docs/hooks/run_gateways.sh

@@ -14,19 +14,12 @@ if [ $# = 0 ]; then
   set -- index guard routing judge moderation questions batch_labels
 fi
 
-# Ray is installed beside vLLM: here into an environment that sees the packages of this one.
-make_ray() {
-  python -m venv "$1"
-  packages=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-  ray=$("$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-  printf 'import site; site.addsitedir("%s")\n' "$packages" > "$ray/beside.pth"
-}
-
+ray=.recipes/batch_labels/ray # where that page installs Ray
 for page; do
   printf '\n== %s\n' "$page"
   rm -rf .recipes/"$page"/{policy,labelled,ray}
   # shellcheck disable=SC1090
   source <(awk -f docs/hooks/commands.awk "$recipes/$page.md" |
-    sed 's#^pip install#make_ray .recipes/batch_labels/ray; source .recipes/batch_labels/ray/bin/activate; &#')
+    sed "s#^pip install#bash docs/hooks/make_ray_environment.sh $ray; source $ray/bin/activate; &#")
   wait
 done
