@@ -4,7 +4,8 @@
     .venv/bin/python benchmarks/run_parts.py check [--strict]
 
 `measure` runs the parts whose figures are stale, one after the other, each for at most an hour.
-What is done is not done again, so it may be stopped at any time. Results gather in
+What is done is not done again, so it may be stopped at any time; a part that was cut short is begun
+again, and some scripts go on from what they had measured. Results gather in
 ``.cache/results``, because the tree must have no changes: `keep` copies them to
 ``benchmarks/results``, and writes the pages.
 """
@@ -48,7 +49,7 @@ def measure(
     CACHE.mkdir(parents=True, exist_ok=True)
     started, failed = time.monotonic(), []
     for part in selected(manifest, names_of(only)):
-        reason = why_stale(part, manifest) and why_stale(part, manifest, CACHE)
+        reason = why_stale(part, manifest) and why_not_measured(part, manifest)
         if reason is None:
             typer.echo(f"{part.name}: is of today's code")
             continue
@@ -73,8 +74,11 @@ def measure(
 @errors_as_sentences
 def keep() -> None:
     """Copy what was measured to the results, draw the figure, and write the pages that quote it."""
+    unfinished = {part.result: part for part in load_manifest().parts if cut_short(part).exists()}
+    for part in unfinished.values():
+        typer.echo(f"{part.result} stays as it is: {part.name} was cut short")
     for file in sorted(CACHE.iterdir()):
-        if file.suffix in (".json", ".md", ".png"):
+        if file.suffix in (".json", ".md", ".png") and file.stem not in unfinished:
             shutil.copyfile(file, RESULTS / file.name)
     for script in "offline/throughput_report.py", "readme_table.py":
         subprocess.run([sys.executable, str(ROOT / "benchmarks" / script)], check=True)
@@ -107,6 +111,16 @@ def selected(manifest: Manifest, names: tuple[str, ...]) -> list[Part]:
     return [known[name] for name in names or known]
 
 
+def why_not_measured(part: Part, manifest: Manifest) -> str | None:
+    """Why the cache has no figures of today's code for a part; None if it has."""
+    return "was cut short" if cut_short(part).exists() else why_stale(part, manifest, CACHE)
+
+
+def cut_short(part: Part) -> Path:
+    """A file that is there from when a part begins until it is done."""
+    return CACHE / f"{part.name}.begun"
+
+
 def check_clean() -> None:
     """Check that the commit says which code runs; an AdaInferError if it does not."""
     if git("status", "--porcelain") != "":
@@ -115,6 +129,7 @@ def check_clean() -> None:
 
 def run_part(part: Part, manifest: Manifest, data: Path) -> bool:
     """Run the commands of a part, after those of its models; returns whether all went well."""
+    cut_short(part).touch()
     output = CACHE / f"{part.result}.json"
     if not output.is_file() and part.entry and (RESULTS / output.name).is_file():
         shutil.copyfile(RESULTS / output.name, output)  # with the entries of other parts
@@ -152,6 +167,7 @@ def run_part(part: Part, manifest: Manifest, data: Path) -> bool:
                 return False
             finally:
                 end_session(running)
+    cut_short(part).unlink()
     return True
 
 

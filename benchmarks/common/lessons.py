@@ -1,4 +1,4 @@
-"""Train a causal model to answer prompts with one token."""
+"""Train a causal model to answer prompts, with one token by default."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ from tqdm import tqdm
 LEARNING_RATE = 1e-4
 PROMPTS = 16  # of a step
 T = TypeVar("T")
-Lesson = tuple[Sequence[int], int]  # a prompt's tokens, and the right one after them
+Lesson = tuple[Sequence[int], Any]  # tokens, and what `Loss` is to know of them
+Loss = Callable[[Any, Sequence[Lesson]], torch.Tensor]  # of a causal model and a step's lessons
 
 
-def train(causal: Any, lessons: Sequence[Lesson], epochs: int = 1) -> None:
+def loss_of_answers(causal: Any, step: Sequence[Lesson]) -> torch.Tensor:
+    """The mean loss of right tokens: a lesson is a prompt's tokens and the one after them."""
+    logits = logits_after(causal, [prompt for prompt, _ in step])
+    right = torch.tensor([right for _, right in step])
+    return torch.nn.functional.cross_entropy(logits, right)
+
+
+def train(
+    causal: Any, lessons: Sequence[Lesson], epochs: int = 1, loss: Loss = loss_of_answers
+) -> None:
     """Change all weights of `causal` but its embeddings."""
     causal.get_input_embeddings().requires_grad_(False)
     parameters = [p for p in causal.parameters() if p.requires_grad]
     steps = [step for epoch in range(epochs) for step in _steps(lessons, epoch)]
     causal.train()
-
-    def loss_of(step: Sequence[Lesson]) -> torch.Tensor:
-        logits = logits_after(causal, [prompt for prompt, _ in step])
-        right = torch.tensor([right for _, right in step])
-        return torch.nn.functional.cross_entropy(logits, right)
-
-    minimise(parameters, steps, loss_of, LEARNING_RATE)
+    minimise(parameters, steps, lambda step: loss(causal, step), LEARNING_RATE)
     causal.eval()
 
 

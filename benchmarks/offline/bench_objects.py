@@ -3,11 +3,11 @@ r"""Objects under one bound: stock vLLM, drafts alone, and policies without and 
     .venv/bin/python benchmarks/offline/object_requests.py --data-dir DIR --output TEST.jsonl \
         --each 600
     .venv/bin/python benchmarks/offline/object_requests.py --data-dir DIR --output TRAIN.jsonl \
-        --part train --each 3000
+        --part train --each 1500
     .venv/bin/python benchmarks/offline/bench_objects.py --model MODEL --student MINILM \
         --train TRAIN.jsonl --test TEST.jsonl --policies FOLDER
 
-MODEL is fine-tuned to write such objects. For each schema, policies are calibrated on the requests
+`train_writer.py` makes MODEL. For each schema, policies are calibrated on the requests
 of TRAIN, unless FOLDER has them; then all engines, compiled, in this process and on one thread,
 answer those of TEST, and take turns with some of them by the number in flight.
 

@@ -3,7 +3,7 @@ r"""Structured answers: stock vLLM beside one that drafts them, by the number of
     .venv/bin/python benchmarks/offline/object_requests.py --data-dir DIR --output FILE.jsonl
     .venv/bin/python benchmarks/offline/bench_structured.py --model MODEL --requests FILE.jsonl
 
-MODEL is fine-tuned to write such objects; any other works, too. Both engines are compiled, run in
+`train_writer.py` makes MODEL; any other works, too. Both engines are compiled, run in
 this process on one thread, and take turns. For each kind of requests and each grammar backend, the
 first objects of new grammars are measured apart from the rounds. Last, steps are timed whose drafts
 are all refused.

@@ -3,7 +3,8 @@ r"""Write the requests of `bench_structured.py`: a batch file with objects of de
     .venv/bin/python benchmarks/offline/object_requests.py --data-dir DIR --output FILE.jsonl
 
 DIR holds TASK/test.jsonl of SST-2, CR, AG News and TREC (`{"text": ...}`), and for `--part train`
-their training files. The kind of a request is its `custom_id` up to the last ``-``:
+their training files: ``rows`` of the model that `train_writer.py` makes, which has learnt none of
+them. The kind of a request is its `custom_id` up to the last ``-``:
 `bench_structured.py` measures each kind by itself.
 """
 
@@ -13,7 +14,6 @@ import json
 import random
 import sys
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,13 +28,7 @@ Schema = dict[str, Any]
 BOOLEAN: Schema = {"type": "boolean"}
 REASON: Schema = {"type": "string", "minLength": 30, "maxLength": 60}
 LONGEST_TEXT, MOST_TOKENS = 600, 96
-# By what texts are about: tasks, and how many rows of each training file, the first ones, the model
-# was not fine-tuned on.
-TASKS = {
-    "review": {"sst2": 2000, "cr": 900},
-    "news": {"ag_news": 1200},
-    "question": {"trec": 1500},
-}
+TASKS = {"review": ("sst2", "cr"), "news": ("ag_news",), "question": ("trec",)}  # of texts about it
 ASK = {
     "review": "Describe this review as JSON.\n\nReview: {}",
     "news": "Describe this news item as JSON.\n\nNews: {}",
@@ -72,18 +66,14 @@ def main(
     data_dir: Annotated[Path, typer.Option()],
     output: Annotated[Path, typer.Option()],
     each: Annotated[int, typer.Option(min=1, help="Requests of each kind, at most.")] = 640,
-    part: Annotated[
-        str, typer.Option(help="test, or train: the rows that no model learnt.")
-    ] = "test",
+    part: Annotated[str, typer.Option(help="test or train.")] = "test",
 ) -> None:
     """Write the batch file."""
     texts = {
         about: [
             str(row.fields["text"])[:LONGEST_TEXT]
-            for task, unlearnt in tasks.items()
-            for row in islice(
-                read_rows(data_dir / task / f"{part}.jsonl"), unlearnt if part == "train" else None
-            )
+            for task in tasks
+            for row in read_rows(data_dir / task / f"{part}.jsonl")
         ]
         for about, tasks in TASKS.items()
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import jsonschema
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,17 @@ def test_drafts_that_a_benchmark_wants_refused_take_the_place_of_those_that_were
     with refused_drafts.drafting(token=7, count=3):
         assert answers.draft((1,), 0.5, longest=2, end=0) == [7, 7]
     assert answers.draft((1,), 0.5, longest=2, end=0) == []
+
+
+@pytest.mark.parametrize("text", ["Acting was not bad.", "Rain in London, 12 dead", "who is Ann?"])
+def test_an_object_that_the_writer_learns_is_one_that_its_requests_ask_for(text):
+    writer = imported(ROOT / "benchmarks" / "offline" / "train_writer.py")
+    requests = imported(ROOT / "benchmarks" / "offline" / "object_requests.py")
+    for about, label in ("review", "positive"), ("news", "technology"), ("question", "human"):
+        asked = requests.kinds()[about][2]["response_format"]["json_schema"]["schema"]
+        learnt = writer.object_about(about, text, label)
+        jsonschema.validate(learnt, asked)
+        assert list(learnt) == asked["required"]
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,31 @@ def test_a_part_runs_with_its_models_and_keeps_its_output(monkeypatch, tmp_path)
     assert not run_parts.run_part(failing, manifest, tmp_path)
 
 
+def test_a_part_that_was_cut_short_is_begun_again_and_its_result_is_not_kept(
+    monkeypatch, tmp_path, capsys
+):
+    """Also if its file names today's commit: scripts write what they have, to go on from it."""
+    results = tmp_path / "results"
+    results.mkdir()
+    monkeypatch.setattr(run_parts, "CACHE", tmp_path)
+    monkeypatch.setattr(run_parts, "RESULTS", results)
+    monkeypatch.setattr(run_parts, "load_manifest", lambda: MANIFEST_OF_PART)
+    monkeypatch.setattr(run_parts, "why_stale", lambda *_: None)
+    monkeypatch.setattr(run_parts.subprocess, "run", lambda *_, **__: None)  # writes the pages
+    cut = PART.model_copy(update={"commands": ('touch "$OUTPUT"; false',)})
+    assert not run_parts.run_part(cut, MANIFEST_OF_PART, tmp_path)
+    assert run_parts.why_not_measured(cut, MANIFEST_OF_PART) == "was cut short"
+    run_parts.keep()
+    assert not [*results.iterdir()]
+    assert "speed stays as it is: speed was cut short" in capsys.readouterr().out
+    assert run_parts.run_part(
+        cut.model_copy(update={"commands": ("true",)}), MANIFEST_OF_PART, tmp_path
+    )
+    assert run_parts.why_not_measured(cut, MANIFEST_OF_PART) is None
+    run_parts.keep()
+    assert [file.name for file in results.iterdir()] == ["speed.json"]
+
+
 def test_a_part_that_takes_too_long_ends_with_all_that_it_has_started(monkeypatch, tmp_path):
     monkeypatch.setattr(run_parts, "CACHE", tmp_path)
     monkeypatch.setattr(run_parts, "LONGEST", 0.5)
