@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-LONGEST_TEXT = 500  # characters that are shown of a text
+LONGEST_TEXT = 500  # characters of a row that are shown
 LETTERS = "ABCDEF"
 KINDS = ("abbreviation", "description", "entity", "human", "location", "number")
 SECTIONS = ("business", "sports", "technology", "world")
@@ -40,14 +40,14 @@ class Question:
         return LETTERS[: len(self.options)] if self.options else YES_OR_NO
 
     def prompt(self, text: str) -> str:
-        """The question about a text."""
+        """The question about a text, whole."""
         if self.options:
             lettered = zip(LETTERS, self.options, strict=False)
             shown = [f"{letter}: {option}" for letter, option in lettered]
             shown.append("Answer with the letter of one option only.")
         else:
             shown = ["yes", "no", "Answer with yes or no only."]
-        return "\n".join([text[:LONGEST_TEXT], "", f"Question: {self.text}", *shown])
+        return "\n".join([text, "", f"Question: {self.text}", *shown])
 
 
 def choice(name: str, text: str, options: Sequence[str]) -> Question:
@@ -86,7 +86,7 @@ def line_of(
     right = question.replies.index(question.right(row["label"]))
     body = {
         "model": "model",
-        "messages": [{"role": "user", "content": question.prompt(row["text"])}],
+        "messages": [{"role": "user", "content": question.prompt(row["text"][:LONGEST_TEXT])}],
         "max_completion_tokens": 1,
         "temperature": 0,
         "logprobs": True,

@@ -1,24 +1,7 @@
-"""The tasks that the demo model was fine-tuned on."""
+"""Those tasks of the suite that most benchmarks of a single use have."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from benchmarks.suite.tasks import load_suite
 
-
-@dataclass(frozen=True)
-class Task:
-    """A classification task, with the template of its prompts and the possible answers."""
-
-    title: str
-    template: str
-    labels: tuple[str, ...]
-
-
-REVIEW, OPINION = "Review: {text}\nSentiment:", ("negative", "positive")
-KINDS = ("abbreviation", "description", "entity", "human", "location", "number")
-TASKS = {
-    "sst2": Task("SST-2", REVIEW, OPINION),
-    "cr": Task("CR", REVIEW, OPINION),
-    "subj": Task("Subj", "Text: {text}\nType:", ("objective", "subjective")),
-    "trec": Task("TREC", "Question: {text}\nAnswer type:", KINDS),
-}
+TASKS = {task.name: task for task in load_suite().select(("sst2", "cr", "subj", "trec"))}

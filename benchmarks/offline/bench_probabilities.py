@@ -60,7 +60,7 @@ def main(
                     data=data_dir / name / "train.jsonl",
                     output=policies or Path(folder),
                     template=TASKS[name].template,
-                    labels=TASKS[name].labels,
+                    labels=tuple(TASKS[name].labels.values()),
                     options=PolicyOptions(epsilon=epsilon),
                 ),
                 [float(tolerance) for tolerance in tolerances.split(",")],

@@ -87,7 +87,7 @@ def _unused(
 
 def _body(part: Part, row: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     task = TASKS[part.task]
-    texts = [f" {label}" for label in task.labels]
+    texts = [f" {label}" for label in task.labels.values()]
     body = {
         "model": "model",
         "prompt": task.template.format(text=row["text"][:500]),

@@ -3,10 +3,11 @@ r"""Several questions about one state, as decision endpoints send them: ours aga
     .venv/bin/python benchmarks/serving/bench_states.py --model MODEL --artifact POLICY \
         --data texts.jsonl
 
-POLICY has a label pool of letters, yes and no. States are made by joining the `text` of rows. vLLM
-sends several questions about a state as simultaneous requests that share a prefix, and so does this
-benchmark. Each state is asked about twice with the same questions: when it is new, and again when
-its prefix may be cached. A stock server and ours run side by side and take turns at each state.
+POLICY has a label pool of letters, yes and no. States are made by joining the `text` of rows; the
+questions are those that `suite/fine_tune.py --questions` teaches. vLLM sends several questions
+about a state as simultaneous requests that share a prefix, as this benchmark does. Each state is asked
+about twice with the same questions: when it is new, and again when its prefix may be cached. Stock
+and our server run side by side and take turns at each state.
 
 Ours and stock's answers are compared, and stock's when the state is new with those again, which
 rounding alone changes. The benchmark fails if a request fails or does not get exactly one answer.
@@ -20,7 +21,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle
+from dataclasses import replace
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 import typer
 from tqdm import tqdm
 
+from benchmarks.common.decisions import QUESTIONS
 from benchmarks.common.intervals import share_of
 from benchmarks.common.report_files import write_report
 from benchmarks.common.server import Server, let_others_rest
@@ -43,16 +46,7 @@ from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.reports.speedup import Speedup
 from vllm_adainfer.promise.tolerance import Tolerance
 
-ASKED = (
-    ("What is the sentiment of this text?", ("negative", "positive")),
-    ("Is this text positive?", None),
-    ("Is the text an opinion or a statement of fact?", ("objective", "subjective")),
-    ("Does the text express an opinion?", None),
-    ("Which section does this text belong to?", ("business", "sports", "technology", "world")),
-    ("Is the writer satisfied?", None),
-    ("What does the writer think of the product?", ("negative", "positive")),
-    ("Is this about a film?", None),
-)
+ASKED = [*chain.from_iterable(QUESTIONS.values())]
 COUNTS, LENGTHS = (1, 4, 16), (100, 400, 1500)
 WARM_UP = 4  # untimed states before the timed ones
 
@@ -103,19 +97,14 @@ def questions(state: str, count: int, tokenizer: Any, key: str) -> list[dict[str
     """Requests as ``/v1/systemone`` makes them for `count` questions, all of them different."""
     bodies = []
     for number in range(count):
-        asked, options = ASKED[number % len(ASKED)]
-        lines = ["yes", "no", "Answer with yes or no only."]
-        labels: Sequence[str] = ("yes", "no")
-        if options is not None:
-            labels = [chr(ord("A") + place) for place in range(len(options))]
-            lines = [f"{label}: {option}" for label, option in zip(labels, options, strict=True)]
-            lines.append("Answer with the letter of one option only.")
-        again = "Once more: " if number >= len(ASKED) else ""
-        content = "\n".join([f"{state}\n", f"Question: {again}{asked}", *lines])
-        ids = [tokenizer.encode(label, add_special_tokens=False)[0] for label in labels]
+        question = ASKED[number % len(ASKED)]
+        if number >= len(ASKED):
+            question = replace(question, text=f"Once more: {question.text}")
+        replies = question.replies
+        ids = [tokenizer.encode(reply, add_special_tokens=False)[0] for reply in replies]
         body = {
             "model": "model",
-            "messages": [{"role": "user", "content": content}],
+            "messages": [{"role": "user", "content": question.prompt(state)}],
             "max_completion_tokens": 1,
             "temperature": 0,
             key: ids,

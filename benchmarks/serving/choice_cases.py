@@ -37,7 +37,7 @@ class Case:
 
 def task_cases(model: str, data_dir: Path, folder: Path) -> list[Case]:
     """Raw prompts of SST-2 and TREC, with single-token choices and with sentences."""
-    trec = tuple(f" {label}" for label in TASKS["trec"].labels)
+    trec = tuple(f" {label}" for label in TASKS["trec"].labels.values())
     asked = [
         ("SST-2, a token each", "sst2", (" negative", " positive")),
         ("TREC, a token each", "trec", trec),
