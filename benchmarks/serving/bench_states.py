@@ -5,7 +5,7 @@ r"""Several questions about one state, as decision endpoints send them: ours aga
 
 POLICY has a label pool of letters, yes and no. States are made by joining the `text` of rows; the
 questions are those that `suite/fine_tune.py --questions` teaches. vLLM sends several questions
-about a state as simultaneous requests that share a prefix, as this benchmark does. Each state is asked
+about a state as simultaneous requests that share a prefix, as this does. Each state is asked
 about twice with the same questions: when it is new, and again when its prefix may be cached. Stock
 and our server run side by side and take turns at each state.
 
