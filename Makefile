@@ -42,8 +42,8 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/run_parts.py check
 
-# Measures again what README and docs quote and the code has outgrown, in parts of at most an hour; it
-# may be stopped and goes on later. DATA is a folder of TASK/train.jsonl and TASK/test.jsonl, PARTS
+# Measures again what README and docs quote and the code has outgrown, in parts of about an hour at most;
+# it may be stopped and goes on later. DATA is a folder of TASK/train.jsonl and TASK/test.jsonl, PARTS
 # names some of benchmarks/parts.toml. `benchmarks/run_parts.py keep` then writes results and pages.
 results: setup
 	$(BIN)/python benchmarks/run_parts.py measure --data-dir "$(DATA)" --only "$(PARTS)"
