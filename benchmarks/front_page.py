@@ -127,9 +127,11 @@ def latency() -> str:
         stock, ours = (p99_of(one[name]) for name in ("stock", "adainfer"))
         sent = "all at once" if one["rate"] == "inf" else f"{one['rate']:g} a second"
         told.append(f"{ours} instead of {stock} with requests sent {sent}")
+    limit = report["rates"][-1]["stock"]["request_throughput"]
     return (
         f"A server's p99 latency (SST-2, {report['model']}, {when(report)}; medians of "
-        f"{report['rounds']} rounds of {report['requests']} requests, and their range): "
+        f"{report['rounds']} rounds of {report['requests']} requests, and their range) on a host "
+        f"where stock answers at most {limit:.0f} requests a second: "
         f"{', and '.join(told)} ([more](docs/results.md))."
     )
 
