@@ -134,6 +134,16 @@ def hang_up(server: Server) -> None:
         client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
 
 
+def is_closed(server: Server) -> bool:
+    """Whether the policy has been found to break its promise."""
+    [allowed] = {
+        value
+        for name, value in server.metrics("adainfer:policy_exits_allowed{").items()
+        if 'epsilon="0.05"' in name
+    }
+    return allowed == 0
+
+
 @pytest.fixture(scope="module")
 def alone(server) -> list[list[float]]:
     """The scores of queries that are sent one after the other."""
@@ -155,8 +165,12 @@ def test_a_query_is_watched_as_a_whole_whatever_id_its_client_uses(server, full_
 
 
 def test_hostile_requests_cost_nobody_an_answer(server, alone, full_depth):
-    """A good query has the scores that it has alone, or full depth's where it is watched."""
-    with ThreadPoolExecutor(12) as pool:
+    """A good query has the scores that it has alone, or full depth's where it is watched.
+
+    Queries that run at the moment when the policy is closed have some of either.
+    """
+    clients = 12
+    with ThreadPoolExecutor(clients) as pool:
         statuses = [pool.submit(attack, server, one) for one in HOSTILE * 3]
         for _ in range(10):
             pool.submit(hang_up, server)
@@ -164,13 +178,13 @@ def test_hostile_requests_cost_nobody_an_answer(server, alone, full_depth):
         found = [future.result() for future in good]
     assert {future.result() for future in statuses} <= {200, 400, 404, 405, 413, 422}
     assert server.get("/health") == ""
-    for again, before, full in zip(found, alone, full_depth, strict=True):
-        early = before != pytest.approx(full, abs=CLOSE)
-        assert (
-            again == pytest.approx(full, abs=CLOSE)
-            or not early
-            or again == pytest.approx(before, abs=CLOSE)
-        )
+    mixed = 0
+    for again, before, full in zip(map(np.array, found), alone, full_depth, strict=True):
+        as_full, as_early = abs(again - full) < CLOSE, abs(again - before) < CLOSE
+        was_early = before != pytest.approx(full, abs=CLOSE)
+        assert (as_full | as_early).all() or not was_early
+        mixed += not (as_full.all() or as_early.all()) and was_early
+    assert mixed <= (clients if is_closed(server) else 0)
 
 
 def test_an_order_that_breaks_its_promise_is_closed(server, alone, full_depth):
@@ -183,12 +197,7 @@ def test_an_order_that_breaks_its_promise_is_closed(server, alone, full_depth):
                 pass
     checked = sum(server.metrics("adainfer:shadow_checked_total").values())
     assert 0 < checked < 40 * 8
-    [allowed] = {
-        value
-        for name, value in server.metrics("adainfer:policy_exits_allowed{").items()
-        if 'epsilon="0.05"' in name
-    }
-    assert allowed == 0
+    assert is_closed(server)
     for one, full in zip(QUERIES, full_depth, strict=True):
         assert scores(server, *one) == pytest.approx(full, abs=CLOSE)
 
