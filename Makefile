@@ -70,7 +70,7 @@ docs-check: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash docs/hooks/run_recipes.sh
 
 # A wheel, in dist, installed into an environment of its own that has the libraries of .venv. It runs
-# the demo there and serves its policy (10 minutes). Nothing is published.
+# the demo there, with one round to time, and serves its policy. Nothing is published.
 dist: wheel
 	$(BIN)/python -m venv .cache/dist
 	bash tools/lend_libraries.sh .venv .cache/dist
@@ -99,9 +99,9 @@ wheel: setup
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
 
-# From a folder outside of the checkout's packages: what runs is the wheel.
+# From a folder outside of the checkout's packages: what runs is the wheel. No speed is read.
 define SERVE_DEMO
-cd .cache/dist && bin/vllm-adainfer demo --output demo
+cd .cache/dist && bin/vllm-adainfer demo --output demo --repeat 1
 cd .cache/dist && bin/python ../../tools/serve_demo.py demo
 endef
 

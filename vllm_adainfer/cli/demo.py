@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vllm_adainfer.cli.app import command
+from vllm_adainfer.cli.arguments import Repeat
 
 
 @command
@@ -15,11 +16,12 @@ def demo(
     output: Annotated[
         Path, typer.Option(help="Directory for the model, the artifact and the report.")
     ] = Path(".demo"),
+    repeat: Repeat = 12,
 ) -> None:
     """Fetch a small model, calibrate it on the included prompts, compare with stock vLLM."""
     from vllm_adainfer.offline.demo.run import run
 
-    typer.echo(run(output))
+    typer.echo(run(output, repeat))
 
 
 @command

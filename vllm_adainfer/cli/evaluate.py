@@ -15,6 +15,7 @@ from vllm_adainfer.cli.arguments import (
     Labels,
     Lora,
     Model,
+    Repeat,
     Template,
     names_of,
     overrides_of,
@@ -36,15 +37,7 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Tokens to generate; by default as many as at calibration."),
     ] = None,
-    repeat: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Rounds to time: in each, stock vLLM, ours at each bound and ours without exits "
-            "run the same third of the prompts, in an order that goes round. An interval of the "
-            "speed-up needs 6. The answers are of one pass over all prompts.",
-        ),
-    ] = 12,
+    repeat: Repeat = 12,
     epsilon: Annotated[
         float | None,
         typer.Option(help="Measure only this bound; by default all bounds of the artifact."),

@@ -22,8 +22,10 @@ from vllm_adainfer.offline.reports.page import check_installed
 LABELS = ("bad", "good")
 
 
-def run(output: Path) -> str:
+def run(output: Path, repeat: int) -> str:
     """Run the demo in the directory `output`, and return the last lines to print.
+
+    Speeds are those of `repeat` rounds.
 
     An AdaInferError if a library that it needs is missing, or a step fails.
     """
@@ -52,6 +54,7 @@ def run(output: Path) -> str:
             template=template,
             report=output / "report.json",
             html=output / "report.html",
+            repeat=repeat,
         )
     typer.echo(as_text(evaluation_facts(report)) + "\n")
     serve = shlex.join(["vllm-adainfer", "serve", model, "--policy", str(artifact)])
