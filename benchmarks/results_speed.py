@@ -87,12 +87,13 @@ def generation_table() -> list[str]:
 def startup_line() -> list[str]:
     """Time and memory of an engine's start, and how all engines of these tables ran."""
     ratios = load("startup")["ratios"]
-    cold, warm = (Speedup.read(ratios, f"{state}_seconds") for state in ("cold", "warm"))
+    cold, warm, memory = (
+        Speedup.read(ratios, name).text for name in ("cold_seconds", "warm_seconds", "bytes")
+    )
     versions = load("throughput")["provenance"]["versions"]
     return [
         "An engine with four exit points (six segments) relative to stock: cold start "
-        f"{cold.text}, start with compiled code in the cache {warm.text}, memory "
-        f"{Speedup.read(ratios, 'bytes').value:.3f}x. All engines: torch "
-        f"{versions['torch']}, compiled, bfloat16, vLLM's default CPU settings (one core computes, "
-        "one serves), unless a table says otherwise.",
+        f"{cold}, start with compiled code in the cache {warm}, memory {memory}. All engines: "
+        f"torch {versions['torch']}, compiled, bfloat16, vLLM's default CPU settings (one core "
+        "computes, one serves), unless a table says otherwise.",
     ]

@@ -9,6 +9,7 @@ import typer
 
 from vllm_adainfer.cli.app import command
 from vllm_adainfer.cli.arguments import Repeat
+from vllm_adainfer.offline.evaluation.rounds import ROUNDS
 
 
 @command
@@ -16,7 +17,7 @@ def demo(
     output: Annotated[
         Path, typer.Option(help="Directory for the model, the artifact and the report.")
     ] = Path(".demo"),
-    repeat: Repeat = 12,
+    repeat: Repeat = ROUNDS,
 ) -> None:
     """Fetch a small model, calibrate it on the included prompts, compare with stock vLLM."""
     from vllm_adainfer.offline.demo.run import run

@@ -21,6 +21,7 @@ from vllm_adainfer.cli.arguments import (
     overrides_of,
 )
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.evaluation.rounds import ROUNDS
 
 
 @command
@@ -37,7 +38,7 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Tokens to generate; by default as many as at calibration."),
     ] = None,
-    repeat: Repeat = 12,
+    repeat: Repeat = ROUNDS,
     epsilon: Annotated[
         float | None,
         typer.Option(help="Measure only this bound; by default all bounds of the artifact."),
