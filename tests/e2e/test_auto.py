@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -377,8 +376,8 @@ def certify(
 
 def kind_policy(directory: AutoDirectory, kind: str) -> int | None:
     """The policy that has come into service last, by the events."""
-    events = [json.loads(line) for line in directory.events.read_text().splitlines()]
-    numbers = [e["policy"] for e in events if e["kind"] == kind and e["event"] == "serving"]
+    events = [event for event in directory.told() if event["event"] == "serving"]
+    numbers = [event["policy"] for event in events if event["kind"] == kind]
     return numbers[-1] if numbers else None
 
 

@@ -223,7 +223,7 @@ def test_two_ranks_calibrate_themselves_by_the_coins_and_rows_of_the_first(
     wait_for(lambda: [*place.rows(kind).glob("*.safetensors")])
     tiny_artifact(tiny_model, place.policy(kind, 1), exit_points=(2, 3))
     write_json(place.trainer(kind), asdict(State(CERTIFIED, (Try(1, "", 0, 0, 1, CERTIFIED),))))
-    wait_for(lambda: '"serving"' in place.events.read_text())
+    wait_for(lambda: any(event["event"] == "serving" for event in place.told()))
     tokens(engine, prompts[:1], params)
     engine.collective_rpc(give_budget, args=(kind,))
     early = tokens(engine, prompts, params)
