@@ -24,12 +24,12 @@ import numpy as np
 import typer
 
 from benchmarks.classifiers.label_classifier import label_classifier
-from benchmarks.common.intervals import share_of, shares_of
+from benchmarks.common.intervals import control, share_of, shares_of
 from benchmarks.common.report_files import add_report
 from benchmarks.serving.bench_choices import layer_rows
 from benchmarks.serving.sending import Sent, send
 from benchmarks.serving.serve_report import OURS, STOCK
-from benchmarks.serving.side_by_side import side_by_side
+from benchmarks.serving.side_by_side import NEVER, side_by_side
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.offline.calibration.calibrate import calibrate
@@ -77,7 +77,7 @@ def main(
         bodies = [{"model": "model", "input": render.format(**row)} for row in rows[-test:]]
         switch = {"artifact": str(request.output)}
         flags = ("--max-model-len", "1024", "--no-enable-prefix-caching")
-        with side_by_side(str(made), switch, flags) as servers:
+        with side_by_side(str(made), switch, flags, control=True) as servers:
             measured = measure(servers, bodies, [row["label"] for row in rows[-test:]], repeat)
     report = {
         "task": title,
@@ -98,7 +98,7 @@ def measure(
     right: Sequence[str],
     repeat: int,
 ) -> dict[str, Any]:
-    """Send all requests to both servers in turn, at once and then some of them alone."""
+    """Send all requests to each server in turn, at once and then some of them alone."""
     for server in servers.values():
         send(server, PATH, bodies[:ALONE])
     before = layer_rows(servers[OURS])
@@ -115,15 +115,12 @@ def measure(
     return {
         "layers_saved": float(skipped / (run + skipped)),
         **Speedup.of(seconds[STOCK], seconds[OURS]).entries("speedup"),
+        **Speedup.of(seconds[STOCK], seconds[NEVER]).entries("never_exit"),
         "requests_per_second": {
             name: count / statistics.median(each) for name, each in seconds.items()
         },
-        "latency_alone": {
-            name: {
-                "mean": float(np.mean([one.latencies for one in sent])),
-                "p99": float(np.quantile([one.latencies for one in sent], 0.99)),
-            }
-            for name, sent in alone.items()
+        "seconds_alone": {
+            name: float(np.mean([one.latencies for one in sent])) for name, sent in alone.items()
         },
         "changed": changed / count,
         "changed_95": clopper_pearson(changed, count),
@@ -143,17 +140,14 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: a row per task."""
     rows = []
     for one in reports:
-        stock, ours = (
-            {key: 1000 * seconds for key, seconds in one["latency_alone"][name].items()}
-            for name in (STOCK, OURS)
-        )
+        stock, ours = (1000 * one["seconds_alone"][name] for name in (STOCK, OURS))
         rows.append(
             {
                 "task": one["task"],
                 "layers saved (95 %)": share_of(one["layers_saved"], one["test"]),
                 "speed-up, all at once (95 %)": Speedup.read(one, "speedup").bold,
-                "alone, mean, stock / ours": f"{stock['mean']:.0f} / {ours['mean']:.0f} ms",
-                "p99": f"{stock['p99']:.0f} / {ours['p99']:.0f} ms",
+                "never exiting (95 %)": control(Speedup.read(one, "never_exit")),
+                "alone, mean, stock / ours": f"{stock:.0f} / {ours:.0f} ms",
                 "other label (95 %)": spelled(one["changed"], tuple(one["changed_95"])),
                 "accuracy, stock / ours (95 %)": shares_of(
                     one["accuracy"][STOCK], one["accuracy"][OURS], one["test"]

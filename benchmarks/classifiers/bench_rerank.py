@@ -34,7 +34,7 @@ from benchmarks.common.report_files import write_report
 from benchmarks.common.server import Server, serving
 from benchmarks.serving.bench_choices import layer_rows
 from benchmarks.serving.label_requests import post
-from benchmarks.serving.side_by_side import ENVIRONMENT
+from benchmarks.serving.side_by_side import ENVIRONMENT, NEVER
 from vllm_adainfer.arrays import Floats
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.offline.calibration.calibrate import fit_and_certify, record_prompts
@@ -44,6 +44,7 @@ from vllm_adainfer.offline.facts.document import markdown_table
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled
+from vllm_adainfer.offline.reports.speedup import Speedup
 from vllm_adainfer.promise.first_documents import FirstDocuments, ranked
 from vllm_adainfer.promise.tolerance import Tolerance
 
@@ -119,13 +120,17 @@ def make_policies(
 def start(
     stack: ExitStack, model: Path, promises: Sequence[str], folder: Path
 ) -> dict[str, Server]:
-    """A stock server, and one with the policy of each promise."""
+    """A stock server, one with the policy of each promise, and one that never exits."""
     flags = ("--chat-template", str(model / TEMPLATE_FILE), "--max-model-len", "1024")
+    switches: dict[str, dict[str, Any]] = {
+        promise: {"artifact": str(folder / f"policy-{number}")}
+        for number, promise in enumerate(promises)
+    }
+    switches[NEVER] = {**switches[promises[0]], "epsilon": 0}
     found = {}
-    for number, promise in enumerate(promises):
-        switch = {"artifact": str(folder / f"policy-{number}")}
+    for number, (name, switch) in enumerate(switches.items()):
         log = folder / f"{number}.log"
-        found[promise] = stack.enter_context(serving(str(model), switch, log, flags, ENVIRONMENT))
+        found[name] = stack.enter_context(serving(str(model), switch, log, flags, ENVIRONMENT))
     without = {**ENVIRONMENT, "VLLM_PLUGINS": ""}
     log = folder / "stock.log"
     stock = stack.enter_context(serving(str(model), None, log, flags, without))
@@ -164,7 +169,7 @@ def measure(
             {
                 "server": name,
                 "mean": statistics.mean(seconds[name]),
-                "p99": float(np.quantile(seconds[name], 0.99)),
+                **Speedup.of(seconds[STOCK], seconds[name]).entries("speedup"),
                 "layers_saved": skipped / (run + skipped) if skipped else 0.0,
                 **compared(queries, scores[name], scores[STOCK], promise),
             }
@@ -227,13 +232,11 @@ def table(report: Mapping[str, Any]) -> str:
     """Markdown: a table for each number of documents."""
     parts = []
     for size in report["sizes"]:
-        stock = size["servers"][0]
         rows = [
             {
                 "server": one["server"],
                 "mean": f"{1000 * one['mean']:.0f} ms",
-                "p99": f"{1000 * one['p99']:.0f} ms",
-                "speed-up": f"{stock['mean'] / one['mean']:.2f}x",
+                "speed-up of a query (95 %)": Speedup.read(one, "speedup").bold,
                 "layers saved (95 %)": share_of(one["layers_saved"], size["queries"]),
                 f"other first {report['k']} (95 %)": spelled(
                     one["first_changed"], tuple(one["first_changed_95"])

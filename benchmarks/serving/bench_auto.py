@@ -189,7 +189,6 @@ def measure(
                     name: {
                         "requests_per_second": len(part) / one.seconds,
                         "p50_ms": one.latency(0.5),
-                        "p99_ms": one.latency(0.99),
                     }
                     for name, one in runs.items()
                 },

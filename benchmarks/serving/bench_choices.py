@@ -119,7 +119,6 @@ def measured(
         return {
             "requests_per_second": len(together.answers) / together.seconds,
             "p50_ms": single.latency(0.5),
-            "p99_ms": single.latency(0.99),
             "completion_tokens": tokens_of(together),
         }
 
@@ -174,7 +173,6 @@ def table(report: Mapping[str, Any]) -> str:
                 "choices",
                 "requests/s, all at once",
                 "p50 latency alone, ms",
-                "p99, ms",
                 "tokens of an answer",
                 "layers saved",
                 "texts that differ",
@@ -182,7 +180,7 @@ def table(report: Mapping[str, Any]) -> str:
             [
                 [
                     case["title"],
-                    *(cell(case, key) for key in ("requests_per_second", "p50_ms", "p99_ms")),
+                    *(cell(case, key) for key in ("requests_per_second", "p50_ms")),
                     " / ".join(
                         f"{statistics.median(run['completion_tokens'] for run in case[name]):.1f}"
                         for name in (STOCK, OURS)

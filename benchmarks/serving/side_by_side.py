@@ -1,16 +1,17 @@
-"""A stock server and one with the plugin, run side by side to be measured in turn."""
+"""A stock server and those with the plugin, run side by side to be measured in turn."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.server import Server, serving
 from benchmarks.serving.serve_report import OURS, STOCK
 
+NEVER = "never exiting"  # what a server with the plugin costs that saves nothing
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",  # an idle server leaves its core to the other one
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -20,13 +21,19 @@ ENVIRONMENT = {
 
 @contextmanager
 def side_by_side(
-    model: str, switch: Mapping[str, Any], flags: Sequence[str]
+    model: str, switch: Mapping[str, Any], flags: Sequence[str], control: bool = False
 ) -> Iterator[dict[str, Server]]:
-    """Both servers, by name. Ours starts first, because it may refuse `switch`."""
-    without = {**ENVIRONMENT, "VLLM_PLUGINS": ""}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        serving(model, switch, Path(folder, "ours.log"), flags, ENVIRONMENT) as ours,
-        serving(model, None, Path(folder, "stock.log"), flags, without) as stock,
-    ):
-        yield {OURS: ours, STOCK: stock}
+    """The servers, by name: ours and stock, and with `control` one of ours that never exits.
+
+    Ours starts first, because it may refuse `switch`.
+    """
+    switches = {OURS: switch, STOCK: None}
+    if control:
+        switches[NEVER] = {**switch, "epsilon": 0}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        servers = {}
+        for number, (name, own) in enumerate(switches.items()):
+            environment = ENVIRONMENT if own else {**ENVIRONMENT, "VLLM_PLUGINS": ""}
+            log = Path(folder, f"{number}.log")
+            servers[name] = stack.enter_context(serving(model, own, log, flags, environment))
+        yield servers
