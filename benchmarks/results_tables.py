@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.common.intervals import control, share_of, shares_of
+from benchmarks.common.intervals import control, never_exiting, share_of, shares_of
 from benchmarks.front_page import load, of_bound, speedup_of
 from benchmarks.results_summary import middle, ratio_of
 from vllm_adainfer.offline.facts.document import markdown_grid, markdown_table
@@ -115,11 +115,6 @@ def their_rule(task: Mapping[str, Any], name: str) -> str:
     return f"{share_of(found['layers_saved'], task['test'], 0)}, {lost:.1f}"
 
 
-def never_exiting(run: Mapping[str, Any]) -> str:
-    """The speed of never exiting, which older suites have not measured."""
-    return control(Speedup.read(run, "never_exit")) if "never_exit" in run else "not measured"
-
-
 def choices_table() -> list[str]:
     """Choices over HTTP, with one policy each."""
     report = load("choices_exits")
@@ -132,10 +127,12 @@ def choices_table() -> list[str]:
             for key in ("requests_per_second", "p50_ms")
         ]
         differ = share_of(case["differ"] / compared, compared)
+        cells.insert(1, never_exiting(case))
         rows.append([case["title"], *cells, share_of(case["layers_saved"], compared), differ])
     columns = [
         "choices",
         "requests/s, all at once",
+        "never exiting (95 %)",
         "p50 latency alone, ms",
         "layers saved (95 %)",
         "texts that differ from stock (95 %)",

@@ -34,6 +34,11 @@ def control(never: Speedup) -> str:
     return never.text + ", **off**" * (abs(never.value - 1) > OFF)
 
 
+def never_exiting(report: Mapping[str, Any]) -> str:
+    """The control of a report; older reports have none."""
+    return control(Speedup.read(report, "never_exit")) if "never_exit" in report else "not measured"
+
+
 def mean_interval(values: Floats) -> Interval:
     """Student's interval of the mean of independent values, which are at most 1.
 

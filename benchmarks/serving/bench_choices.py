@@ -7,7 +7,7 @@ server has no policy and runs stock vLLM's model, so all it saves are the steps 
 decided. Both servers run side by side and take turns.
 
 With `--exits`, requests also exit early: a policy for each case is first calibrated on
-DIR/TASK/train.jsonl.
+DIR/TASK/train.jsonl. A third server then does neither.
 
 With `--chats`, DIR holds train.jsonl and test.jsonl with chats, see `choice_cases.chat_cases`.
 
@@ -33,13 +33,14 @@ import numpy.typing as npt
 import typer
 from tqdm import tqdm
 
+from benchmarks.common.intervals import never_exiting
 from benchmarks.common.report_files import write_report
 from benchmarks.common.server import Server
 from benchmarks.serving.choice_cases import Case, chat_cases, task_cases
 from benchmarks.serving.label_requests import post
 from benchmarks.serving.sending import Sent, send, text_of
 from benchmarks.serving.serve_report import OURS, STOCK
-from benchmarks.serving.side_by_side import side_by_side
+from benchmarks.serving.side_by_side import NEVER, side_by_side
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.evaluation.rounds import ROUNDS, in_rounds
 from vllm_adainfer.offline.facts.document import markdown_grid
@@ -68,7 +69,8 @@ def main(
         switch: dict[str, Any] = {"finish_choices": True}
         if exits:
             switch = {"artifact": calibrated(cases)}
-        with side_by_side(model, switch, ["--max-model-len", "512"]) as servers:
+        flags = ["--max-model-len", "512"]
+        with side_by_side(model, switch, flags, control=exits) as servers:
             found = [
                 measured(servers, case, requests, alone, compared, rounds)
                 for case in tqdm(cases, desc="cases")
@@ -122,7 +124,10 @@ def measured(
             "completion_tokens": tokens_of(together),
         }
 
-    found |= in_rounds([OURS, STOCK], rounds, once, case.title)
+    found |= in_rounds([*servers], rounds, once, case.title)
+    if NEVER in servers:
+        rates = ([run["requests_per_second"] for run in found[name]] for name in (NEVER, STOCK))
+        found |= Speedup.of(*rates).entries("never_exit")
     executed, skipped = layer_rows(servers[OURS]) - before
     found["layers_saved"] = skipped / max(executed + skipped, 1)
     return found
@@ -172,6 +177,7 @@ def table(report: Mapping[str, Any]) -> str:
             [
                 "choices",
                 "requests/s, all at once",
+                "never exiting (95 %)",
                 "p50 latency alone, ms",
                 "tokens of an answer",
                 "layers saved",
@@ -180,7 +186,9 @@ def table(report: Mapping[str, Any]) -> str:
             [
                 [
                     case["title"],
-                    *(cell(case, key) for key in ("requests_per_second", "p50_ms")),
+                    cell(case, "requests_per_second"),
+                    never_exiting(case),
+                    cell(case, "p50_ms"),
                     " / ".join(
                         f"{statistics.median(run['completion_tokens'] for run in case[name]):.1f}"
                         for name in (STOCK, OURS)

@@ -6,8 +6,8 @@ r"""Several questions about one state, as decision endpoints send them: ours aga
 POLICY has a label pool of letters, yes and no. States are made by joining the `text` of rows; the
 questions are those that `suite/fine_tune.py --questions` teaches. vLLM sends several questions
 about a state as simultaneous requests that share a prefix, as this does. Each state is asked
-about twice with the same questions: when it is new, and again when its prefix may be cached. Stock
-and our server run side by side and take turns at each state.
+about twice with the same questions: when it is new, and again when its prefix may be cached. Stock,
+our server and one of ours that never exits run side by side and take turns at each state.
 
 Ours and stock's answers are compared, and stock's when the state is new with those again, which
 rounding alone changes. The benchmark fails if a request fails or does not get exactly one answer.
@@ -32,12 +32,12 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.common.decisions import QUESTIONS
-from benchmarks.common.intervals import share_of
+from benchmarks.common.intervals import control, share_of
 from benchmarks.common.report_files import write_report
 from benchmarks.common.server import Server, let_others_rest
 from benchmarks.serving.label_requests import post
 from benchmarks.serving.serve_report import OURS, STOCK
-from benchmarks.serving.side_by_side import side_by_side
+from benchmarks.serving.side_by_side import NEVER, side_by_side
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.offline.calibration.data.examples import read_rows
 from vllm_adainfer.offline.facts.document import markdown_grid
@@ -67,7 +67,7 @@ def main(
     texts = cycle([str(row.fields["text"]) for row in read_rows(data)])
     key = "allowed_token_ids" if not isinstance(config.promise, Tolerance) else "logprob_token_ids"
     flags = ["--max-model-len", "2048"]
-    with side_by_side(model, {"artifact": artifact}, flags) as servers:
+    with side_by_side(model, {"artifact": artifact}, flags, control=True) as servers:
         cells = [
             cell(servers, state_of(texts, tokenizer, length), tokenizer, key, length, count, states)
             for length in tqdm(LENGTHS, desc="lengths")
@@ -174,16 +174,20 @@ def table(report: dict[str, Any]) -> str:
     for one in report["cells"]:
         cells = [str(one["state_tokens"]), str(one["questions"])]
         for touch in "new", "again":
-            stock, ours = (one["seconds"][name][touch] for name in (STOCK, OURS))
+            stock, ours, never = (one["seconds"][name][touch] for name in (STOCK, OURS, NEVER))
             cells += [
                 f"{1000 * statistics.median(stock):.0f} / {1000 * statistics.median(ours):.0f}",
                 Speedup.of(stock, ours).bold,
+                control(Speedup.of(stock, never)),
             ]
         answers = one["answers"]
         cells.append(share_of(one["differ"] / answers, answers))
         cells.append(share_of(2 * one["rounding"] / answers, answers // 2))
         rows.append(cells)
-    columns = ["tokens of the state", "questions", "new, ms", "", "again, ms", ""]
+    columns = ["tokens of the state", "questions"]
+    columns += [
+        name for touch in ("new", "again") for name in (f"{touch}, ms", "", "never exiting")
+    ]
     columns += ["answers other than stock's (95 %)", "stock's own, again (95 %)"]
     return markdown_grid(columns, rows, text_columns=0) + "\n"
 

@@ -11,7 +11,8 @@ from typing import Any
 from benchmarks.common.server import Server, serving
 from benchmarks.serving.serve_report import OURS, STOCK
 
-NEVER = "never exiting"  # what a server with the plugin costs that saves nothing
+NEVER = "never exiting"
+SAVES_NOTHING = {"epsilon": 0, "finish_choices": False}
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",  # an idle server leaves its core to the other one
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -23,13 +24,13 @@ ENVIRONMENT = {
 def side_by_side(
     model: str, switch: Mapping[str, Any], flags: Sequence[str], control: bool = False
 ) -> Iterator[dict[str, Server]]:
-    """The servers, by name: ours and stock, and with `control` one of ours that never exits.
+    """The servers, by name: ours and stock, and with `control` one of ours that saves nothing.
 
     Ours starts first, because it may refuse `switch`.
     """
     switches = {OURS: switch, STOCK: None}
     if control:
-        switches[NEVER] = {**switch, "epsilon": 0}
+        switches[NEVER] = {**switch, **SAVES_NOTHING}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         servers = {}
         for number, (name, own) in enumerate(switches.items()):
