@@ -39,8 +39,8 @@ from benchmarks.common.server import Server
 from benchmarks.serving.choice_cases import Case, chat_cases, task_cases
 from benchmarks.serving.label_requests import post
 from benchmarks.serving.sending import Sent, send, text_of
-from benchmarks.serving.serve_report import OURS, STOCK
-from benchmarks.serving.side_by_side import NEVER, side_by_side
+from benchmarks.serving.serve_report import NEVER, OURS, STOCK
+from benchmarks.serving.side_by_side import side_by_side
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.evaluation.rounds import ROUNDS, in_rounds
 from vllm_adainfer.offline.facts.document import markdown_grid

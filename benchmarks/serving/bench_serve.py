@@ -20,6 +20,7 @@ probability, or if no layers are skipped. Answers are compared outside the load,
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 import tempfile
@@ -38,7 +39,7 @@ from benchmarks.common.server import Server
 from benchmarks.serving.label_requests import Load, ask, bench, post, tokens_of
 from benchmarks.serving.scoring_requests import bench as bench_scores
 from benchmarks.serving.scoring_requests import compare_scores
-from benchmarks.serving.serve_report import FIGURES, OURS, STOCK, plot, rate_row, table
+from benchmarks.serving.serve_report import FIGURES, NEVER, OURS, STOCK, plot, rate_row, table
 from benchmarks.serving.side_by_side import side_by_side
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.errors import AdaInferError
@@ -94,7 +95,7 @@ def main(
     flags = ["--max-model-len", str(-(-tokens // BLOCK) * BLOCK)]
     with (
         tempfile.TemporaryDirectory() as folder,
-        side_by_side(model, {"artifact": artifact}, flags) as servers,
+        side_by_side(model, {"artifact": artifact}, flags, control=True) as servers,
     ):
         load = Load(
             model,
@@ -135,7 +136,7 @@ def compare_answers(
     """Shares of prompts that early exits, full depth and stock vLLM answer differently.
 
     Each pass sends the same prompts together, so that batching does not change the rounding. This
-    also warms up both servers.
+    also warms up both.
     """
     stock = ask(servers[STOCK], load, examples)
     full = ask(servers[OURS], load, examples, {"vllm_xargs": {"adainfer": 0}})
@@ -160,23 +161,24 @@ def measure(
     send: Send,
 ) -> list[tuple[float, dict[str, list[dict[str, Any]]]]]:
     """Measure interleaved rounds at each rate with `send`; returns the runs by server."""
+    send(servers[NEVER], load, math.inf, 0)  # the others are warm
     measured = []
     for rate in rates:
-        seeds = {name: iter(range(rounds)) for name in (STOCK, OURS)}
+        seeds = {name: iter(range(rounds)) for name in servers}
 
         def once(name: str, rate: float = rate, seeds: dict[str, Any] = seeds) -> dict[str, Any]:
-            return one_run(servers[name], load, rate, next(seeds[name]), name == OURS, send)
+            return one_run(name, servers[name], load, rate, next(seeds[name]), send)
 
-        measured.append((rate, in_rounds([STOCK, OURS], rounds, once, f"{rate:g} a second")))
+        measured.append((rate, in_rounds([*servers], rounds, once, f"{rate:g} a second")))
     return measured
 
 
 def one_run(
+    name: str,
     server: Server,
     load: Load,
     rate: float,
     seed: int,
-    ours: bool,
     send: Send,
 ) -> dict[str, Any]:
     """Measure one run at one rate; for our server, with the share of layers saved.
@@ -188,14 +190,14 @@ def one_run(
     before = counters(server)
     result = send(server, load, rate, seed)
     run = {key: result[key] for key in (*FIGURES, "duration", "completed", "failed")}
-    if ours:
+    if name == OURS:
         executed, skipped = counted(server, before, run["completed"])
         if not skipped:
             raise RuntimeError(
                 "the server with the plugin skipped no layers: no request left early"
             )
         run["layers_saved"] = skipped / (executed + skipped)
-    elif before:
+    elif name == STOCK and before:
         raise RuntimeError("the stock server has the plugin's metrics")
     return run
 

@@ -36,8 +36,8 @@ from benchmarks.common.intervals import control, share_of
 from benchmarks.common.report_files import write_report
 from benchmarks.common.server import Server, let_others_rest
 from benchmarks.serving.label_requests import post
-from benchmarks.serving.serve_report import OURS, STOCK
-from benchmarks.serving.side_by_side import NEVER, side_by_side
+from benchmarks.serving.serve_report import NEVER, OURS, STOCK
+from benchmarks.serving.side_by_side import side_by_side
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.offline.calibration.data.examples import read_rows
 from vllm_adainfer.offline.facts.document import markdown_grid

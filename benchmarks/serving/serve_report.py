@@ -12,7 +12,7 @@ from benchmarks.common.report_files import as_png
 from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.reports.speedup import Speedup
 
-STOCK, OURS = "stock", "adainfer"
+STOCK, OURS, NEVER = "stock", "adainfer", "never exiting"
 # Figures of ``vllm bench serve``, under its names; E2EL is end-to-end latency.
 FIGURES = (
     "request_throughput",
@@ -37,9 +37,14 @@ def rate_row(rate: float, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> di
     return row
 
 
-def ratio_of(row: Mapping[str, Any], key: str) -> Speedup:
-    """That of a figure, ours / stock, in pairs of one round each."""
-    return Speedup.of(*([run[key] for run in row[name]["runs"]] for name in (OURS, STOCK)))
+def ratio_of(row: Mapping[str, Any], key: str, server: str = OURS) -> Speedup:
+    """That of a figure, a server's / stock's, in pairs of one round each."""
+    return Speedup.of(*([run[key] for run in row[name]["runs"]] for name in (server, STOCK)))
+
+
+def never_exiting(row: Mapping[str, Any]) -> str:
+    """The latency of the server that saves nothing, beside stock's; older reports have none."""
+    return ratio_of(row, "p50_e2el_ms", NEVER).text if NEVER in row else "not measured"
 
 
 def name_of(rate: float | str) -> str:
@@ -56,6 +61,7 @@ def table(report: Mapping[str, Any]) -> str:
                 f"{row[STOCK][key]:.1f} / {row[OURS][key]:.1f} = {ratio_of(row, key).bold}"
                 for key in IN_TABLE
             ),
+            never_exiting(row),
             share_of(row[OURS]["layers_saved"], report["requests"], 0),
         ]
         for row in report["rates"]
@@ -77,6 +83,7 @@ def table(report: Mapping[str, Any]) -> str:
                 "mean TTFT, ms",
                 "p50 latency, ms",
                 "p99 latency, ms",
+                "never exiting, p50 latency",
                 "layers saved (95 %)",
             ],
             rows,

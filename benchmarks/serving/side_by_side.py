@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.server import Server, serving
-from benchmarks.serving.serve_report import OURS, STOCK
+from benchmarks.serving.serve_report import NEVER, OURS, STOCK
 
-NEVER = "never exiting"
 SAVES_NOTHING = {"epsilon": 0, "finish_choices": False}
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",  # an idle server leaves its core to the other one
