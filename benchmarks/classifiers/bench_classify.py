@@ -28,8 +28,8 @@ from benchmarks.common.intervals import control, share_of, shares_of
 from benchmarks.common.report_files import add_report
 from benchmarks.serving.bench_choices import layer_rows
 from benchmarks.serving.sending import Sent, send
-from benchmarks.serving.serve_report import OURS, STOCK
-from benchmarks.serving.side_by_side import NEVER, side_by_side
+from benchmarks.serving.serve_report import NEVER, OURS, STOCK
+from benchmarks.serving.side_by_side import side_by_side
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.offline.calibration.calibrate import calibrate
@@ -144,6 +144,7 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
         rows.append(
             {
                 "task": one["task"],
+                "prompts that calibrate": str(one["prompts"]),
                 "layers saved (95 %)": share_of(one["layers_saved"], one["test"]),
                 "speed-up, all at once (95 %)": Speedup.read(one, "speedup").bold,
                 "never exiting (95 %)": control(Speedup.read(one, "never_exit")),
@@ -157,8 +158,8 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
 
     first = reports[0]
     return (
-        f"{first['prompts']} prompts calibrate, {first['test']} test; epsilon "
-        f"{first['epsilon']:.0%}; {first['provenance']['cpu']}\n\n"
+        f"{first['test']} prompts test; epsilon {first['epsilon']:.0%}; "
+        f"{first['provenance']['cpu']}\n\n"
         f"{markdown_table(rows, text_columns=1)}\n"
     )
 
