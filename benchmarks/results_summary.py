@@ -28,7 +28,7 @@ def summary() -> str:
         evaluation("eight decision questions", "decision-questions", "questions"),
         promise("P(positive) on its side of 0.9", "promises"),
         promise("each probability within 0.05", "promises"),
-        classifier("a classifier (SST-2)", "classifiers"),
+        classifier("a classifier (SST-2)", "classifiers", "SST-2"),
         reranker("a reranker, 50 documents, one query at a time", "rerankers"),
         self_calibrated(
             "a server that calibrates itself, at the end (the largest of three kinds)",
@@ -114,16 +114,22 @@ def middle(case: Mapping[str, Any], engine: str, key: str) -> float:
 
 def promise(what: str, section: str) -> list[str]:
     """A promise about SST-2's probabilities, by its name."""
-    report, *_ = load("promises")
+    report = of_task("promises", "SST-2")
     [run] = [one for one in report["policies"] if one["promise"] == what]
     saved = share_of(run["layers_saved"], report["test"])
     changed = f"{share_in(run, 'wrong')} break it"
     return row(what, section, Speedup.read(run, "speedup"), saved, changed, report)
 
 
-def classifier(what: str, section: str) -> list[str]:
-    """The first task of a classifier."""
-    report, *_ = load("classify")
+def of_task(name: str, task: str) -> dict[str, Any]:
+    """The report of a task, among those of a result."""
+    [report] = [one for one in load(name) if one["task"] == task]
+    return dict(report)
+
+
+def classifier(what: str, section: str, task: str) -> list[str]:
+    """A task of a classifier."""
+    report = of_task("classify", task)
     saved = share_of(report["layers_saved"], report["test"])
     changed = f"{share_in(report, 'changed')} of the labels"
     return row(what, section, Speedup.read(report, "speedup"), saved, changed, report)

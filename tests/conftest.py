@@ -15,10 +15,16 @@ from zlib import crc32
 ROOT = Path(__file__).parents[1]
 CORES = sorted(os.sched_getaffinity(0))
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # gw0 or gw1 of `pytest -n 2`
-LONGEST = (
-    *("test_serve", "test_cli", "test_suite", "test_families", "test_structured_server"),
-    *("test_student_calibration", "test_self_test", "test_self_test_of_graphs"),
-)
+LONGEST = {
+    "test_serve",
+    "test_cli",
+    "test_suite",
+    "test_families",
+    "test_structured_server",
+    "test_student_calibration",
+    "test_self_test",
+    "test_self_test_of_graphs",
+}
 
 # Before vLLM is imported anywhere: engines in this process, quiet, no GPU.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -59,9 +65,9 @@ if not WORKER:  # Python has run this at the start of a worker, and of all other
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each case as one of two halves; files that take long come first.
+    """Mark the two halves of the cases, and put files that take long first.
 
-    So no worker waits for one at the end, and CI runs half of the full cases for each commit.
+    CI runs one half of the full cases. No worker waits at the end for a long file on the other.
     """
     for item in items:
         item.add_marker(("even", "odd")[crc32(item.nodeid.encode()) % 2])

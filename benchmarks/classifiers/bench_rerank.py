@@ -34,7 +34,8 @@ from benchmarks.common.report_files import write_report
 from benchmarks.common.server import Server, serving
 from benchmarks.serving.bench_choices import layer_rows
 from benchmarks.serving.label_requests import post
-from benchmarks.serving.side_by_side import ENVIRONMENT, NEVER
+from benchmarks.serving.serve_report import NEVER
+from benchmarks.serving.side_by_side import ENVIRONMENT, SAVES_NOTHING
 from vllm_adainfer.arrays import Floats
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.offline.calibration.calibrate import fit_and_certify, record_prompts
@@ -120,13 +121,13 @@ def make_policies(
 def start(
     stack: ExitStack, model: Path, promises: Sequence[str], folder: Path
 ) -> dict[str, Server]:
-    """A stock server, one with the policy of each promise, and one that never exits."""
+    """A stock server, one with the policy of each promise, and one of ours that saves nothing."""
     flags = ("--chat-template", str(model / TEMPLATE_FILE), "--max-model-len", "1024")
     switches: dict[str, dict[str, Any]] = {
         promise: {"artifact": str(folder / f"policy-{number}")}
         for number, promise in enumerate(promises)
     }
-    switches[NEVER] = {**switches[promises[0]], "epsilon": 0}
+    switches[NEVER] = {**switches[promises[0]], **SAVES_NOTHING}
     found = {}
     for number, (name, switch) in enumerate(switches.items()):
         log = folder / f"{number}.log"

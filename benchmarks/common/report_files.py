@@ -31,10 +31,13 @@ def add_report(
     table: Callable[[Sequence[Any]], str],
     keys: Sequence[str] = ("task",),
 ) -> None:
-    """Write `report` to `output`, beside those there that differ from it in one of `keys`."""
+    """Write `report` to `output`, in the place of the one with its `keys`, or behind all there.
+
+    So what is measured again stays where its readers look for it.
+    """
     found = json.loads(output.read_text()) if output.is_file() else []
-    others = [one for one in found if any(one[key] != report[key] for key in keys)]
-    write_report(output, [*others, report], table([*others, report]))
+    reports = {tuple(one[key] for key in keys): one for one in [*found, report]}
+    write_report(output, [*reports.values()], table([*reports.values()]))
 
 
 def as_png(figure: Figure, provenance: Mapping[str, Any]) -> bytes:

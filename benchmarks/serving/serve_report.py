@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.common.intervals import share_of
+from benchmarks.common.intervals import never_exiting, share_of
 from benchmarks.common.report_files import as_png
 from vllm_adainfer.offline.facts.document import markdown_grid
 from vllm_adainfer.offline.reports.speedup import Speedup
@@ -34,17 +34,12 @@ def rate_row(rate: float, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> di
         row[name] = {**medians, "failed": sum(run["failed"] for run in done), "runs": list(done)}
     saved = statistics.median(run["layers_saved"] for run in runs[OURS])
     row[OURS]["layers_saved"] = saved
-    return row
+    return row | ratio_of(row, "p50_e2el_ms", NEVER).entries("never_exit")
 
 
 def ratio_of(row: Mapping[str, Any], key: str, server: str = OURS) -> Speedup:
     """That of a figure, a server's / stock's, in pairs of one round each."""
     return Speedup.of(*([run[key] for run in row[name]["runs"]] for name in (server, STOCK)))
-
-
-def never_exiting(row: Mapping[str, Any]) -> str:
-    """The latency of the server that saves nothing, beside stock's; older reports have none."""
-    return ratio_of(row, "p50_e2el_ms", NEVER).text if NEVER in row else "not measured"
 
 
 def name_of(rate: float | str) -> str:

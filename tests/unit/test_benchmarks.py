@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from unittest import mock
 
 import jsonschema
 import pytest
+
+from benchmarks.common.report_files import add_report
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "benchmarks").rglob("*.py"))
@@ -32,6 +35,16 @@ def test_a_benchmark_finds_what_it_imports(path):
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_names_its_own_path_in_its_docstring(path):
     assert f"benchmarks/{path.relative_to(ROOT / 'benchmarks')}" in imported(path).__doc__
+
+
+def test_a_task_measured_again_keeps_its_place_among_the_others(tmp_path):
+    output = tmp_path / "result.json"
+    for task, value in ("SST-2", 1), ("TREC", 2), ("SST-2", 3):
+        add_report(output, {"task": task, "value": value}, str)
+    assert [(one["task"], one["value"]) for one in json.loads(output.read_text())] == [
+        ("SST-2", 3),
+        ("TREC", 2),
+    ]
 
 
 def test_the_parts_of_a_step_that_are_timed_exist():
