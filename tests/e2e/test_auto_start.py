@@ -30,17 +30,22 @@ USES_DEVICE = "to", "cpu", "copy_", "contiguous"
 
 
 class Capture:
-    """Notes who uses the device while graphs are captured, which only the capturing thread may."""
+    """Notes who uses the device while graphs are captured, which only the capturing thread may.
+
+    Threads of engines that earlier tests left in this process do not count.
+    """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.is_capturing, self.others = False, set[str]()
+        self.earlier = set(threading.enumerate())
         for name in USES_DEVICE:
             patch.setattr(torch.Tensor, name, self.watched(name, getattr(torch.Tensor, name)))
 
     def watched(self, name: str, call: Any) -> Any:
         def used(*args: Any, **kwargs: Any) -> Any:
-            if self.is_capturing and threading.current_thread() is not threading.main_thread():
-                self.others.add(f"{threading.current_thread().name}: {name}")
+            thread = threading.current_thread()
+            if self.is_capturing and thread not in self.earlier:
+                self.others.add(f"{thread.name}: {name}")
             return call(*args, **kwargs)
 
         return used
