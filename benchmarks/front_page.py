@@ -76,7 +76,7 @@ def row(title: str, report: dict[str, Any], run: Mapping[str, Any], rows: int) -
         Speedup.read(run, "speedup").bold,
         control(Speedup.read(run, "never_exit")),
         share_of(run["layers_saved"], rows, 0),
-        of_bound(run["disagreement"], rows, report["epsilon"]),
+        of_bound(run["disagreement"], run.get("compared", rows), report["epsilon"]),
         rounding,
         shares_of(run["stock_accuracy"], run["accuracy"], rows),
     ]

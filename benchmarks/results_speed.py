@@ -92,8 +92,8 @@ def startup_line() -> list[str]:
     )
     versions = load("throughput")["provenance"]["versions"]
     return [
-        "An engine with four exit points (six segments) relative to stock: cold start "
-        f"{cold}, start with compiled code in the cache {warm}, memory {memory}. All engines: "
-        f"torch {versions['torch']}, compiled, bfloat16, vLLM's default CPU settings (one core "
-        "computes, one serves), unless a table says otherwise.",
+        "An engine with four exit points (six segments) relative to stock, the median of the "
+        f"rounds' ratios: cold start {cold}, start with compiled code in the cache {warm}, memory "
+        f"{memory}. All engines: torch {versions['torch']}, compiled, bfloat16, vLLM's default "
+        "CPU settings (one core computes, one serves), unless a table says otherwise.",
     ]

@@ -55,7 +55,7 @@ def one_task(what: str, section: str, name: str) -> list[str]:
     report = load(name)
     task = report["tasks"][0]
     run, rows = task["measured"], task["test"]
-    changed = f"{share_of(run['disagreement'], rows)} of the answers"
+    changed = f"{share_of(run['disagreement'], run.get('compared', rows))} of the answers"
     return row(
         what,
         section,
@@ -72,7 +72,7 @@ def evaluation(what: str, section: str, name: str) -> list[str]:
     report = report[0] if isinstance(report, list) else report
     rows = report["n"]
     saved = share_of(report["layers_saved"], rows)
-    changed = f"{share_of(report['disagreement'], rows)} of the answers"
+    changed = f"{share_of(report['disagreement'], report.get('compared', rows))} of the answers"
     return row(what, section, speedup_of(report), saved, changed, report)
 
 

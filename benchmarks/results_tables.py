@@ -41,7 +41,7 @@ def workloads() -> list[str]:
                 "never exiting": control(Speedup.read(report["never_exit"], "speedup")),
                 "layers saved (95 %)": share_of(report["layers_saved"], report["n"], 0),
                 "disagreement (95 %)": of_bound(
-                    report["disagreement"], report["n"], report["epsilon"]
+                    report["disagreement"], report.get("compared", report["n"]), report["epsilon"]
                 ),
                 "differs from stock (95 %)": share_of(
                     report["disagreement_with_stock"], report["n"]
@@ -73,7 +73,7 @@ def suite_table(name: str) -> list[str]:
             [
                 *start,
                 shares_of(run["stock_accuracy"], run["accuracy"], count),
-                share_of(run["disagreement"], count),
+                share_of(run["disagreement"], run.get("compared", count)),
                 share_of(run["rounding"], count) if "rounding" in run else "not measured",
                 share_of(run["layers_saved"], count, 0),
                 Speedup.read(run, "speedup").bold,

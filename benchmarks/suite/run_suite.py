@@ -242,7 +242,10 @@ def _measure(
 def _measured(
     found: Measured, data: TaskData, epsilon: float, same_pass: SamePass
 ) -> dict[str, Any]:
-    """What the passes have answered, and how fast stock vLLM and ours were in turn."""
+    """What the passes have answered, and how fast stock vLLM and ours were in turn.
+
+    ``disagreement`` is of the ``compared`` answers; of none, it is that between two passes.
+    """
     [(stock, by_epsilon)], times, again = found
     never, ours, n = by_epsilon[NEVER_EXIT], by_epsilon[epsilon], len(data.test)
 
@@ -253,12 +256,14 @@ def _measured(
         hits = (text[0] in right for text, right in zip(run.texts, data.answers, strict=True))
         return sum(hits) / n
 
+    between = differing(ours.texts, never.texts)
     return {
         **times.speedup(epsilon).entries("speedup"),
         **times.speedup(NEVER_EXIT).entries("never_exit"),
         "layers_saved": ours.layers_saved,
-        "disagreement": same_pass.share,
-        "disagreement_between_passes": differing(ours.texts, never.texts),
+        "disagreement": same_pass.share if same_pass.compared else between,
+        "compared": same_pass.compared or n,
+        "disagreement_between_passes": between,
         "disagreement_with_stock": differing(ours.texts, stock.texts),
         "rounding": differing(again, stock.texts),
         "accuracy": accuracy(ours),

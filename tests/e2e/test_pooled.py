@@ -37,7 +37,10 @@ from tests.tiny import LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer import stats
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import LAST_TOKEN
-from vllm_adainfer.settings.engine import NO_POLICY
+from vllm_adainfer.artifact.files import load_artifact_config
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.evaluation.same_pass import compare_in_same_pass
+from vllm_adainfer.settings.engine import DEFAULT_POLICY, NO_POLICY
 from vllm_adainfer.watch.watch import Watch
 
 NEVER_TIGHTENED = 1e-99  # an alpha of monitors
@@ -268,3 +271,31 @@ def test_shadow_requests_are_watched_by_the_part_that_decides_them(
         found = stats(llm)["policies"][name]["shadow"][SOME]
         assert 0 <= found["checked"] - len(disagreed) <= unsure
         assert 0 <= found["disagreed"] - sum(disagreed) <= unsure
+
+
+def test_a_comparison_in_the_same_pass_counts_whatever_part_decided_the_prompt(tiny_model, sources):
+    """Prompts that share more than all do are in the cache, and are decided by their last token."""
+    llm = tiny_engine(
+        tiny_model,
+        {"artifact": sources["whole"], "compare": True},
+        max_model_len=512,
+        kv_cache_memory_bytes=64 << 20,
+    )
+    generator = np.random.default_rng(3)
+    start = random_prompt(generator, 2 * POOLED_FROM)
+    prompts = [start + random_prompt(generator, 20) for _ in range(30)]
+    prompts += [random_prompt(generator, 100) for _ in range(10)]
+    examples = [Example(str(place), "", prompt, None) for place, prompt in enumerate(prompts)]
+    config = load_artifact_config(sources["whole"])
+    [found] = compare_in_same_pass(llm, examples, config, [ALWAYS]).values()
+    counted = stats(llm)["policies"]
+    whole, last = (
+        sum(counted[name]["exit_histogram"].values())
+        for name in (DEFAULT_POLICY, f"{DEFAULT_POLICY}:{LAST_TOKEN}")
+    )
+    assert min(whole, last) >= 10
+    assert found.compared == whole + last
+    assert found.broken == sum(
+        counted[name]["shadow"][ALWAYS]["disagreed"]
+        for name in (DEFAULT_POLICY, f"{DEFAULT_POLICY}:{LAST_TOKEN}")
+    )

@@ -48,13 +48,15 @@ class SamePass:
         """The share that breaks the promise; there must be answers that were compared."""
         return self.broken / self.compared
 
-    def since(self, before: SamePass) -> SamePass:
-        """Those that have come since."""
-        labels = {
-            name: (compared - before.labels[name][0], changed - before.labels[name][1])
-            for name, (compared, changed) in self.labels.items()
-        }
-        return SamePass(self.compared - before.compared, self.broken - before.broken, labels)
+    def plus(self, other: SamePass, sign: int = 1) -> SamePass:
+        """These comparisons and the others; with a `sign` of -1, these without the others."""
+        labels = dict(self.labels)
+        for name, (compared, changed) in other.labels.items():
+            own = labels.get(name, (0, 0))
+            labels[name] = own[0] + sign * compared, own[1] + sign * changed
+        return SamePass(
+            self.compared + sign * other.compared, self.broken + sign * other.broken, labels
+        )
 
 
 def compare_in_same_pass(
@@ -84,15 +86,18 @@ def compare_in_same_pass(
         before = _counted(engine, epsilon)
         ask(examples, {EPSILON_ARG: epsilon, COMPARE_ARG: True})
         ask(examples[:1], {EXIT_ARG: 0})  # texts count when the next step hears that they ended
-        found[epsilon] = _counted(engine, epsilon).since(before)
+        found[epsilon] = _counted(engine, epsilon).plus(before, -1)
     return found
 
 
 def _counted(engine: LLM, epsilon: float) -> SamePass:
-    """What the engine has compared since it started."""
-    by_epsilon: Any = stats(engine)["shadow"]
-    checks = by_epsilon[epsilon]
-    labels = {
-        name: (one["checked"], one["disagreed"]) for name, one in checks.get("labels", {}).items()
-    }
-    return SamePass(checks["checked"], checks["disagreed"], labels)
+    """What the engine has compared since it started, whichever part of the policy decided it."""
+    total = SamePass(0, 0)
+    for policy in stats(engine)["policies"].values():
+        if (checks := policy.get("shadow", {}).get(epsilon)) is not None:
+            labels = {
+                name: (one["checked"], one["disagreed"])
+                for name, one in checks.get("labels", {}).items()
+            }
+            total = total.plus(SamePass(checks["checked"], checks["disagreed"], labels))
+    return total
