@@ -40,6 +40,7 @@ CASES = sorted(path.parent.name for path in HERE.glob("*/config.json"))
 CERTIFIED = sorted(path.parent.name for path in HERE.glob(f"*/{SCORED}"))
 REPORTED = sorted(path.parent.name for path in HERE.glob(f"*/{RUNS}"))
 INEXACT = ("text-", "branch", "student")
+IN_HALF = ("branch",)  # computed in float16, so that another order of adding up shows earlier
 INPUTS = Inputs.load()
 
 
@@ -65,7 +66,8 @@ def same_processor(case: str) -> bool:
 
 def assert_same(case: str, found: Tensor, wanted: Tensor, what: str) -> None:
     if wanted.is_floating_point() and (case.startswith(INEXACT) or not same_processor(case)):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5, equal_nan=True, msg=what)
+        close = 1e-3 if case.startswith(IN_HALF) and not same_processor(case) else 1e-5
+        torch.testing.assert_close(found, wanted, rtol=close, atol=close, equal_nan=True, msg=what)
         return
     assert found.dtype == wanted.dtype, what
     assert torch.equal(found.nan_to_num(7.5), wanted.nan_to_num(7.5)), what
