@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.classifiers.passages import CHAT_TEMPLATE, Query, find_candidates
 from benchmarks.common.lessons import minimise
+from vllm_adainfer.offline.calibration.fit.net import mixed_precision
 
 LEARNING_RATE = 8e-5
 QUESTIONS = 4  # of a step
@@ -95,7 +96,7 @@ def scores_of(
 ) -> torch.Tensor:
     """The score of each prompt, read at its last token."""
     tokens = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="right")
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed_precision():
         states = decoder(**tokens).last_hidden_state
     last = tokens["attention_mask"].sum(1) - 1
     return states[torch.arange(len(last)), last].float() @ head

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from vllm_adainfer.offline.calibration.fit.net import mixed_precision
+
 LEARNING_RATE = 1e-4
 PROMPTS = 16  # of a step
 T = TypeVar("T")
@@ -64,7 +66,7 @@ def logits_after(causal: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     inputs = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
     last = torch.tensor([len(prompt) - 1 for prompt in tokens])
     mask = torch.arange(inputs.shape[1]) <= last[:, None]
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed_precision():
         states = causal.model(input_ids=inputs, attention_mask=mask.long()).last_hidden_state
         logits: torch.Tensor = causal.lm_head(states[torch.arange(len(prompts)), last])
     return logits.float()

@@ -29,6 +29,7 @@ from benchmarks.offline.object_requests import ASK, LONGEST_TEXT, TASKS
 from benchmarks.suite.fine_tune import Fields, part_rows, write_rows
 from benchmarks.suite.tasks import load_suite
 from vllm_adainfer.cli.app import errors_as_sentences
+from vllm_adainfer.offline.calibration.fit.net import mixed_precision
 from vllm_adainfer.offline.demo.model import fetch_demo_model
 
 VALUE_WEIGHT = 6.0  # of a value's tokens: those of names and brackets are learnt at once
@@ -131,7 +132,7 @@ def loss_of_objects(causal: Any, step: Sequence[Lesson]) -> torch.Tensor:
     weights = pad_sequence([torch.tensor(weights) for _, weights in step], batch_first=True)
     weights, right = weights[:, 1:], tokens[:, 1:]
     counted = weights > 0
-    with torch.autocast("cpu", torch.bfloat16):  # padding comes last, so nothing attends to it
+    with mixed_precision():  # padding comes last, so nothing attends to it
         states = causal.model(input_ids=tokens).last_hidden_state[:, :-1]
         logits = causal.lm_head(states[counted])
     losses = torch.nn.functional.cross_entropy(logits.float(), right[counted], reduction="none")

@@ -33,6 +33,8 @@ def main(base: Path, output: Path, *lessons: Path) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=len(steps), pct_start=0.1
     )
+    # A processor without instructions for bfloat16 emulates it, many times as slowly as fp32.
+    in_bfloat16 = any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
     for step in tqdm(steps, unit="step"):
         pairs = [(tokenizer.encode(one["prompt"]), tokenizer.encode(one["answer"])) for one in step]
         pad = torch.nn.utils.rnn.pad_sequence
@@ -40,7 +42,7 @@ def main(base: Path, output: Path, *lessons: Path) -> None:
         # Only answers count; padding stands behind them, so that no token attends to it.
         targets = [torch.tensor([-100] * len(prompt) + answer) for prompt, answer in pairs]
         labels = pad(targets, batch_first=True, padding_value=-100)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
             loss = model(input_ids=tokens, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)

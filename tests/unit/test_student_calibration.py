@@ -123,6 +123,28 @@ def test_training_goes_to_its_end_unless_the_student_overfits(monkeypatch, error
     assert len({tuple(bias.tolist()) for bias in biases}) == len(biases)
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [({"avx2": True, "avx512_bf16": False}, torch.float32), ({"amx_bf16": True}, torch.bfloat16)],
+    ids=["avx2", "amx"],
+)
+def test_training_multiplies_in_bfloat16_only_on_processors_that_do(
+    monkeypatch, capabilities, dtype
+):
+    """Emulated, it took a CI run beyond its limit: 40 times as long as fp32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    net = training.Net(
+        LayersEncoder(student.bert()), Taught(torch.empty(1, 0), torch.tensor([[0.0, 1.0]]))
+    )
+    multiplied = []
+    for layer in net.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda *call: multiplied.append(call[-1].dtype))
+    scores = net.score([(400, 401)], np.arange(1))
+    assert set(multiplied) == {dtype}
+    assert scores.dtype == torch.float32
+
+
 def test_sure_answers_stay_apart_where_the_answer_alone_is_promised(recording, monkeypatch):
     """The classifier reads probabilities; the best label is that of the scores as trained."""
     plain = trained_on(base_of(recording), Lesson.of(of_prompts(recording)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.offline.calibration.fit.distil import Taught
 from vllm_adainfer.policy.encoders import StateEncoder
-from vllm_adainfer.policy.text_encoders import TextEncoder
+from vllm_adainfer.policy.text_encoders import TextEncoder, multiplies_bfloat16
 
 BATCH = 16
 SORTED = 8  # batches are of inputs of about the same length, out of so many batches at a time
@@ -30,10 +30,20 @@ class Net(nn.Module):
 
     def score(self, inputs: Sequence[Any], rows: Ints) -> Tensor:
         """Scores of some rows, fp32 [rows, labels, and one for the mass if it is taught]."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             read = self.encoder([inputs[row] for row in rows.tolist()])
             scores: Tensor = self.head(read)
         return scores.float()
+
+
+def mixed_precision() -> torch.autocast:
+    """Training multiplies in bfloat16 on processors that do so themselves.
+
+    Others emulate it: with AVX2 alone a step then takes 40 times as long as in fp32, with AVX-512 4
+    times.
+    """
+    in_bfloat16 = multiplies_bfloat16(torch.device("cpu"))
+    return torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16)
 
 
 @torch.no_grad()
