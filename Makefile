@@ -10,9 +10,10 @@ V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,adapters async_schedulin
   objects_interrupted pooled prefix_cache probabilities recording recurrent segment_graphs self_test \
   self_test_of_graphs self_test_outcomes shadow tasks tensor_parallel))
 
-# Two workers, each on a core of its own; a file's tests stay together, as they share engines.
-PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m '$(CASES)' \
-  --junitxml .cache/$@.xml
+# Two workers, each on a core of its own; a file's tests stay together, as they share engines. A worker that
+# died is not replaced: xdist would run the test that killed it again.
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+  -m '$(CASES)' --junitxml .cache/$@.xml
 CASES := not full
 
 .PHONY: demo test test-full test-v1 test-v2 check results docs docs-check vllm-names slowest dist deploy-check wheel release gpu gpu-kernels gpu-dry setup clean
