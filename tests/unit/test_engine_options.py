@@ -15,6 +15,7 @@ from vllm_adainfer.auto.directory import read_json, write_json
 from vllm_adainfer.engine.compat.config import _changed_values
 from vllm_adainfer.engine.worker.model_facts import forget_others
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.pretrained import engine_settings
 from vllm_adainfer.settings.engine import Auto
 
 ROPE = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}
@@ -95,10 +96,17 @@ def test_a_server_that_computes_something_else_is_told_by_which_option(
             EngineOptions(hf_overrides={"classifier_from_token": ["no", "yes"]}),
         ),
         (EngineOptions(quantization="fp8"), EngineOptions(quantization="fp8", hf_config={})),
+        (EngineOptions(dtype="float32"), OLD),  # the fingerprint of the weights tells
     ],
 )
 def test_a_server_that_computes_the_same_is_served(tiny_model, own, served):
     tiny_config(tiny_model, engine_options=own).check_options(served)
+
+
+def test_an_engine_gets_the_options_that_calibration_was_asked_for():
+    asked = EngineOptions(dtype="float32", kv_cache_dtype="fp8")
+    settings = {"dtype": "float32", "kv_cache_dtype": "fp8", "hf_overrides": ROPE}
+    assert engine_settings(None, ROPE, asked) == settings
 
 
 def test_an_artifact_keeps_them_and_one_without_has_vllms_defaults(tiny_model, tmp_path):

@@ -229,11 +229,12 @@ def test_the_card_of_an_artifact_names_its_model(placed, card, model):
 def test_what_a_policy_was_calibrated_with_is_added_unless_it_is_given(placed):
     config = Path(placed["LONE"]) / "config.json"
     said = {**json.loads(config.read_text()), "base_model": "org/base"}
-    said["engine_options"] = {"quantization": "fp8", "kv_cache_dtype": "fp8"}
+    said["engine_options"] = {"dtype": "half", "quantization": "fp8", "kv_cache_dtype": "fp8"}
     config.write_text(json.dumps(said))
     (config.parent / "README.md").unlink(missing_ok=True)
     arguments = serve_arguments([placed["LONE"], "--quantization=int8"], [], None)
-    assert arguments[:-2] == ["org/base", "--quantization=int8", "--kv-cache-dtype", "fp8"]
+    asked = ["org/base", "--quantization=int8", "--dtype", "half", "--kv-cache-dtype", "fp8"]
+    assert arguments[:-2] == asked
 
 
 def test_a_policy_for_an_adapter_asks_for_the_adapter(placed):

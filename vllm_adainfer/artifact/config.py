@@ -201,8 +201,10 @@ class ArtifactConfig(ConfigFields):
         An AdaInferError if the weights or their dtype are not those of the calibration.
         """
         if fingerprint != self.weights_fingerprint:
+            asked = self.engine_options.dtype
             raise AdaInferError(
                 f"the artifact was calibrated for other weights of this architecture "
                 f"({self.base_model}): its weights fingerprint is {self.weights_fingerprint}, "
                 f"the served model's is {fingerprint}: calibrate for this checkpoint and dtype"
+                + ("" if asked is None else f", or serve with --dtype {asked}")
             )

@@ -10,23 +10,26 @@ from pydantic import Field
 
 from vllm_adainfer.strict import Strict
 
-# By field, the option of vLLM. `calibrate` has the first two.
+# By field, the option of vLLM. `calibrate` has the first three.
 OPTIONS = {
+    "dtype": "--dtype",
     "quantization": "--quantization",
     "kv_cache_dtype": "--kv-cache-dtype",
     "quantization_config": "--quantization-config",
     "kv_cache_dtype_skip_layers": "--kv-cache-dtype-skip-layers",
 }
-CALIBRATED_WITH = ("quantization", "kv_cache_dtype")
+CALIBRATED_WITH = ("dtype", "quantization", "kv_cache_dtype")
 # Keys of a config that make a classifier of a model. Artifacts that do not keep the config were
 # calibrated with those that they need, without saying so.
 OF_CLASSIFIERS = {"classifier_from_token", "is_original_qwen3_reranker", "method", "problem_type"}
 
 
 class EngineOptions(Strict):
-    """How an engine runs a checkpoint, beside its dtype; by default as vLLM does without options.
+    """How an engine runs a checkpoint; by default as vLLM does without options.
 
     Attributes:
+        dtype: what calibration asked for; None for vLLM's choice. It is not compared: the
+            fingerprint of the weights is of their dtype, too.
         quantization: the method that quantises plain weights while they are loaded; None if none
             does, also where the checkpoint itself is quantised.
         quantization_config: what was changed in that method.
@@ -38,6 +41,7 @@ class EngineOptions(Strict):
 
     """
 
+    dtype: str | None = None
     quantization: str | None = None
     quantization_config: str | None = None
     kv_cache_dtype: str | None = None
@@ -55,7 +59,7 @@ class EngineOptions(Strict):
         """
         for field, option in OPTIONS.items():
             own, other = getattr(self, field), getattr(served, field)
-            if own == other:
+            if own == other or field == "dtype":
                 continue
             with_it = "calibrate with it, or " if field in CALIBRATED_WITH else ""
             if own is None:

@@ -35,6 +35,9 @@ HfOverrides = Annotated[
         "to serve a reranker as a classifier."
     ),
 ]
+Dtype = Annotated[
+    str | None, typer.Option(help="The server's option of that name, if it will have one.")
+]
 Quantization = Annotated[
     str | None,
     typer.Option(

@@ -12,6 +12,7 @@ from vllm_adainfer.cli.app import command
 from vllm_adainfer.cli.arguments import (
     ChatTemplate,
     Data,
+    Dtype,
     HfOverrides,
     KvCacheDtype,
     LabelField,
@@ -31,6 +32,7 @@ def calibrate(
     data: Data,
     output: Annotated[Path, typer.Option(help="Directory to write the artifact to.")],
     hf_overrides: HfOverrides = "",
+    dtype: Dtype = None,
     quantization: Quantization = None,
     kv_cache_dtype: KvCacheDtype = None,
     template: Template = None,
@@ -174,6 +176,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="For the split and the folds.")] = 0,
 ) -> None:
     """Fit a policy on your prompts, certify its bound, and write an artifact."""
+    from vllm_adainfer.artifact.engine_options import EngineOptions
     from vllm_adainfer.artifact.files import load_details
     from vllm_adainfer.cli.promises import choice_texts, label_bounds, layers_of, promise_of
     from vllm_adainfer.offline.adapter import read_adapter
@@ -187,8 +190,9 @@ def calibrate(
         data=data,
         output=output,
         hf_overrides=overrides_of(hf_overrides),
-        quantization=quantization,
-        kv_cache_dtype=kv_cache_dtype,
+        engine_options=EngineOptions(
+            dtype=dtype, quantization=quantization, kv_cache_dtype=kv_cache_dtype
+        ),
         template=template,
         chat_template=chat_template,
         label_field=label_field,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.engine_options import EngineOptions
+from vllm_adainfer.artifact.engine_options import CALIBRATED_WITH, EngineOptions
 from vllm_adainfer.engine.classes import MODELS, model_class_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.adapter import NamedAdapter, adapter_for
@@ -64,8 +64,7 @@ class Model:
     @property
     def engine_settings(self) -> dict[str, Any]:
         """The `vllm.LLM` arguments of its engines."""
-        quantization, kv_cache_dtype = self.options.quantization, self.options.kv_cache_dtype
-        return engine_settings(self.adapter, self.hf_overrides, quantization, kv_cache_dtype)
+        return engine_settings(self.adapter, self.hf_overrides, self.options)
 
     @property
     def lora_request(self) -> LoRARequest | None:
@@ -80,16 +79,12 @@ class Model:
 def engine_settings(
     adapter: NamedAdapter | None,
     hf_overrides: Mapping[str, Any] | None,
-    quantization: str | None,
-    kv_cache_dtype: str | None,
+    options: EngineOptions,
 ) -> dict[str, Any]:
     """The `vllm.LLM` arguments for an adapter, and for options that change what is computed."""
-    options = {
-        "hf_overrides": None if hf_overrides is None else dict(hf_overrides),
-        "quantization": quantization,
-        "kv_cache_dtype": kv_cache_dtype,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
+    asked = {name: getattr(options, name) for name in CALIBRATED_WITH}
+    asked["hf_overrides"] = None if hf_overrides is None else dict(hf_overrides)
+    given = {name: value for name, value in asked.items() if value is not None}
     return given if adapter is None else {**adapter.engine_settings, **given}
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.artifact.fields import LabelBound
 from vllm_adainfer.artifact.kinds import LABEL_HEADS, BoundChoice, ClassifierKind, ProbeChoice
 from vllm_adainfer.errors import AdaInferError
@@ -44,8 +45,7 @@ class CalibrationRequest:
     data: Path
     output: Path
     hf_overrides: Mapping[str, Any] | None = None
-    quantization: str | None = None
-    kv_cache_dtype: str | None = None
+    engine_options: EngineOptions = field(default_factory=EngineOptions)
     template: str | None = None
     chat_template: str | None = None
     label_field: str = "label"

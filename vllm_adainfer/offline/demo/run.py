@@ -8,6 +8,7 @@ from pathlib import Path
 
 import typer
 
+from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.artifact.files import load_details
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
@@ -18,8 +19,17 @@ from vllm_adainfer.offline.facts.artifact import artifact_facts
 from vllm_adainfer.offline.facts.document import as_text
 from vllm_adainfer.offline.reports.evaluation_facts import evaluation_facts
 from vllm_adainfer.offline.reports.page import check_installed
+from vllm_adainfer.policy.text_encoders import multiplies_bfloat16
 
 LABELS = ("bad", "good")
+
+
+def dtype() -> str | None:
+    """None for bfloat16, the model's own; fp32 on a processor that would emulate bfloat16."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return None if multiplies_bfloat16(device) else "float32"
 
 
 def run(output: Path, repeat: int) -> str:
@@ -43,6 +53,7 @@ def run(output: Path, repeat: int) -> str:
                 output=artifact,
                 template=template,
                 labels=LABELS,
+                engine_options=EngineOptions(dtype=dtype()),
             )
         )
         typer.echo(as_text(artifact_facts(config, load_details(str(artifact)))))
@@ -57,7 +68,8 @@ def run(output: Path, repeat: int) -> str:
             repeat=repeat,
         )
     typer.echo(as_text(evaluation_facts(report)) + "\n")
-    serve = shlex.join(["vllm-adainfer", "serve", model, "--policy", str(artifact)])
+    options = [part for option in config.engine_options.arguments.items() for part in option]
+    serve = shlex.join(["vllm-adainfer", "serve", model, "--policy", str(artifact), *options])
     return (
         f"demo: open {output / 'report.html'}; the same as data: {output / 'report.json'}\n"
         f"demo: serve this policy with  {serve}\n"
