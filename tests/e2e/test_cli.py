@@ -47,6 +47,7 @@ def calibrated(tiny_model: Path, rows: Path, tmp_path_factory: pytest.TempPathFa
         "calibrate", "--model", str(tiny_model), "--data", str(rows), "--template", TEMPLATE,
         "--labels", "bad,good", "--epsilon", "0.2", "--output", str(output),
         "--probe", "label-head",  # "auto" takes the faster heads, which depends on the load
+        "--dtype", "float32",  # vLLM's choice is bfloat16
     )  # fmt: skip
     return output, done
 
