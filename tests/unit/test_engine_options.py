@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -15,6 +17,8 @@ from vllm_adainfer.auto.directory import read_json, write_json
 from vllm_adainfer.engine.compat.config import _changed_values
 from vllm_adainfer.engine.worker.model_facts import forget_others
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.record.engine import start_engine
 from vllm_adainfer.offline.pretrained import engine_settings
 from vllm_adainfer.settings.engine import Auto
 
@@ -165,3 +169,20 @@ def test_rows_of_a_server_that_calibrates_itself_are_not_mixed_with_those_of_oth
     (directory.root / "kind-1" / "rows").mkdir(parents=True)
     start(now)
     assert (directory.root / "kind-1").exists() != starts_anew
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ({"dtype": "float99"}, "dtype is 'float99', and should be 'auto', 'half', 'float16', "),
+        ({"kv_cache_dtype": "fp99"}, "cache_dtype is 'fp99', and should be 'auto', 'float16', "),
+        ({"quantization": "x99"}, "Unknown quantization method: x99. Must be one of ['awq', "),
+    ],
+    ids=str,
+)
+def test_a_value_that_vllm_does_not_have_is_one_sentence(tiny_model, option, sentence):
+    # Other tests run in this process, without what an engine sets for those it starts.
+    with patch.dict(os.environ), pytest.raises(AdaInferError) as raised:
+        start_engine(str(tiny_model), [Example("line 1", "good", [1], None)], **option)
+    [line] = str(raised.value).splitlines()
+    assert line.startswith(f"vLLM could not start {tiny_model}: {sentence}")

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from vllm_adainfer.engine.compat.compilation import find_compiled_code_again
 from vllm_adainfer.engine.worker.freed_memory import ENVIRONMENT
 from vllm_adainfer.errors import AdaInferError
@@ -77,6 +79,10 @@ def stop_engine(engine: LLM) -> None:
 
 def _last_words(log: Path, error: Exception) -> str:
     """The error message meant for the user, whichever of vLLM's processes raised it."""
+    for found in error.errors() if isinstance(error, ValidationError) else ():
+        if found["type"] == "literal_error":  # an option's value that vLLM does not have
+            option, given, known = found["loc"][0], found["input"], found["ctx"]["expected"]
+            return f"{option} is {given!r}, and should be {known}"
     text = f"{log.read_text(errors='replace')}\n{error}"
     ours = re.findall(rf"{AdaInferError.__name__}: (.+)", text)
     wrapped = re.findall(r"Value error, (.+?)(?: \[type=|\n|$)", text)
