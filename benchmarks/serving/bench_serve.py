@@ -92,9 +92,7 @@ def main(
         )
     asked_rates = [float(rate) for rate in rates.split(",")]
     tokens = 1 + max(len(example.token_ids) for example in examples)
-    length = {"--max-model-len": str(-(-tokens // BLOCK) * BLOCK)}
-    options = {**length, **config.engine_options.arguments}
-    flags = [part for option in options.items() for part in option]
+    flags = ["--max-model-len", str(-(-tokens // BLOCK) * BLOCK), *config.engine_options.flags]
     with (
         tempfile.TemporaryDirectory() as folder,
         side_by_side(model, {"artifact": artifact}, flags, control=True) as servers,

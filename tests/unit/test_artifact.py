@@ -15,6 +15,7 @@ from tests.families import FAMILIES, SHAPE
 from tests.tiny import tiny_config, tiny_tensors
 from vllm_adainfer.artifact import files as module
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.artifact.files import (
     CALIBRATION_FILE,
@@ -422,5 +423,8 @@ def test_of_a_multimodal_model_the_language_model_is_compared(config):
 
 def test_other_weights_are_refused_by_their_fingerprints(config):
     config.check_weights(config.weights_fingerprint)
-    with pytest.raises(AdaInferError, match=f"{config.weights_fingerprint}.* 0123abcd"):
+    with pytest.raises(AdaInferError, match=f"{config.weights_fingerprint}.* 0123abcd.* dtype$"):
+        config.check_weights("0123abcd")
+    config = changed(config, engine_options=EngineOptions(dtype="float32"))
+    with pytest.raises(AdaInferError, match=r"dtype, or serve with --dtype float32$"):
         config.check_weights("0123abcd")

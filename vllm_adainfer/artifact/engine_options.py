@@ -110,6 +110,11 @@ class EngineOptions(Strict):
         return {option: value for option, value in given.items() if value is not None}
 
     @property
+    def flags(self) -> list[str]:
+        """The same as parts of a command line."""
+        return [part for option in self.arguments.items() for part in option]
+
+    @property
     def in_words(self) -> str:
-        """The same as on a command line; empty if all are the defaults."""
-        return " ".join(f"{option} {value}" for option, value in self.arguments.items())
+        """The same for a reader; empty if all are the defaults."""
+        return " ".join(self.flags)

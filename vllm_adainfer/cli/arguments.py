@@ -35,9 +35,6 @@ HfOverrides = Annotated[
         "to serve a reranker as a classifier."
     ),
 ]
-Dtype = Annotated[
-    str | None, typer.Option(help="The server's option of that name, if it will have one.")
-]
 Quantization = Annotated[
     str | None,
     typer.Option(
@@ -45,7 +42,7 @@ Quantization = Annotated[
         "vLLM's option of that name."
     ),
 ]
-KvCacheDtype = Annotated[
+ServerOption = Annotated[
     str | None, typer.Option(help="The server's option of that name, if it will have one.")
 ]
 LabelField = Annotated[str, typer.Option(help="The field of a row that holds its label.")]

@@ -24,12 +24,14 @@ from vllm_adainfer.policy.text_encoders import multiplies_bfloat16
 LABELS = ("bad", "good")
 
 
-def dtype() -> str | None:
-    """None for bfloat16, the model's own; fp32 on a processor that would emulate bfloat16."""
+def dtype_to_serve() -> str | None:
+    """None for bfloat16, the model's own; fp32, with a line, on a processor that emulates that."""
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return None if multiplies_bfloat16(device) else "float32"
+    if multiplies_bfloat16(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+        return None
+    typer.echo("demo: with --dtype float32, because this processor only emulates bfloat16")
+    return "float32"
 
 
 def run(output: Path, repeat: int) -> str:
@@ -53,7 +55,7 @@ def run(output: Path, repeat: int) -> str:
                 output=artifact,
                 template=template,
                 labels=LABELS,
-                engine_options=EngineOptions(dtype=dtype()),
+                engine_options=EngineOptions(dtype=dtype_to_serve()),
             )
         )
         typer.echo(as_text(artifact_facts(config, load_details(str(artifact)))))
@@ -68,8 +70,8 @@ def run(output: Path, repeat: int) -> str:
             repeat=repeat,
         )
     typer.echo(as_text(evaluation_facts(report)) + "\n")
-    options = [part for option in config.engine_options.arguments.items() for part in option]
-    serve = shlex.join(["vllm-adainfer", "serve", model, "--policy", str(artifact), *options])
+    flags = ["--policy", str(artifact), *config.engine_options.flags]
+    serve = shlex.join(["vllm-adainfer", "serve", model, *flags])
     return (
         f"demo: open {output / 'report.html'}; the same as data: {output / 'report.json'}\n"
         f"demo: serve this policy with  {serve}\n"
