@@ -365,6 +365,15 @@ def test_a_policy_is_for_the_options_that_it_was_calibrated_with(
     engine_config(tiny_model, {"artifact": str(with_them)}, **settings)
 
 
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [("auto", "bfloat16"), ("half", "float16"), ("float", None)],
+)
+def test_the_dtype_is_kept_unless_it_is_the_checkpoints_own(tiny_model, asked, kept):
+    """vLLM serves a checkpoint of fp32 as one of bfloat16 by itself."""
+    assert engine_options_of(engine_config(tiny_model, dtype=asked)).dtype == kept
+
+
 @pytest.mark.parametrize("scheme", ["gptq", "compressed-tensors fp8"])
 def test_a_checkpoint_that_is_quantised_itself_needs_no_option(tiny_model, tmp_path, scheme):
     quantised, _ = quantise(tiny_model, scheme, False, tmp_path)

@@ -141,9 +141,13 @@ NOT_COMPUTED = {
 
 def engine_options_of(vllm_config: VllmConfig) -> EngineOptions:
     """The options of an engine, at config time or in a worker."""
+    from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
     from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 
     model, cache = vllm_config.model_config, vllm_config.cache_config
+    checkpoint_dtype = ModelArchConfigConvertorBase.get_torch_dtype(
+        model.hf_config, model.model, model.revision, model.config_format
+    )
     overrides = model.hf_overrides
     if callable(overrides):
         overrides = {"a function": getattr(overrides, "__qualname__", repr(overrides))}
@@ -157,6 +161,7 @@ def engine_options_of(vllm_config: VllmConfig) -> EngineOptions:
     ):
         kv_cache_dtype = None
     return EngineOptions(
+        dtype=None if model.dtype == checkpoint_dtype else str(model.dtype).removeprefix("torch."),
         quantization=model.quantization if online else None,
         quantization_config=_changed_quantization(model),
         kv_cache_dtype=kv_cache_dtype,

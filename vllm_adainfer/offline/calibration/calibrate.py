@@ -202,9 +202,6 @@ def check_spares_rows(policy: FittedPolicy, prompts: Sequence[Sequence[int]]) ->
 def calibration_of(request: CalibrationRequest, prompts: Prompts, rows: Rows) -> Calibration:
     """The data and options that the policy is made from."""
     split, output, options = prompts.split, prompts.output, request.options
-    asked = {"dtype": request.engine_options.dtype}  # a worker knows its dtype, not who chose it
-    engine_options = rows.model.engine_options.model_copy(update=asked)
-    rows = replace(rows, model=replace(rows.model, engine_options=engine_options))
     labels = output.labels
     token_ids = [label.token_id for label in labels]
     answers = torch.tensor(token_ids) if labels else None
