@@ -367,11 +367,21 @@ def test_a_policy_is_for_the_options_that_it_was_calibrated_with(
 
 @pytest.mark.parametrize(
     ("asked", "kept"),
-    [("auto", "bfloat16"), ("half", "float16"), ("float", None)],
+    [("auto", "bfloat16"), ("half", "float16"), ("float", "float32")],
 )
-def test_the_dtype_is_kept_unless_it_is_the_checkpoints_own(tiny_model, asked, kept):
-    """vLLM serves a checkpoint of fp32 as one of bfloat16 by itself."""
+def test_the_dtype_of_a_checkpoint_of_fp32_is_kept(tiny_model, asked, kept):
+    """vLLM converts it by itself, so even its own dtype takes an option."""
     assert engine_options_of(engine_config(tiny_model, dtype=asked)).dtype == kept
+
+
+@pytest.mark.parametrize(("asked", "kept"), [("auto", None), ("half", "float16")])
+def test_the_dtype_of_a_checkpoint_of_16_bits_is_kept_if_it_was_converted(
+    tiny_model, tmp_path, asked, kept
+):
+    halved = shutil.copytree(tiny_model, tmp_path / "halved")
+    config = json.loads((halved / "config.json").read_text())
+    (halved / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    assert engine_options_of(engine_config(halved, dtype=asked)).dtype == kept
 
 
 @pytest.mark.parametrize("scheme", ["gptq", "compressed-tensors fp8"])

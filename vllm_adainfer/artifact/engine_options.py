@@ -28,8 +28,8 @@ class EngineOptions(Strict):
     """How an engine runs a checkpoint; by default as vLLM does without options.
 
     Attributes:
-        dtype: None for the checkpoint's own. It is not compared: the fingerprint of the weights is
-            of their dtype, too.
+        dtype: None for the checkpoint's own, if that has 16 bits: vLLM takes it without the option.
+            It is not compared: the fingerprint of the weights is of their dtype, too.
         quantization: the method that quantises plain weights while they are loaded; None if none
             does, also where the checkpoint itself is quantised.
         quantization_config: what was changed in that method.

@@ -141,6 +141,7 @@ NOT_COMPUTED = {
 
 def engine_options_of(vllm_config: VllmConfig) -> EngineOptions:
     """The options of an engine, at config time or in a worker."""
+    import torch
     from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
     from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 
@@ -148,6 +149,8 @@ def engine_options_of(vllm_config: VllmConfig) -> EngineOptions:
     checkpoint_dtype = ModelArchConfigConvertorBase.get_torch_dtype(
         model.hf_config, model.model, model.revision, model.config_format
     )
+    # vLLM converts a checkpoint of fp32 by itself, to a dtype that depends on the platform.
+    without_option = model.dtype == checkpoint_dtype and model.dtype != torch.float32
     overrides = model.hf_overrides
     if callable(overrides):
         overrides = {"a function": getattr(overrides, "__qualname__", repr(overrides))}
@@ -161,7 +164,7 @@ def engine_options_of(vllm_config: VllmConfig) -> EngineOptions:
     ):
         kv_cache_dtype = None
     return EngineOptions(
-        dtype=None if model.dtype == checkpoint_dtype else str(model.dtype).removeprefix("torch."),
+        dtype=None if without_option else str(model.dtype).removeprefix("torch."),
         quantization=model.quantization if online else None,
         quantization_config=_changed_quantization(model),
         kv_cache_dtype=kv_cache_dtype,
